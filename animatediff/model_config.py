@@ -1,0 +1,100 @@
+"""Network sizes: one frozen dataclass per module, and the table of motion-module versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class MotionConfig:
+    """A set of motion modules (AnimateDiff, arXiv 2307.04725, sec. 4.2).
+
+    `resnet_norm_over_frames` belongs here although it changes image layers: v1 modules were trained
+    inside a UNet whose ResNet GroupNorms pooled their statistics over the frames of a clip.
+    """
+
+    version: str = "v3"
+    max_frames: int = 32  # longest clip seen in training (length of the positional encoding)
+    mid_block: bool = False
+    resnet_norm_over_frames: bool = False
+    num_heads: int = 8
+    num_transformer_blocks: int = 1
+    attentions_per_block: int = 2
+    resolutions: tuple[int, ...] = (1, 2, 4, 8)  # down-sampling factors that carry motion modules
+    up_block_modules: bool = True  # SparseCtrl's encoder has them in the down blocks only
+    norm_over_frames: bool = False  # the module's own GroupNorm: False official SD 1.5; True as diffusers runs it
+
+
+# Rows of differences between released versions; everything else is the same network.
+MOTION_VERSIONS: dict[str, MotionConfig] = {
+    "v1": MotionConfig(version="v1", max_frames=24, resnet_norm_over_frames=True),
+    "v2": MotionConfig(version="v2", max_frames=32, mid_block=True),
+    "v3": MotionConfig(version="v3", max_frames=32),
+    "animatelcm": MotionConfig(version="animatelcm", max_frames=64, mid_block=True),
+    "sparsectrl": MotionConfig(version="sparsectrl", max_frames=32, attentions_per_block=1, up_block_modules=False),
+}
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Stable Diffusion 1.x UNet; the defaults are SD 1.5. `motion=None` is the plain image model."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention_levels: tuple[bool, ...] = (True, True, True, False)  # per level, highest resolution first
+    layers_per_block: int = 2
+    context_dim: int = 768
+    num_heads: int = 8
+    num_transformer_blocks: int = 1
+    norm_num_groups: int = 32
+    linear_projection: bool = False  # spatial transformers' proj_in/proj_out: 1x1 convolution or Linear
+    motion: MotionConfig | None = None
+
+    def with_motion(self, motion: MotionConfig | None) -> UNetConfig:
+        return replace(self, motion=motion)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """AutoencoderKL (Rombach et al. 2022); the defaults are SD 1.x."""
+
+    in_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent cell and side (8 for SD)."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """CLIP text model (Radford et al. 2021); the defaults are ViT-L/14."""
+
+    vocab_size: int = 49408
+    width: int = 768
+    layers: int = 12
+    num_heads: int = 12
+    mlp_width: int = 3072
+    max_length: int = 77  # tokens of one chunk, start and end tokens included
+    activation: str = "quick_gelu"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule; the defaults are those all SD 1.5 motion modules were trained with."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "linear"  # or "scaled_linear" (linear in sqrt(beta))
+    prediction_type: str = "epsilon"  # or "v_prediction", "sample"
+    steps_offset: int = 1
+    timestep_spacing: str = "leading"
+    set_alpha_to_one: bool = True
+    clip_sample: bool = False

@@ -1,0 +1,22 @@
+"""Errors a user can act on, and the frame every script runs in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A mistake in the input. The message says what was got, what was expected and what to do."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and exit: 0 done, 2 with one line for a `UserError`, 130 after Ctrl-C."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
