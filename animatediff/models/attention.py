@@ -1,0 +1,103 @@
+"""Attention over the tokens of a frame, and the spatial transformer of Stable Diffusion (arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from animatediff_kernels import attention
+from einops import rearrange
+from torch import Tensor, nn
+
+from animatediff.model_config import UNetConfig
+from animatediff.models.layers import GroupNorm
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens (n, s, width) to themselves or to a context (n / r, l, context_dim)."""
+
+    def __init__(self, width: int, num_heads: int, *, context_dim: int | None = None):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_dim or width, width, bias=False)
+        self.to_v = nn.Linear(context_dim or width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """With a context of fewer rows than x, r = n / rows consecutive rows of x (frames) share each context row."""
+        source = x if context is None else context
+        out = attention(self.to_q(x), self.to_k(source), self.to_v(source), num_heads=self.num_heads)
+        return self.to_out[0](out)
+
+
+class GEGLU(nn.Module):
+    """Linear to twice the width; the second half, through an exact GELU, gates the first (Shazeer 2020)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, *, mult: int = 4):
+        super().__init__()
+        # index 1 is the dropout of the original, which has no weights and never drops
+        self.net = nn.ModuleList([GEGLU(width, mult * width), nn.Identity(), nn.Linear(mult * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class SpatialTransformerBlock(nn.Module):
+    """Self-attention within a frame, cross-attention to the text, feed-forward; all pre-norm and residual."""
+
+    def __init__(self, width: int, num_heads: int, context_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, num_heads, context_dim=context_dim)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    def __init__(self, channels: int, config: UNetConfig):
+        super().__init__()
+        self.linear_projection = config.linear_projection
+        self.norm = GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        self.proj_in = self._projection(channels)
+        self.transformer_blocks = nn.ModuleList(
+            SpatialTransformerBlock(channels, config.num_heads, config.context_dim)
+            for _ in range(config.num_transformer_blocks)
+        )
+        self.proj_out = self._projection(channels)
+
+    def _projection(self, channels: int) -> nn.Module:
+        return nn.Linear(channels, channels) if self.linear_projection else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: ((b f), c, h, w); context: (b, l, context_dim), one row per video."""
+        h, residual = x.shape[-2], x
+        x = self.norm(x)
+        if not self.linear_projection:
+            x = self.proj_in(x)
+        x = rearrange(x, "n c h w -> n (h w) c")
+        if self.linear_projection:
+            x = self.proj_in(x)
+        for block in self.transformer_blocks:
+            x = block(x, context)
+        if self.linear_projection:
+            x = self.proj_out(x)
+        x = rearrange(x, "n (h w) c -> n c h w", h=h)
+        if not self.linear_projection:
+            x = self.proj_out(x)
+        return x + residual

@@ -1,0 +1,97 @@
+"""The motion module: a transformer along time, inserted after every layer of a frozen image UNet.
+
+AnimateDiff (arXiv 2307.04725), sec. 4.2. Parameter names are those of the official checkpoints, below
+`temporal_transformer`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from animatediff_kernels import temporal_attention
+from einops import rearrange
+from torch import Tensor, nn
+
+from animatediff.model_config import MotionConfig
+from animatediff.models.attention import FeedForward
+from animatediff.models.layers import GroupNorm
+
+
+@functools.lru_cache(maxsize=64)
+def positional_encoding(frames: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal encoding (frames, width): sin at even, cos at odd columns (Vaswani et al. 2017, sec. 3.5)."""
+    position = torch.arange(frames, dtype=torch.float32)[:, None]
+    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10_000.0) / width))
+    table = torch.zeros(frames, width)
+    table[:, 0::2] = torch.sin(position * rate)
+    table[:, 1::2] = torch.cos(position * rate)[:, : width // 2]
+    return table.to(device, dtype)
+
+
+class TemporalAttention(nn.Module):
+    """Self-attention of each pixel along the frames. Queries, keys and values all see the frame's position."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """x: ((b f), s, width)."""
+        code = positional_encoding(frames, x.shape[-1], x.device, x.dtype)
+        x = (rearrange(x, "(b f) s c -> b f s c", f=frames) + code[:, None]).flatten(0, 1)
+        out = temporal_attention(self.to_q(x), self.to_k(x), self.to_v(x), frames=frames, num_heads=self.num_heads)
+        return self.to_out[0](out)
+
+
+class TemporalTransformerBlock(nn.Module):
+    def __init__(self, width: int, config: MotionConfig):
+        super().__init__()
+        self.attention_blocks = nn.ModuleList(
+            TemporalAttention(width, config.num_heads) for _ in range(config.attentions_per_block)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.attentions_per_block))
+        self.ff = FeedForward(width)
+        self.ff_norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        for attention, norm in zip(self.attention_blocks, self.norms, strict=True):
+            x = x + attention(norm(x), frames)
+        return x + self.ff(self.ff_norm(x))
+
+
+class TemporalTransformer(nn.Module):
+    def __init__(self, channels: int, config: MotionConfig, groups: int):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, eps=1e-6, over_frames=config.norm_over_frames)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            TemporalTransformerBlock(channels, config) for _ in range(config.num_transformer_blocks)
+        )
+        self.proj_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.proj_out.weight)  # a fresh module is the identity
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """x: ((b f), c, h, w)."""
+        tokens = self.proj_in(rearrange(self.norm(x, frames), "n c h w -> n (h w) c"))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, frames)
+        return x + rearrange(self.proj_out(tokens), "n (h w) c -> n c h w", h=x.shape[-2])
+
+
+class MotionModule(nn.Module):
+    """Mixes the frames of a clip at every pixel. A freshly built one changes nothing."""
+
+    def __init__(self, channels: int, config: MotionConfig, *, groups: int = 32):
+        super().__init__()
+        self.temporal_transformer = TemporalTransformer(channels, config, groups)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """x: ((b f), channels, h, w), the same shape out."""
+        return self.temporal_transformer(x, frames)

@@ -1,0 +1,280 @@
+"""Prompt to text embedding: the CLIP tokenizer, offline, and the CLIP text encoder (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as BPETokenizer
+from torch import Tensor, nn
+
+from animatediff.model_config import TextConfig
+from animatediff.utils import UserError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+# Special tokens, English contractions, runs of letters, single digits, runs of anything else that is not blank.
+WORD_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+Merge = tuple[str, str]
+
+
+def read_bundled_merges() -> list[Merge]:
+    """The 48,894 merges of OpenAI's CLIP, in order of priority."""
+    text = gzip.decompress(files("animatediff").joinpath("assets/clip_merges.txt.gz").read_bytes()).decode("utf-8")
+    return parse_merges(text.splitlines())
+
+
+def parse_merges(lines: list[str]) -> list[Merge]:
+    """Pairs from the lines of a merges.txt; its `#version` line is skipped.
+
+    Raises:
+        UserError: a line is not two tokens.
+    """
+    pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    if wrong := [pair for pair in pairs if len(pair) != 2]:
+        raise UserError(f"got the merge {' '.join(wrong[0])!r}, expected two tokens: check the model's merges.txt")
+    return pairs
+
+
+def build_vocabulary(merges: list[Merge]) -> dict[str, int]:
+    """Token -> id: 256 bytes, the same at a word's end, one token per merge, start and end (49,408 for CLIP).
+
+    Bytes are spelled as printable characters: Latin-1 ones stand for themselves and come first,
+    the others follow as the code points from 256 up.
+    """
+    printable = [chr(b) for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))]
+    alphabet = printable + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = alphabet + [c + WORD_END for c in alphabet] + [left + right for left, right in merges] + [START, END]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+class Tokenizer:
+    """CLIP's byte-pair tokenizer; without arguments, OpenAI's table from `animatediff/assets`.
+
+    Args:
+        merges: pairs to join, in order of priority.
+        vocabulary: token -> id; derived from the merges where not given.
+        added_tokens: whole words -> ids that continue the vocabulary, kept in one piece wherever they occur.
+        pad_token: fills a chunk after its end token (`<|endoftext|>` for every SD 1.x model).
+
+    Raises:
+        UserError: a vocabulary that lacks the start, end or padding token or a merged one, or added ids that
+            leave a gap.
+    """
+
+    def __init__(
+        self,
+        merges: list[Merge] | None = None,
+        vocabulary: dict[str, int] | None = None,
+        *,
+        added_tokens: dict[str, int] | None = None,
+        pad_token: str = END,
+    ) -> None:
+        merges = read_bundled_merges() if merges is None else merges
+        vocabulary = build_vocabulary(merges) if vocabulary is None else vocabulary
+        self._bpe = _build_bpe(merges, vocabulary)
+        _add_tokens(self._bpe, added_tokens or {})
+        self.vocab_size = self._bpe.get_vocab_size()
+        self.start_id, self.end_id, self.pad_id = (self._special_id(token) for token in (START, END, pad_token))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Tokenizer:
+        """Read a `tokenizer/` folder of a diffusers model (vocab.json + merges.txt, or tokenizer.json alone).
+
+        Raises:
+            UserError: the folder holds neither, or its files do not belong together.
+        """
+        folder = Path(folder)
+        added = _read_json(folder / "added_tokens.json")
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            vocabulary = _read_json(folder / "vocab.json")
+            merges = parse_merges((folder / "merges.txt").read_text(encoding="utf-8").splitlines())
+        elif (folder / "tokenizer.json").is_file():
+            saved = _read_json(folder / "tokenizer.json")
+            vocabulary = saved["model"]["vocab"]
+            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in saved["model"]["merges"]]
+            added |= {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
+        else:
+            raise UserError(
+                f"got {folder} without a tokenizer, expected vocab.json and merges.txt (or tokenizer.json) in it: "
+                "restore them, or remove the folder to use the bundled CLIP table"
+            )
+        pad = _read_json(folder / "tokenizer_config.json").get("pad_token") or END
+        return cls(merges, vocabulary, added_tokens=added, pad_token=pad["content"] if isinstance(pad, dict) else pad)
+
+    def __call__(self, prompts: list[str], *, max_length: int = 77) -> Tensor:
+        """Token ids of prompts of any length, cut into chunks that the encoder can take.
+
+        Each chunk is start token, up to `max_length - 2` tokens, end token, padding. All prompts of one call
+        get as many chunks as the longest needs, so a prompt and its negative prompt belong in one call.
+
+        Args:
+            prompts: n texts; blank ones are fine.
+            max_length: tokens of a chunk, start and end included (`TextConfig.max_length`).
+
+        Returns:
+            int64 ids (n, chunks, max_length).
+
+        Raises:
+            UserError: `prompts` is not a list of texts, or `max_length` leaves no room for a token.
+        """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(f"got prompts {prompts!r}, expected a list of texts: quote each prompt, one entry each")
+        if max_length < 3:
+            raise UserError(f"got max_length {max_length}, expected at least 3: start token, a token, end token")
+        room = max_length - 2
+        texts = [self.tokenize(prompt) for prompt in prompts]
+        chunks = max([1, *(-(-len(ids) // room) for ids in texts)])
+        table = torch.full((len(texts), chunks, max_length), self.pad_id)
+        for rows, ids in zip(table, texts, strict=True):
+            for c, row in enumerate(rows):
+                piece = [self.start_id, *ids[c * room : (c + 1) * room], self.end_id]
+                row[: len(piece)] = torch.tensor(piece)
+        return table
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """The ids of one prompt, of any length, without start and end tokens."""
+        clean = prompt.encode("utf-8", errors="replace").decode("utf-8")  # half a surrogate pair is no text
+        return self._bpe.encode(clean, add_special_tokens=False).ids
+
+    def _special_id(self, token: str) -> int:
+        index = self._bpe.token_to_id(token)
+        if index is None:
+            raise UserError(f"got a vocabulary without {token}, expected CLIP's: check the model's tokenizer folder")
+        return index
+
+
+def _build_bpe(merges: list[Merge], vocabulary: dict[str, int]) -> BPETokenizer:
+    for merge in merges:
+        if "".join(merge) not in vocabulary or not all(part in vocabulary for part in merge):
+            raise UserError(
+                f"got the merge {' '.join(merge)!r} of tokens the vocabulary lacks, expected a vocabulary with all "
+                "of them: take merges and vocabulary from the same model"
+            )
+    bpe = BPETokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix=WORD_END,
+            unk_token=END,
+        )
+    )
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in (START, END) if token in vocabulary])
+    return bpe
+
+
+def _add_tokens(bpe: BPETokenizer, tokens: dict[str, int]) -> None:
+    for token, index in sorted(tokens.items(), key=lambda item: item[1]):
+        bpe.add_tokens([AddedToken(token, normalized=token not in (START, END))])
+        if (got := bpe.token_to_id(token)) != index:
+            raise UserError(
+                f"got added token {token} with id {index}, expected {got}: ids must continue the vocabulary"
+            )
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"got {path} with broken content ({error}), expected JSON: fetch the file again") from None
+
+
+class TextEncoder(nn.Module):
+    """CLIP's causal text transformer: transformers' CLIPTextModel, built from sizes alone.
+
+    Parameters are named `text_model.embeddings.token_embedding.weight`, `text_model.encoder.layers.0…`,
+    `text_model.final_layer_norm.weight`, as in checkpoints, whichever transformers version is installed.
+    There are no buffers, so it can be built on the meta device and filled with `load_state_dict(assign=True)`.
+
+    Raises:
+        UserError: the number of heads does not divide the width.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        if config.num_heads < 1 or config.width % config.num_heads:
+            raise UserError(
+                f"got {config.num_heads} heads for a text encoder of width {config.width}, expected a divisor of it: "
+                "set text_num_heads in the checkpoint's metadata"
+            )
+        self.config = config
+        self.text_model = _build_clip(config)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Embed one chunk per row.
+
+        Padding is attended to like any token, as Stable Diffusion was trained.
+
+        Args:
+            token_ids: int64 ids (n, l), l at most `config.max_length`.
+
+        Returns:
+            The last layer's states after the final layer norm (n, l, d).
+
+        Raises:
+            UserError: l exceeds `config.max_length`.
+        """
+        length = token_ids.shape[-1]
+        if length > self.config.max_length:
+            raise UserError(
+                f"got {length} tokens, expected at most {self.config.max_length}: "
+                f"tokenize with max_length={self.config.max_length}"
+            )
+        positions = torch.arange(length, device=token_ids.device)[None]
+        return self.text_model(input_ids=token_ids, position_ids=positions).last_hidden_state
+
+    def encode(self, token_ids: Tensor) -> Tensor:
+        """Embed prompts of several chunks, each chunk on its own, and join them along the tokens.
+
+        Args:
+            token_ids: int64 ids (n, chunks, l) from `Tokenizer`.
+
+        Returns:
+            The context of the UNet's cross-attention (n, chunks * l, d).
+        """
+        states = self(rearrange(token_ids, "n c l -> (n c) l"))
+        return rearrange(states, "(n c) l d -> n (c l) d", n=token_ids.shape[0], c=token_ids.shape[1])
+
+    def linear_layers(self) -> dict[str, nn.Linear]:
+        """Every linear layer by its checkpoint name, e.g. `text_model.encoder.layers.0.self_attn.q_proj`."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+
+
+def _build_clip(config: TextConfig) -> nn.Module:
+    """The module that owns `embeddings`, `encoder` and `final_layer_norm`."""
+    # Imported here: it takes seconds, and tokenizing or reading a checkpoint does without it.
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModel
+
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.num_heads,
+            max_position_embeddings=config.max_length,
+            hidden_act=config.activation,
+        )
+    )
+    inner = getattr(model, "text_model", model)  # the extra level went away in transformers 5
+    inner.embeddings.position_ids = None  # `forward` passes positions; as a buffer it would not survive meta
+    return inner

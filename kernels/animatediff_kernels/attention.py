@@ -1,0 +1,38 @@
+"""Scaled dot-product attention of token matrices, by torch's own kernels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_BATCH = 32_768  # rows per call: CUDA attention kernels put the batch on a grid axis that ends at 65,535
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int) -> Tensor:
+    """softmax(q kᵀ / sqrt(head_dim)) v, heads packed in the last axis, no mask.
+
+    Args:
+        q: (n, s, num_heads * head_dim). k, v: (n, l, num_heads * head_dim), or (n / r, l, …) where r consecutive
+            rows of q share keys and values: the frames of a clip attend to one text without copies of it.
+    Returns: (n, s, num_heads * head_dim).
+    """
+    n, s, width = q.shape
+    rows, tokens = k.shape[:2]
+    if n % rows:
+        raise ValueError(f"got {n} query rows and {rows} key rows, expected a multiple")
+    head_dim = width // num_heads
+    q = q.reshape(rows, n // rows * s, num_heads, head_dim).transpose(1, 2)
+    k = k.reshape(rows, tokens, num_heads, head_dim).transpose(1, 2)
+    v = v.reshape(rows, tokens, num_heads, head_dim).transpose(1, 2)
+    return sdpa(q, k, v).transpose(1, 2).reshape(n, s, width)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's attention of (n, heads, s, head_dim) in slices of at most MAX_BATCH rows."""
+    if q.shape[0] <= MAX_BATCH:
+        return F.scaled_dot_product_attention(q, k, v)
+    out = q.new_empty(q.shape)
+    for start in range(0, q.shape[0], MAX_BATCH):
+        part = slice(start, start + MAX_BATCH)
+        out[part] = F.scaled_dot_product_attention(q[part], k[part], v[part])
+    return out
