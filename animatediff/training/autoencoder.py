@@ -1,0 +1,66 @@
+"""Stage `vae`: the autoencoder of the small image model, on rendered frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from animatediff.data.shapes import FRAMES, make_scene, render
+from animatediff.model_config import VAEConfig
+from animatediff.models.vae import VAE
+
+
+NOISE_LOG_VARIANCE = -6.0  # of the posterior, fixed: learnt, a channel that is useless early drowns in its own noise
+
+
+class AutoencoderStage:
+    """Reconstruction in L2, L1 and image gradients, with a little noise on the latents so that they stay smooth."""
+
+    name = "vae"
+
+    def __init__(self, config: VAEConfig, *, data_seed: int = 0):
+        self.vae = VAE(config).to(memory_format=torch.channels_last)
+        self.data_seed = data_seed
+        with torch.no_grad():
+            self.vae.quant_conv.weight[config.latent_channels :] = 0
+            self.vae.quant_conv.bias[config.latent_channels :] = NOISE_LOG_VARIANCE
+
+    def modules(self) -> nn.Module:
+        return self.vae
+
+    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        scenes = [make_scene(step * batch_size + i, seed=self.data_seed) for i in range(batch_size)]
+        which = torch.randint(FRAMES, (batch_size, 1), generator=generator).numpy()
+        image = render(scenes, only_frames=which)[:, 0].contiguous(memory_format=torch.channels_last)
+        mean, logvar = self.vae.encode(image)
+        noise = torch.randn(mean.shape, generator=generator)
+        output = self.vae.decode(mean + (0.5 * logvar.detach()).exp() * noise)
+        mse = F.mse_loss(output, image)
+        edges = sum(F.l1_loss(output.diff(dim=d), image.diff(dim=d)) for d in (2, 3))
+        loss = 4 * mse + 0.5 * F.l1_loss(output, image) + 0.25 * edges + 1e-4 * mean.square().mean()
+        return loss, {"psnr": float(10 * torch.log10(4 / mse.detach()))}
+
+    def export(self, folder: Path, metadata: dict[str, str]) -> None:
+        normalise_latents(self.vae, data_seed=self.data_seed)
+        torch.save(self.vae.state_dict(), folder / "vae.pt")
+
+
+@torch.no_grad()
+def normalise_latents(vae: VAE, *, samples: int = 1024, data_seed: int = 0) -> None:
+    """Fold a shift and scale per channel into the 1x1 convolutions, so that scaled latents have mean 0, deviation 1."""
+    scenes = [make_scene(i, seed=data_seed) for i in range(samples)]
+    which = torch.randint(FRAMES, (samples, 1), generator=torch.Generator().manual_seed(0)).numpy()
+    images = render(scenes, only_frames=which)[:, 0].contiguous(memory_format=torch.channels_last)
+    means = torch.cat([vae.encode(chunk)[0] for chunk in images.split(64)])
+    shift = means.mean(dim=(0, 2, 3))
+    scale = means.std(dim=(0, 2, 3)) * vae.config.scaling_factor  # new latent = (latent - shift) / scale
+    c = vae.config.latent_channels
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:c] /= scale[:, None, None, None]
+    quant.bias[:c] = (quant.bias[:c] - shift) / scale
+    quant.bias[c:] -= 2 * scale.log()
+    post.bias += (post.weight[:, :, 0, 0] @ shift).reshape(-1)
+    post.weight *= scale[None, :, None, None]

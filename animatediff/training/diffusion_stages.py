@@ -1,0 +1,100 @@
+"""Stages `image` and `motion`: the two trainings that AnimateDiff keeps apart (arXiv 2307.04725, sec. 4).
+
+First an image model learns from single frames; then, with every weight of it frozen, motion modules learn from clips.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from animatediff.checkpoints.export import save_image_model, save_motion_module
+from animatediff.data.shapes import FRAMES
+from animatediff.diffusion.schedule import NoiseSchedule
+from animatediff.model_config import MotionConfig, ScheduleConfig, TextConfig, UNetConfig
+from animatediff.models.text import TextEncoder
+from animatediff.models.unet import UNet
+from animatediff.models.vae import VAE
+from animatediff.training.latents import LatentClips
+
+CAPTION_DROPOUT = 0.1  # share of empty captions, which teaches the unconditional half of guidance
+
+
+class ImageStage:
+    """UNet and text encoder learn to denoise single frames."""
+
+    name = "image"
+
+    def __init__(self, unet: UNetConfig, text: TextConfig, vae: VAE, clips: LatentClips):
+        self.unet, self.text_encoder, self.vae, self.clips = UNet(unet), TextEncoder(text), vae, clips
+        self.schedule = NoiseSchedule(ScheduleConfig())
+        table = self.text_encoder.get_parameter("text_model.embeddings.token_embedding.weight")
+        with torch.no_grad():  # words the world never says stay zero, and the file compresses
+            said = torch.zeros(len(table), 1)
+            said[torch.cat([clips.tokens.unique(), clips.empty.unique()]).long()] = 1
+            table *= said
+
+    def modules(self) -> nn.Module:
+        return nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
+
+    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        index = torch.randint(len(self.clips), (batch_size,), generator=generator)
+        frame = torch.randint(FRAMES, (batch_size,), generator=generator)
+        x0 = self.clips.latents[index, frame].float()[:, None]
+        context = self.text_encoder(self.clips.captions(index, generator, dropout=CAPTION_DROPOUT))
+        t = torch.randint(self.schedule.config.num_train_timesteps, (batch_size,), generator=generator)
+        return denoising_loss(self.unet, self.schedule, x0, t, context, generator), {}
+
+    def export(self, folder: Path, metadata: dict[str, str]) -> None:
+        model = SimpleNamespace(unet=self.unet, vae=self.vae, text_encoder=self.text_encoder, schedule=None)
+        save_image_model(model, folder / "image.safetensors", metadata=metadata, dtype=torch.float16)
+
+
+class MotionStage:
+    """Motion modules learn to denoise clips inside a frozen image model."""
+
+    name = "motion"
+
+    def __init__(self, unet: UNet, motion: MotionConfig, text_encoder: TextEncoder, clips: LatentClips):
+        self.unet = UNet(replace(unet.config, motion=motion))
+        missing, unexpected = self.unet.load_state_dict(unet.state_dict(), strict=False)
+        assert not unexpected and all("motion_modules." in key for key in missing)
+        self.text_encoder, self.clips = text_encoder, clips
+        self.schedule = NoiseSchedule(ScheduleConfig())
+        text_encoder.requires_grad_(False)
+        for name, parameter in self.unet.named_parameters():
+            parameter.requires_grad_("motion_modules." in name)
+
+    def modules(self) -> nn.Module:
+        return self.unet
+
+    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        index = torch.randint(len(self.clips), (batch_size,), generator=generator)
+        x0 = self.clips.latents[index].float()
+        context = self.text_encoder(self.clips.captions(index, generator, dropout=CAPTION_DROPOUT))
+        # half of the draws from the noisy half: where a trajectory is decided
+        total = self.schedule.config.num_train_timesteps
+        t = torch.randint(total, (batch_size,), generator=generator)
+        noisy = torch.rand(batch_size, generator=generator) < 0.5
+        t = torch.where(noisy, total // 2 + t // 2, t)
+        return denoising_loss(self.unet, self.schedule, x0, t, context, generator), {}
+
+    def export(self, folder: Path, metadata: dict[str, str]) -> None:
+        save_motion_module(self.unet, folder / "motion.safetensors", metadata=metadata, dtype=torch.float16)
+
+
+def denoising_loss(
+    unet: UNet, schedule: NoiseSchedule, x0: Tensor, t: Tensor, context: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of the network's prediction (Ho et al. 2020, Eq. 14), one timestep per clip.
+
+    x0: clean scaled latents (b, f, c, h, w). t: (b,). context: (b, l, d).
+    """
+    noise = torch.randn(x0.shape, generator=generator)
+    prediction = unet(schedule.add_noise(x0, noise, t), t, context)
+    return F.mse_loss(prediction, schedule.target(x0, noise, t))

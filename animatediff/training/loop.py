@@ -1,0 +1,139 @@
+"""The training loop: optimizer, schedule, averaging, log, checkpoints. What is trained is a `Stage`'s business.
+
+Randomness is a function of (seed, step), never of how a run got there, so a run that was killed and repeated goes on to
+the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from animatediff.utils import UserError
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    seed: int = 0
+    log_every: int = 20
+    checkpoint_every: int = 200
+
+
+class Stage(Protocol):
+    """What one training stage is."""
+
+    name: str
+
+    def modules(self) -> nn.Module:
+        """The module whose parameters with `requires_grad` are trained and averaged."""
+        ...
+
+    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Scalar loss of the batch of `step`, and numbers to log."""
+        ...
+
+    def export(self, folder: Path, metadata: dict[str, str]) -> None:
+        """Write the weights now in the modules as files that the loader reads."""
+        ...
+
+
+def learning_rate(config: LoopConfig, step: int) -> float:
+    """Linear warm-up, then a cosine down to a hundredth of the peak."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed((seed << 32) + step)
+
+
+def train(stage: Stage, config: LoopConfig, folder: Path, *, log: Callable[[str], None] = print) -> None:
+    """Train `stage` to `config.steps`, going on from `folder`/state.pt where there is one; then export the EMA weights.
+
+    Raises UserError where the folder holds a run of another configuration, and when the loss is not finite (the last
+    checkpoint stays).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    named = [(n, p) for n, p in stage.modules().named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, foreach=True
+    )
+    ema = [p.detach().clone() for p in parameters]
+    start = _resume(folder / "state.pt", config, named, ema, optimizer)
+    began, began_step = time.monotonic(), start
+    for step in range(start, config.steps):
+        lr = learning_rate(config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, numbers = stage.loss(step, config.batch_size, step_generator(config.seed, step))
+        if not math.isfinite(value := loss.item()):
+            raise UserError(f"got loss {value} at step {step} of {stage.name}; lower learning_rate and run again")
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(config.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            pace = (done - began_step) / (time.monotonic() - began)
+            record = {"step": done, "loss": value, "lr": lr, "grad_norm": norm.item(), "steps_per_s": pace, **numbers}
+            with open(folder / "log.jsonl", "a") as file:
+                file.write(json.dumps({k: float(f"{v:.5g}") for k, v in record.items()}) + "\n")
+            left = (config.steps - done) / pace / 60
+            log(f"{stage.name} {done}/{config.steps} loss {value:.4f} {pace:.2f} steps/s, {left:.0f} min left")
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            _save(folder / "state.pt", config, done, named, ema, optimizer)
+    for parameter, average in zip(parameters, ema, strict=True):
+        parameter.data.copy_(average)
+    stage.export(folder, {"training": json.dumps({"stage": stage.name, **asdict(config)})})
+
+
+def _save(path: Path, config: LoopConfig, step: int, named, ema: list[Tensor], optimizer) -> None:
+    state = {
+        "config": asdict(config),
+        "step": step,
+        "model": {n: p.detach() for n, p in named},
+        "ema": {n: e for (n, _), e in zip(named, ema, strict=True)},
+        "optimizer": optimizer.state_dict(),
+    }
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _resume(path: Path, config: LoopConfig, named, ema: list[Tensor], optimizer) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    schedule_free = {"log_every", "checkpoint_every"}
+    for key, value in asdict(config).items():
+        if key not in schedule_free and state["config"].get(key) != value:
+            raise UserError(
+                f"got {key}={value} for the run in {path.parent}, expected {state['config'].get(key)} as it began; "
+                "keep the configuration or choose another output folder"
+            )
+    for (name, parameter), average in zip(named, ema, strict=True):
+        parameter.data.copy_(state["model"][name])
+        average.copy_(state["ema"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]

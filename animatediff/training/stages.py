@@ -1,0 +1,96 @@
+"""What `scripts/train.py` runs: a YAML names a stage, the stage builds its networks and data and calls the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from animatediff.checkpoints.load import load_base
+from animatediff.dataclass_io import build_dataclass, parse_overrides, read_yaml
+from animatediff.model_config import MotionConfig, TextConfig, UNetConfig, VAEConfig
+from animatediff.models.vae import VAE
+from animatediff.training.autoencoder import AutoencoderStage
+from animatediff.training.diffusion_stages import ImageStage, MotionStage
+from animatediff.training.latents import LatentClips
+from animatediff.training.loop import LoopConfig, train
+from animatediff.utils import UserError
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ShapesImage:
+    """Stage `shapes_image`: VAE, then text encoder and UNet, on single frames of the built-in world."""
+
+    output_dir: str
+    clips: int  # how many clips are encoded once and drawn from
+    vae: VAEConfig
+    unet: UNetConfig
+    text: TextConfig
+    autoencoder: LoopConfig
+    image: LoopConfig
+    seed: int = 0
+
+    def run(self, log: Log) -> None:
+        """Train, or go on; writes `output_dir`/image.safetensors, an SD 1.x single file."""
+        folder = Path(self.output_dir)
+        torch.manual_seed(self.seed)
+        stage = AutoencoderStage(self.vae, data_seed=self.seed)
+        vae = stage.vae
+        if not (folder / "vae" / "vae.pt").exists():
+            train(stage, self.autoencoder, folder / "vae", log=log)
+        vae = VAE(self.vae)
+        vae.load_state_dict(torch.load(folder / "vae" / "vae.pt", weights_only=True))
+        vae.to(memory_format=torch.channels_last).requires_grad_(False)
+        clips = LatentClips.build(folder / "clips.pt", vae, count=self.clips, seed=self.seed, log=log)
+        torch.manual_seed(self.seed)
+        train(ImageStage(self.unet, self.text, vae, clips), self.image, folder, log=log)
+
+
+@dataclass(frozen=True)
+class ShapesMotion:
+    """Stage `shapes_motion`: motion modules on clips of the built-in world, the image model frozen."""
+
+    output_dir: str
+    image_model: str
+    clips: int
+    motion: MotionConfig
+    loop: LoopConfig
+    seed: int = 0
+
+    def run(self, log: Log) -> None:
+        """Train, or go on; writes `output_dir`/motion.safetensors, an official motion module."""
+        folder = Path(self.output_dir)
+        base = load_base(self.image_model)
+        if base.vae is None:
+            raise UserError(f"got {self.image_model} without a VAE, expected a complete image model")
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = Path(self.image_model).parent / "clips.pt"  # the image stage encoded the same clips
+        cache = beside if beside.exists() else folder / "clips.pt"
+        clips = LatentClips.build(cache, base.vae, count=self.clips, seed=self.seed, log=log)
+        torch.manual_seed(self.seed)
+        train(MotionStage(base.unet, self.motion, base.text_encoder, clips), self.loop, folder, log=log)
+
+
+STAGES: dict[str, type[ShapesImage] | type[ShapesMotion]] = {
+    "shapes_image": ShapesImage,
+    "shapes_motion": ShapesMotion,
+}
+
+
+def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> ShapesImage | ShapesMotion:
+    """Read a training YAML; `overrides` are `key=value` texts for its top-level keys.
+
+    Raises: UserError for an unknown stage or key, a missing or mistyped value.
+    """
+    raw: Any = read_yaml(Path(path))
+    if not isinstance(raw, Mapping) or raw.get("stage") not in STAGES:
+        got = raw.get("stage") if isinstance(raw, Mapping) else raw
+        raise UserError(f"{path}: got stage {got!r}, expected one of {', '.join(STAGES)}")
+    cls = STAGES[raw["stage"]]
+    values = {key: value for key, value in raw.items() if key != "stage"} | parse_overrides(cls, overrides)
+    return build_dataclass(cls, values, where=str(path))
