@@ -23,6 +23,7 @@ from animatediff.models.vae import VAE
 from animatediff.training.latents import LatentClips
 
 CAPTION_DROPOUT = 0.1  # share of empty captions, which teaches the unconditional half of guidance
+NOISY_SHARE = 0.6  # share of clips that stage `motion` noises beyond the middle of the schedule, where paths are decided
 
 
 class ImageStage:
@@ -77,10 +78,9 @@ class MotionStage:
         index = torch.randint(len(self.clips), (batch_size,), generator=generator)
         x0 = self.clips.latents[index].float()
         context = self.text_encoder(self.clips.captions(index, generator, dropout=CAPTION_DROPOUT))
-        # half of the draws from the noisy half: where a trajectory is decided
         total = self.schedule.config.num_train_timesteps
         t = torch.randint(total, (batch_size,), generator=generator)
-        noisy = torch.rand(batch_size, generator=generator) < 0.5
+        noisy = torch.rand(batch_size, generator=generator) < NOISY_SHARE
         t = torch.where(noisy, total // 2 + t // 2, t)
         return denoising_loss(self.unet, self.schedule, x0, t, context, generator), {}
 

@@ -1,0 +1,275 @@
+"""Modules and parts to files: LDM single files, official motion modules, diffusers folders and MotionAdapters."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from animatediff.checkpoints import diffusers_json as dj
+from animatediff.checkpoints.files import StateDict, replacing, write_state_dict
+from animatediff.checkpoints.keymaps import (
+    LDM_TEXT,
+    LDM_UNET,
+    LDM_VAE,
+    MOTION_MARK,
+    motion_to_diffusers,
+    translate,
+    unet_table,
+    vae_table,
+)
+from animatediff.checkpoints.parts import VAE_ATTENTION_MATRIX, ImageParts, MotionParts
+from animatediff.checkpoints.sizes import (
+    image_metadata_of,
+    motion_config,
+    motion_levels,
+    motion_metadata_of,
+    motion_norm_groups,
+    motion_widths,
+    prediction_type,
+    text_config,
+    unet_config,
+    vae_config,
+)
+from animatediff.model_config import MotionConfig, ScheduleConfig
+from animatediff.models.text import END, START, TextEncoder, build_vocabulary, read_bundled_merges
+from animatediff.models.unet import UNet
+from animatediff.models.vae import VAE
+from animatediff.utils import UserError
+
+
+class HasImageModel(Protocol):
+    """What `save_image_model` needs; `load.ImageModel` is one."""
+
+    unet: UNet
+    vae: VAE | None
+    text_encoder: TextEncoder
+    schedule: ScheduleConfig | None
+
+
+def save_image_model(
+    model: HasImageModel,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write an SD 1.x single file (LDM keys) that `load_base` reads back without further information.
+
+    Args:
+        model: a UNet (its motion modules are left out), a text encoder, perhaps a VAE and a schedule.
+        path: `.safetensors`, or `.ckpt`, `.pt`, `.pth`.
+        metadata: strings to add; heads, scaling factor and prediction type are written by themselves.
+        dtype: to store the weights in, their own by default.
+    """
+    prediction = model.schedule.prediction_type if model.schedule else "epsilon"
+    vae_sizes = model.vae.config if model.vae else None
+    facts = image_metadata_of(model.unet.config, vae_sizes, model.text_encoder.config, prediction=prediction)
+    parts = ImageParts(
+        path=Path(path),
+        kind="sd1-checkpoint",
+        unet={k: t for k, t in _weights(model.unet, dtype).items() if MOTION_MARK not in k},
+        vae=_weights(model.vae, dtype) if model.vae else None,
+        text=_weights(model.text_encoder, dtype),
+        metadata={**(metadata or {}), **facts},
+    )
+    return write_ldm(parts, path)
+
+
+def save_motion_module(
+    unet: UNet,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write the motion module of a video UNet in official keys; `load_motion_module` reads it back by itself.
+
+    Args:
+        unet: its `config.motion` may not be None.
+        path: `.safetensors`, or `.ckpt`, `.pt`, `.pth`.
+        metadata: strings to add; version, heads and trained length are written by themselves.
+        dtype: to store the weights in, their own by default.
+
+    Raises:
+        UserError: `unet` has no motion module.
+    """
+    if unet.config.motion is None:
+        raise UserError("got an image UNet, expected one with a motion module: load or build one first")
+    tensors = {k: t for k, t in _weights(unet, dtype).items() if MOTION_MARK in k}
+    facts = motion_metadata_of(unet.config.motion, norm_num_groups=unet.config.norm_num_groups)
+    return write_state_dict(path, tensors, metadata={**(metadata or {}), **facts})
+
+
+def _weights(module: torch.nn.Module, dtype: torch.dtype | None) -> StateDict:
+    return {key: tensor.to(dtype or tensor.dtype) for key, tensor in module.state_dict().items()}
+
+
+# --- image models ----------------------------------------------------------------------------------------------------
+
+
+def write_ldm(parts: ImageParts, path: str | Path) -> Path:
+    """Write an image model as an SD 1.x single file, every tensor in its dtype.
+
+    Raises:
+        UserError: the suffix or the folder is unusable, or weights have no name in that grammar.
+    """
+    unet = unet_config(parts.unet, parts.metadata)
+    table = unet_table(layers=unet.layers_per_block, attention_levels=unet.attention_levels)
+    tensors = {LDM_UNET + _name(key, table, parts.path): t for key, t in parts.unet.items()}
+    if parts.vae:
+        vae = vae_config(parts.vae, parts.metadata)
+        table = vae_table(levels=len(vae.block_out_channels), layers=vae.layers_per_block)
+        for key, t in parts.vae.items():
+            kernel = t[..., None, None] if VAE_ATTENTION_MATRIX.fullmatch(key) else t
+            tensors[LDM_VAE + _name(key, table, parts.path)] = kernel
+    tensors |= {LDM_TEXT + key: t for key, t in (parts.text or {}).items()}
+    return write_state_dict(path, tensors, metadata=_facts(parts))
+
+
+def _name(key: str, table: Mapping[str, str], path: Path) -> str:
+    name = translate(key, table)
+    if name is None:
+        raise UserError(
+            f"got {path} with {key}, expected only weights of SD 1.x: it cannot be written as a single file"
+        )
+    return name
+
+
+def _facts(parts: ImageParts) -> dict[str, str]:
+    """The file's metadata, completed by what other readers would have to guess."""
+    if parts.text is None:
+        return parts.metadata
+    unet = unet_config(parts.unet, parts.metadata)
+    vae = vae_config(parts.vae, parts.metadata) if parts.vae else None
+    text = text_config(parts.text, parts.metadata)
+    return parts.metadata | image_metadata_of(unet, vae, text, prediction=prediction_type(parts.metadata))
+
+
+def write_diffusers(parts: ImageParts, folder: str | Path) -> Path:
+    """Write an image model as a folder that diffusers' StableDiffusionPipeline opens, tokenizer included.
+
+    Raises:
+        UserError: the VAE or text encoder is missing, its vocabulary is not CLIP's, or `folder` cannot be written.
+    """
+    folder = _replaceable(Path(folder))
+    if parts.vae is None or parts.text is None:
+        missing = "VAE" if parts.vae is None else "text encoder"
+        raise UserError(
+            f"got {parts.path} without a {missing}, expected all parts of an image model: take a complete file"
+        )
+    unet, vae = unet_config(parts.unet, parts.metadata), vae_config(parts.vae, parts.metadata)
+    text = text_config(parts.text, parts.metadata)
+    schedule = ScheduleConfig(
+        beta_schedule=parts.metadata.get("beta_schedule", "scaled_linear"),  # as SD 1.x was trained
+        prediction_type=prediction_type(parts.metadata) or "epsilon",
+        set_alpha_to_one=False,
+    )
+    size = 64  # latents, SD 1.x's; a hint for the default picture size
+    with replacing(folder) as new:
+        _write_part(new / "unet", parts.unet, dj.UNET_STEM, dj.unet_json(unet, sample_size=size), parts.metadata)
+        _write_part(new / "vae", parts.vae, dj.VAE_STEM, dj.vae_json(vae, sample_size=size * vae.downsampling))
+        _write_part(new / "text_encoder", parts.text, dj.TEXT_STEMS[0], dj.text_json(text))
+        _write_json(new / "scheduler" / "scheduler_config.json", dj.scheduler_json(schedule))
+        _write_tokenizer(new / "tokenizer", vocab_size=text.vocab_size, max_length=text.max_length)
+        _write_json(new / "model_index.json", dj.model_index_json())
+    return folder
+
+
+def _replaceable(folder: Path) -> Path:
+    """Refuse to put a model in the place of anything but another one: the whole folder would be replaced."""
+    is_model = any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_model):
+        what = "a file" if folder.is_file() else "a folder with other content"
+        raise UserError(f"got {folder} to write a model folder to, expected a new name: it is {what}")
+    return folder
+
+
+def _write_part(
+    folder: Path, tensors: StateDict, stem: str, config: dj.Json, metadata: Mapping[str, str] | None = None
+) -> None:
+    _write_json(folder / "config.json", config)
+    write_state_dict(folder / f"{stem}.safetensors", tensors, metadata=metadata)
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path, *, vocab_size: int, max_length: int) -> None:
+    merges = read_bundled_merges()
+    vocabulary = build_vocabulary(merges)
+    if vocab_size != len(vocabulary):
+        raise UserError(
+            f"got a text encoder of {vocab_size} tokens, expected CLIP's {len(vocabulary)}: "
+            "a diffusers folder needs the tokenizer it was trained with"
+        )
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    _write_json(folder / "vocab.json", vocabulary)
+    _write_json(folder / "special_tokens_map.json", special)
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True, **special}
+    _write_json(folder / "tokenizer_config.json", settings)
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# --- motion modules --------------------------------------------------------------------------------------------------
+
+
+def write_official_motion(parts: MotionParts, path: str | Path, *, version: str | None = None) -> Path:
+    """Write a motion module in official keys, with the positional encodings the file came with.
+
+    Args:
+        version: as in `load_motion_module`; written into the metadata.
+
+    Raises:
+        UserError: the version cannot be told, or contradicts the file.
+    """
+    config = _motion_sizes(parts, version)
+    tensors = dict(parts.tensors)
+    for key, table in parts.positional.items():
+        if key.endswith(".pos_embed.pe"):  # diffusers keeps one for all attentions of a block
+            stem = key.removesuffix("pos_embed.pe")
+            tensors |= {f"{stem}attention_blocks.{i}.pos_encoder.pe": table for i in range(config.attentions_per_block)}
+        else:
+            tensors[key] = table
+    return write_state_dict(path, tensors, metadata={**parts.metadata, **motion_metadata_of(config)})
+
+
+def write_motion_adapter(parts: MotionParts, folder: str | Path, *, version: str | None = None) -> Path:
+    """Write a motion module as a folder that diffusers' MotionAdapter opens.
+
+    Args:
+        version: as in `load_motion_module`; written into the weights' metadata, config.json has no place for it.
+
+    Raises:
+        UserError: the version cannot be told or contradicts the file, or MotionAdapter has no such layout.
+    """
+    folder, config = _replaceable(Path(folder)), _motion_sizes(parts, version)
+    levels = motion_levels(parts.tensors)
+    if config.resolutions != tuple(2**i for i in range(levels)) or config.attentions_per_block != 2:
+        raise UserError(
+            f"got {parts.path} with modules at resolutions {config.resolutions} and {config.attentions_per_block} "
+            "attentions each, expected all resolutions and 2: MotionAdapter has no other; keep the official format"
+        )
+    tensors = {motion_to_diffusers(key): t for key, t in parts.tensors.items()}
+    for key, table in parts.positional.items():
+        tensors[motion_to_diffusers(re.sub(r"attention_blocks\.\d+\.pos_encoder\.pe$", "pos_embed.pe", key))] = table
+    layers = sum(bool(re.fullmatch(r"down_blocks\.0\.motion_modules\.\d+\.norm\.weight", key)) for key in tensors)
+    metadata = {**parts.metadata, **motion_metadata_of(config)}
+    adapter = dj.adapter_json(
+        config, widths=motion_widths(parts.tensors), layers=layers, groups=motion_norm_groups(metadata)
+    )
+    with replacing(folder) as new:
+        _write_part(new, tensors, dj.UNET_STEM, adapter, metadata)
+    return folder
+
+
+def _motion_sizes(parts: MotionParts, version: str | None) -> MotionConfig:
+    levels = motion_levels(parts.tensors)
+    return motion_config(parts.tensors, parts.metadata, levels=levels, length=parts.length, version=version)

@@ -1,0 +1,337 @@
+"""What is this weight file? Its kind by its keys, its version and base by its shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from animatediff.checkpoints import sizes
+from animatediff.checkpoints.diffusers_json import TEXT_STEMS, UNET_STEM, VAE_STEM, Json, adapter_metadata
+from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
+from animatediff.checkpoints.keymaps import LDM_TEXT, LDM_UNET, LDM_VAE, MOTION_MARK, motion_to_official
+from animatediff.utils import UserError
+
+SDXL_MOTION_WIDTHS = {0: 320, 1: 640, 2: 1280}
+SD15_WIDTHS = (320, 640, 1280, 1280)
+MOTION_KINDS = ("motion-module", "motion-adapter")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`summary` completes "this is …"; `config` is the line that uses such a file, empty where nothing can."""
+
+    summary: str
+    needs: str = ""
+    config: str = ""
+
+
+KINDS: dict[str, Kind] = {
+    "sd1-checkpoint": Kind(
+        "an SD 1.x image model in one file",
+        "nothing more; a motion module animates it",
+        "dreambooth_path: {path}   # or as the base: --pretrained-model-path {path}",
+    ),
+    "diffusers-folder": Kind(
+        "an SD 1.x image model as a diffusers folder",
+        "nothing more; a motion module animates it",
+        "dreambooth_path: {path}   # or as the base: --pretrained-model-path {path}",
+    ),
+    "motion-module": Kind("a motion module", "an SD 1.x image model", "motion_module: {path}"),
+    "motion-adapter": Kind(
+        "a motion module in diffusers' MotionAdapter format", "an SD 1.x image model", "motion_module: {path}"
+    ),
+    "motion-lora": Kind(
+        "a MotionLoRA",
+        "a v2 motion module, as all released ones do, unless it was trained on another",
+        "motion_module_lora_configs: [{{path: {path}, alpha: 1.0}}]",
+    ),
+    "domain-adapter": Kind("a domain adapter", "the v3 motion module it was trained with", "adapter_lora_path: {path}"),
+    "lora": Kind("a LoRA of an image model", "an SD 1.x image model", "lora_model_path: {path}"),
+    "sparsectrl": Kind("a SparseCtrl encoder", "a v3 motion module and condition images", "controlnet_path: {path}"),
+    "sd1-unet": Kind(
+        "the UNet of an SD 1.x image model", "its folder: give the folder that holds unet/, vae/ and text_encoder/"
+    ),
+    "vae": Kind("a VAE alone", "an image model; it cannot be used by itself"),
+    "text-encoder": Kind("a CLIP text encoder alone", "the folder of its image model"),
+    "textual-inversion": Kind("a textual inversion (embedding)", "a prompt that uses it; not supported"),
+    "sd1-inpainting": Kind("an inpainting or instruction model (its conv_in takes more than 4 channels)"),
+    "sd2-checkpoint": Kind("an SD 2.x image model (OpenCLIP text, context of 1024)"),
+    "sdxl-checkpoint": Kind("an SDXL image model"),
+    "dit-checkpoint": Kind("a diffusion transformer (FLUX, SD 3 or the like)"),
+    "sdxl-motion-module": Kind("an SDXL motion module", "an SDXL base, here it is SD 1.x"),
+    "hotshot-xl": Kind("a Hotshot-XL motion module", "an SDXL base, here it is SD 1.x"),
+    "pia": Kind("a PIA motion module (its own conv_in with condition channels)"),
+    "animatelcm-i2v": Kind("an AnimateLCM-I2V motion module (with an image encoder)"),
+    "cameractrl": Kind("a CameraCtrl camera encoder"),
+    "controlnet": Kind("a ControlNet"),
+    "ip-adapter": Kind("an IP-Adapter"),
+    "lycoris": Kind("a LyCORIS adapter (LoHa or LoKr)"),
+    "sdxl-lora": Kind("a LoRA for SDXL", "an SDXL base, here it is SD 1.x"),
+    "unknown": Kind("no kind of file that is known here"),
+}
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """The findings about one file or folder.
+
+    `kind` is a key of KINDS, `version` a motion version or a variant's name, `base` the model family it belongs to,
+    `dtype` the weights' type or types, `notes` what reading it removed.
+    """
+
+    path: Path
+    kind: str
+    version: str | None
+    base: str
+    dtype: str
+    num_tensors: int
+    num_parameters: int
+    positional_length: int | None
+    metadata: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        return KINDS[self.kind].summary
+
+    @property
+    def needs(self) -> str:
+        return KINDS[self.kind].needs
+
+    @property
+    def supported(self) -> bool:
+        return bool(KINDS[self.kind].config)
+
+    @property
+    def config_line(self) -> str:
+        """The line of a prompt config that uses the file, or why none does."""
+        line = KINDS[self.kind].config.format(path=self.path)
+        if self.kind in MOTION_KINDS and self.version is None:
+            line += "\nversion: v1 or v3   # the file does not tell"
+        return line or f"none: {self.summary} cannot be used here"
+
+
+def identify(path: str | Path) -> FileInfo:
+    """Say what a weight file or model folder is; `kind` is "unknown" where nothing fits.
+
+    Raises:
+        UserError: the file cannot be read (missing, damaged, no weights, needs code to be executed).
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _identify_folder(path)
+    return _identify_file(path, read_state_dict(path))
+
+
+def adapter_config(weights: Path) -> Json:
+    """The config.json beside the weights of a diffusers motion adapter, empty where there is none."""
+    path = weights.with_name("config.json")
+    config = read_json(path) if path.is_file() else {}
+    return config if config.get("_class_name") in ("MotionAdapter", "UNetMotionModel") else {}
+
+
+def _identify_file(path: Path, file: LoadedFile) -> FileInfo:
+    info = identify_tensors(file.tensors, file.metadata, path=path, notes=file.notes)
+    if info.kind == "motion-adapter" and (config := adapter_config(file.path)):
+        metadata = adapter_metadata(config) | file.metadata
+        length = info.positional_length or config.get("motion_max_seq_length")
+        return identify_tensors(file.tensors, metadata, path=path, notes=file.notes, length=length)
+    return info
+
+
+def identify_tensors(
+    tensors: StateDict,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    path: Path,
+    notes: tuple[str, ...] = (),
+    length: int | None = None,
+) -> FileInfo:
+    """As `identify`, of a state dict as `read_state_dict` returns it.
+
+    Args:
+        length: frames of the positional encoding, where something other than the tensors tells.
+    """
+    metadata = dict(metadata or {})
+    kind = next(name for name, fits in RULES if fits(tensors))
+    length = length or sizes.positional_length(tensors)
+    version = _version(kind, tensors, metadata, length)
+    return FileInfo(
+        path=path,
+        kind=kind,
+        version=version,
+        base=_base(kind, tensors),
+        **_totals(tensors),
+        positional_length=length,
+        metadata=metadata,
+        notes=notes,
+    )
+
+
+def _totals(tensors: StateDict) -> dict[str, Any]:
+    return {
+        "dtype": ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()})),
+        "num_tensors": len(tensors),
+        "num_parameters": sum(t.numel() for t in tensors.values()),
+    }
+
+
+def refusal(info: FileInfo, expected: str) -> UserError:
+    """The error for a file of another kind than `expected` (with its article: "a motion module")."""
+    advice = "choose another file"
+    if info.supported:
+        advice = f"use it as `{info.config_line.split('   #')[0]}`"
+    elif info.kind == "unknown":
+        advice = "its keys are of no known format; choose another file"
+    elif info.needs:
+        advice = f"it needs {info.needs}"
+    return UserError(f"{info.path}: this is {info.summary}, not {expected}: {advice}")
+
+
+# --- rules, the first that fits decides ------------------------------------------------------------------------------
+
+
+def _any(pattern: str) -> Callable[[StateDict], bool]:
+    found = re.compile(pattern).search
+    return lambda tensors: any(found(key) for key in tensors)
+
+
+def _both(*rules: Callable[[StateDict], bool]) -> Callable[[StateDict], bool]:
+    return lambda tensors: all(rule(tensors) for rule in rules)
+
+
+def _shape(pattern: str, axis: int, wanted: Callable[[int], bool]) -> Callable[[StateDict], bool]:
+    """Whether the first key that matches has a fitting size along `axis`."""
+    found = re.compile(pattern).search
+
+    def rule(tensors: StateDict) -> bool:
+        tensor = next((t for key, t in tensors.items() if found(key)), None)
+        return tensor is not None and tensor.dim() > axis and wanted(tensor.shape[axis])
+
+    return rule
+
+
+def motion_part(tensors: StateDict) -> StateDict:
+    """The motion modules' entries in official names."""
+    return {motion_to_official(k.removeprefix("unet.")): t for k, t in tensors.items() if MOTION_MARK in k}
+
+
+def _is_sdxl_motion(tensors: StateDict) -> bool:
+    """Three levels of SDXL's widths; small models of our own may have three levels of other widths."""
+    return sizes.motion_widths(motion_part(tensors)) == SDXL_MOTION_WIDTHS
+
+
+def _is_embedding(tensors: StateDict) -> bool:
+    few_vectors = len(tensors) <= 2 and all(t.dim() <= 2 for t in tensors.values())
+    names = ("emb_params", "clip_l", "clip_g")
+    return few_vectors and all(k in names or k.startswith(("string_to_param.", "<")) for k in tensors)
+
+
+_LORA = r"(lora_down|lora_up|lora_A|lora_B|_lora\.down|_lora\.up|\.lora\.down|\.lora\.up|lora_linear_layer)\b"
+_CONTEXT_KEY = r"attn2[._]to_k(\.lora_A|\.lora_down|\.lora\.down|_lora\.down)?\.weight$"
+
+RULES: tuple[tuple[str, Callable[[StateDict], bool]], ...] = (
+    ("lycoris", _any(r"\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|hada_t[12]|lokr_t2)$")),
+    ("motion-lora", _any(rf"motion_modules.*{_LORA}")),
+    ("sdxl-lora", _both(_any(_LORA), _any(r"^lora_te2_|^text_encoder_2\."))),
+    ("sdxl-lora", _both(_any(_LORA), _shape(_CONTEXT_KEY, 1, lambda n: n == 2048))),
+    ("domain-adapter", _any(r"^(down_blocks|up_blocks|mid_block)\..*attentions.*\.processor\.to_\w+_lora\.(down|up)")),
+    ("lora", _any(_LORA)),
+    ("ip-adapter", _any(r"^(image_proj|ip_adapter)\.|\.to_k_ip\.")),
+    ("textual-inversion", _is_embedding),
+    ("sparsectrl", _both(_any(r"^controlnet_cond_embedding\."), _any(r"motion_modules\."))),
+    ("controlnet", _any(r"^(controlnet_cond_embedding|controlnet_down_blocks|control_model)\.")),
+    ("cameractrl", _any(r"^pose_encoder|encoder_down_conv_blocks")),
+    ("hotshot-xl", _any(r"temporal_attentions\.|pos_encoder\.positional_encoding")),
+    ("animatelcm-i2v", _both(_any(r"motion_modules\."), _any(r"^(module\.)?img_encoder\."))),
+    ("pia", _both(_any(r"motion_modules\."), _shape(r"^conv_in\.weight$", 1, lambda n: n > 4))),
+    ("sdxl-motion-module", _is_sdxl_motion),
+    ("motion-module", _any(r"motion_modules\.\d+\.temporal_transformer\.")),
+    ("motion-adapter", _any(r"motion_modules\.\d+\.")),
+    ("sdxl-checkpoint", _any(r"^conditioner\.embedders\.|label_emb\.|^add_embedding\.")),
+    ("dit-checkpoint", _any(r"(joint_blocks|double_blocks|single_transformer_blocks)\.")),
+    ("sd2-checkpoint", _any(r"^cond_stage_model\.model\.")),
+    ("sd2-checkpoint", _both(_shape(_CONTEXT_KEY, 1, lambda n: n == 1024), lambda t: not _any(f"^{LDM_TEXT}")(t))),
+    ("sd1-inpainting", _shape(r"(input_blocks\.0\.0|^conv_in)\.weight$", 1, lambda n: n > 4)),
+    ("sd1-checkpoint", _any(rf"^{re.escape(LDM_UNET)}input_blocks\.")),
+    ("sd1-unet", _any(r"^down_blocks\.\d+\.resnets\.\d+\.time_emb_proj\.")),
+    ("vae", _any(rf"^({re.escape(LDM_VAE)})?(encoder|decoder)\.conv_in\.")),
+    ("text-encoder", _any(r"^(text_model\.)?embeddings\.token_embedding\.")),
+    ("unknown", lambda tensors: True),
+)
+
+
+def _version(kind: str, tensors: StateDict, metadata: dict[str, str], length: int | None) -> str | None:
+    if kind in MOTION_KINDS:
+        motion = motion_part(tensors)
+        if kind == "motion-adapter":
+            length = sizes.adapter_length(motion, length)
+        return sizes.detect_version(motion, metadata, length=length)[0]
+    if kind == "sparsectrl":
+        return "scribble" if _any(r"^controlnet_cond_embedding\.conv_in\.")(tensors) else "rgb"
+    if kind == "lycoris":
+        return "LoHa" if _any(r"\.hada_")(tensors) else "LoKr"
+    return None
+
+
+def _base(kind: str, tensors: StateDict) -> str:
+    """The model family, with the widths where they are not SD 1.5's."""
+    if kind.startswith(("sdxl", "hotshot")):
+        return "SDXL"
+    if kind.startswith("sd2"):
+        return "SD 2.x"
+    if kind in ("unknown", "dit-checkpoint"):
+        return "unknown"
+    widths = _unet_widths(tensors)
+    return "SD 1.x" if not widths or widths == SD15_WIDTHS else f"SD 1.x layout of widths {', '.join(map(str, widths))}"
+
+
+def _unet_widths(tensors: StateDict) -> tuple[int, ...]:
+    if any(key.startswith(LDM_UNET) for key in tensors):
+        pattern = re.compile(rf"{re.escape(LDM_UNET)}input_blocks\.(\d+)\.0\.out_layers\.3\.bias")
+    elif any(MOTION_MARK in key for key in tensors):
+        pattern = re.compile(r"(?:unet\.)?down_blocks\.(\d+)\.motion_modules\.0\.(?:temporal_transformer\.)?norm\.bias")
+    else:
+        pattern = re.compile(r"down_blocks\.(\d+)\.resnets\.0\.conv1\.bias")
+    found = {int(m[1]): t.shape[0] for key, t in tensors.items() if (m := pattern.fullmatch(key))}
+    order = sorted(found)
+    if any(key.startswith(LDM_UNET) for key in tensors):  # every level starts after a gap left by its downsampler
+        order = [i for i in order if i - 1 not in found]
+    return tuple(found[i] for i in order)
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The file itself, or the weight files of a diffusers folder's parts (UNet first) or of an adapter's folder.
+
+    Raises:
+        UserError: a folder without any.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    parts = [(path / "unet", UNET_STEM, UNET_STEM), (path / "vae", VAE_STEM, VAE_STEM)]
+    parts += [(path / "text_encoder", *TEXT_STEMS)]
+    if not (path / "unet").is_dir():
+        parts = [(path, UNET_STEM, UNET_STEM)]
+    if found := [weights for part in parts if (weights := find_weights(*part))]:
+        return found
+    name = read_json(path / "model_index.json").get("_class_name") if (path / "model_index.json").is_file() else None
+    what = f"a {name} without unet/ weights" if name else "no model_index.json, no unet/ and no weights"
+    raise UserError(f"got the folder {path} with {what}, expected a diffusers model: give a complete folder or a file")
+
+
+def _identify_folder(path: Path) -> FileInfo:
+    first, *others = weight_files(path)
+    info = _identify_file(path, read_state_dict(first))
+    if first.parent == path or info.kind not in ("sd1-unet", *MOTION_KINDS):
+        return info
+    sizes_of_all = _totals(
+        {f"{p.parent.name}/{k}": t for p in (first, *others) for k, t in read_state_dict(p).tensors.items()}
+    )
+    return replace(info, kind="diffusers-folder", version=None, **sizes_of_all)

@@ -1,0 +1,172 @@
+"""Names of the same tensors in different files. Each table is written once, from our names, and read both ways.
+
+Ours are diffusers' names for image layers and the official AnimateDiff names for motion modules. LDM is the grammar
+of Stable Diffusion's single files (Rombach et al. 2022).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+Table = dict[str, str]  # our path of a layer -> its path in the other grammar
+
+# Where an LDM single file keeps its three networks.
+LDM_UNET = "model.diffusion_model."
+LDM_VAE = "first_stage_model."
+LDM_TEXT = "cond_stage_model.transformer."
+
+# Entries of LDM files that are no weights of these networks: the schedule, EMA copies, training losses.
+LDM_BOOKKEEPING = re.compile(
+    r"(betas|logvar|lvlb_weights|scale_factor|global_step"
+    r"|(sqrt_|log_)?(recip_|one_minus_)?(recipm1_)?alphas_cumprod(_prev)?|posterior_\w+"
+    r"|model_ema\..*|first_stage_model\.(loss|model_ema)\..*"
+    r"|cond_stage_model\.(logit_scale|text_projection(\.weight)?))"
+)
+# Parts of CLIP that the text encoder of SD 1.x does not use, below LDM_TEXT or in text_encoder/.
+UNUSED_TEXT = re.compile(
+    r"(text_model\.)?embeddings\.position_ids|text_projection(\.weight)?|logit_scale|vision_model\..*"
+)
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+# diffusers before 0.18 spelled the VAE's attention like this.
+_VAE_ATTENTION_OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+VAE_HALVES = ("encoder", "decoder")
+
+# Official motion names -> diffusers MotionAdapter names, inside one transformer block.
+_MOTION = {
+    ".attention_blocks.0.": ".attn1.",
+    ".attention_blocks.1.": ".attn2.",
+    ".norms.0.": ".norm1.",
+    ".norms.1.": ".norm2.",
+    ".ff_norm.": ".norm3.",
+}
+MOTION_MARK = "motion_modules."
+
+
+def unet_table(*, layers: int, attention_levels: Sequence[bool]) -> Table:
+    """Our UNet layers -> LDM's, without LDM_UNET.
+
+    LDM numbers all layers of one half through: `input_blocks` counts conv_in, every ResNet (with its attention) and
+    every downsampler; `output_blocks` every ResNet, the upsampler being the last part of a level's last entry.
+
+    Args:
+        layers: ResNets per level on the way down (one more on the way up).
+        attention_levels: which levels have attention, highest resolution first.
+    """
+    levels = len(attention_levels)
+    table = {
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
+    blocks = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
+    for level in range(levels):
+        first = 1 + level * (layers + 1)
+        for i in range(layers):
+            blocks[f"down_blocks.{level}.resnets.{i}"] = f"input_blocks.{first + i}.0"
+            table[f"down_blocks.{level}.attentions.{i}"] = f"input_blocks.{first + i}.1"
+        table[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{first + layers}.0.op"
+    for block, attention in enumerate(reversed(attention_levels)):
+        first, last = block * (layers + 1), block * (layers + 1) + layers
+        for i in range(layers + 1):
+            blocks[f"up_blocks.{block}.resnets.{i}"] = f"output_blocks.{first + i}.0"
+            if attention:
+                table[f"up_blocks.{block}.attentions.{i}"] = f"output_blocks.{first + i}.1"
+        table[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{last}.{2 if attention else 1}.conv"
+    return table | {f"{ours}.{a}": f"{ldm}.{b}" for ours, ldm in blocks.items() for a, b in _RESNET.items()}
+
+
+def unet_layout(ldm_keys: Iterable[str]) -> tuple[int, tuple[bool, ...]]:
+    """`layers` and `attention_levels` of `unet_table`, read from LDM keys (without LDM_UNET)."""
+    entries = [key.split(".") for key in ldm_keys if key.startswith("input_blocks.")]
+    downsamplers = sorted({int(e[1]) for e in entries if e[3] == "op"})
+    last = max((int(e[1]) for e in entries), default=0)
+    layers = downsamplers[0] - 1 if downsamplers else last
+    with_attention = {int(e[1]) for e in entries if e[2] == "1"}
+    return layers, tuple(1 + i * (layers + 1) in with_attention for i in range(len(downsamplers) + 1))
+
+
+def vae_table(*, levels: int, layers: int) -> Table:
+    """Our VAE layers -> LDM's, without LDM_VAE; the decoder's levels count from the image there.
+
+    Args:
+        levels: resolutions.
+        layers: ResNets per level of the encoder (one more in the decoder).
+    """
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    blocks = {}
+    for half in VAE_HALVES:
+        table |= {f"{half}.{name}": f"{half}.{name}" for name in ("conv_in", "conv_out")}
+        table[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        blocks |= {f"{half}.mid_block.resnets.{i}": f"{half}.mid.block_{i + 1}" for i in range(2)}
+        for ours, ldm in _VAE_ATTENTION.items():
+            table[f"{half}.mid_block.attentions.0.{ours}"] = f"{half}.mid.attn_1.{ldm}"
+    for level in range(levels):
+        up = levels - 1 - level
+        blocks |= {f"encoder.down_blocks.{level}.resnets.{i}": f"encoder.down.{level}.block.{i}" for i in range(layers)}
+        blocks |= {f"decoder.up_blocks.{level}.resnets.{i}": f"decoder.up.{up}.block.{i}" for i in range(layers + 1)}
+        table[f"encoder.down_blocks.{level}.downsamplers.0.conv"] = f"encoder.down.{level}.downsample.conv"
+        table[f"decoder.up_blocks.{level}.upsamplers.0.conv"] = f"decoder.up.{up}.upsample.conv"
+    for ours, ldm in blocks.items():
+        table |= {f"{ours}.{name}": f"{ldm}.{name}" for name in ("norm1", "conv1", "norm2", "conv2")}
+        table[f"{ours}.conv_shortcut"] = f"{ldm}.nin_shortcut"
+    return table
+
+
+def vae_layout(ldm_keys: Iterable[str]) -> tuple[int, int]:
+    """`levels` and `layers` of `vae_table`, read from LDM keys (without LDM_VAE)."""
+    entries = [key.split(".") for key in ldm_keys if re.match(r"encoder\.down\.\d+\.block\.", key)]
+    levels = 1 + max((int(e[2]) for e in entries), default=-1)
+    return levels, 1 + max((int(e[4]) for e in entries if e[2] == "0"), default=-1)
+
+
+def vae_attention_spellings() -> Table:
+    """Every other spelling of the VAE's attention layers seen in files, diffusers' or LDM's -> ours."""
+    spellings = {}
+    for half in VAE_HALVES:
+        ours, ldm = f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"
+        for name in _VAE_ATTENTION:
+            spellings[f"{ldm}.{name}"] = f"{ours}.{name}"
+        for name, old in _VAE_ATTENTION_OLD.items():
+            spellings |= {f"{ours}.{old}": f"{ours}.{name}", f"{ldm}.{old}": f"{ours}.{name}"}
+    return spellings
+
+
+def inverted(table: Mapping[str, str]) -> Table:
+    return {theirs: ours for ours, theirs in table.items()}
+
+
+def translate(key: str, table: Mapping[str, str]) -> str | None:
+    """The key with the longest path that `table` knows replaced, or None where it knows none."""
+    end = len(key)
+    while (end := key.rfind(".", 0, end)) > 0:
+        if key[:end] in table:
+            return table[key[:end]] + key[end:]
+    return None
+
+
+def motion_to_diffusers(key: str) -> str:
+    """An official motion-module name (or one of its LoRA's) as diffusers' MotionAdapter spells it."""
+    key = key.replace(".temporal_transformer.", ".", 1)
+    for official, diffusers in _MOTION.items():
+        key = key.replace(official, diffusers, 1)
+    return key
+
+
+def motion_to_official(key: str) -> str:
+    """A diffusers MotionAdapter name (or one of its LoRA's) as the official files spell it."""
+    for official, diffusers in _MOTION.items():
+        key = key.replace(diffusers, official, 1)
+    return re.sub(r"(motion_modules\.\d+\.)(?!temporal_transformer\.)", r"\1temporal_transformer.", key, count=1)

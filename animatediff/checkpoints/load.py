@@ -1,0 +1,230 @@
+"""Weight files to modules. Strict: every weight of a network must be there and nothing else, or the error says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from animatediff.checkpoints.files import StateDict, file_sha256
+from animatediff.checkpoints.keymaps import MOTION_MARK
+from animatediff.checkpoints.parts import ImageParts, MotionParts, read_image_parts, read_motion_parts
+from animatediff.checkpoints.sizes import (
+    image_metadata_of,
+    motion_config,
+    motion_norm_groups,
+    motion_widths,
+    prediction_type,
+    text_config,
+    unet_config,
+    vae_config,
+)
+from animatediff.model_config import ScheduleConfig
+from animatediff.models.text import TextEncoder
+from animatediff.models.unet import UNet
+from animatediff.models.vae import VAE
+from animatediff.utils import UserError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading one file did. `applied` counts tensors; `unused` names entries left out, `notes` say why."""
+
+    path: Path
+    kind: str
+    version: str | None
+    sha256: str
+    applied: int
+    notes: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        version = f" {self.version}" if self.version else ""
+        notes = "".join(f"; {note}" for note in self.notes)
+        unused = f"; {len(self.unused)} entries not used" if self.unused else ""
+        return f"{self.path}: {self.kind}{version}, {self.applied} tensors, sha256 {self.sha256[:10]}{notes}{unused}"
+
+
+@dataclass(frozen=True)
+class ImageModel:
+    """Stable Diffusion 1.x. `schedule` is what the file says about the prediction, None where it says nothing."""
+
+    unet: UNet
+    vae: VAE | None
+    text_encoder: TextEncoder
+    schedule: ScheduleConfig | None
+    report: LoadReport
+
+
+def load_base(path: str | Path, *, dtype: torch.dtype = torch.float32) -> ImageModel:
+    """Load an image model on the CPU, in evaluation mode.
+
+    Args:
+        path: an SD 1.x single file (LDM keys) or a diffusers folder.
+        dtype: of all three networks, whatever the file holds.
+
+    Raises:
+        UserError: the file is something else or incomplete. A missing VAE alone is no error: `vae` is None.
+    """
+    parts = read_image_parts(path)
+    if parts.text is None:
+        raise UserError(f"got {path} without a text encoder, expected a whole image model: choose a complete file")
+    return _build_image_model(parts, dtype=dtype)
+
+
+def load_personalised(path: str | Path, base: ImageModel) -> ImageModel:
+    """Load a model personalised from `base` (DreamBooth and the like), in the base's dtype and on its device.
+
+    What the file lacks is taken from `base` and noted: the VAE, the text encoder, and what metadata would say.
+    `base` itself stays as it is.
+
+    Raises:
+        UserError: the file is something else, incomplete, or of other sizes than the base.
+    """
+    parts = read_image_parts(path)
+    sample = next(base.unet.parameters())
+    known = image_metadata_of(
+        base.unet.config,
+        base.vae and base.vae.config,
+        base.text_encoder.config,
+        prediction=base.schedule and base.schedule.prediction_type,
+    )
+    parts = replace(parts, metadata=known | parts.metadata)
+    return _build_image_model(parts, dtype=sample.dtype, device=sample.device, base=base)
+
+
+def load_motion_module(
+    unet: UNet, path: str | Path, *, version: str | None = None, norm_over_frames: bool = False
+) -> tuple[UNet, LoadReport]:
+    """A video UNet: the image weights of `unet`, the same tensors and not copies, plus the file's motion module.
+
+    Args:
+        unet: any UNet; its own motion module, if it has one, is left behind.
+        path: an official motion module, a training checkpoint that holds one, a MotionAdapter file or folder.
+        version: a key of MOTION_VERSIONS, needed only where the file does not tell.
+        norm_over_frames: let the module's GroupNorm pool over frames, as diffusers runs it.
+
+    Returns:
+        The UNet, in `unet`'s dtype and on its device, and what was loaded.
+
+    Raises:
+        UserError: the file is something else, incomplete, does not fit `unet`, or contradicts `version`.
+    """
+    parts = read_motion_parts(path)
+    _check_motion_fits(parts, unet)
+    sample = next(unet.parameters())
+    config = motion_config(
+        parts.tensors,
+        parts.metadata,
+        levels=len(unet.config.block_out_channels),
+        length=parts.length,
+        version=version,
+        norm_over_frames=norm_over_frames,
+    )
+    image = {key: tensor for key, tensor in unet.state_dict().items() if MOTION_MARK not in key}
+    motion = {key: tensor.to(sample.device, sample.dtype) for key, tensor in parts.tensors.items()}
+    merged = _load_strictly(lambda: UNet(unet.config.with_motion(config)), image | motion, "motion module", parts.path)
+    report = LoadReport(
+        path=parts.path,
+        kind=parts.kind,
+        version=config.version,
+        sha256=file_sha256(parts.path),
+        applied=len(motion),
+        notes=parts.notes,
+        unused=parts.unused,
+    )
+    return merged, report
+
+
+def _build_image_model(
+    parts: ImageParts, *, dtype: torch.dtype, device: torch.device | str = "cpu", base: ImageModel | None = None
+) -> ImageModel:
+    def build(module: Callable[..., Any], config: object, tensors: StateDict, what: str) -> Any:
+        ready = {key: t.to(device, dtype) for key, t in tensors.items()}
+        return _load_strictly(lambda: module(config), ready, what, parts.path)
+
+    metadata, notes = parts.metadata, list(parts.notes)
+    vae, text_encoder = (base.vae, base.text_encoder) if base else (None, None)
+    unet = build(UNet, unet_config(parts.unet, metadata), parts.unet, "UNet")
+    if parts.vae:
+        vae = build(VAE, vae_config(parts.vae, metadata), parts.vae, "VAE")
+    else:
+        notes.append("no VAE in it: the base model's is used" if vae else "no VAE in it")
+    if parts.text:
+        text_encoder = build(TextEncoder, text_config(parts.text, metadata), parts.text, "text encoder")
+    else:
+        notes.append("no text encoder in it: the base model's is used")
+    assert text_encoder is not None
+    _check_together(unet, vae, text_encoder, parts.path)
+    prediction = prediction_type(metadata)
+    report = LoadReport(
+        path=parts.path,
+        kind=parts.kind,
+        version=None,
+        sha256=file_sha256(parts.path),
+        applied=sum(len(part) for part in (parts.unet, parts.vae, parts.text) if part),
+        notes=notes,
+        unused=parts.unused,
+    )
+    schedule = ScheduleConfig(prediction_type=prediction) if prediction else None
+    return ImageModel(unet, vae, text_encoder, schedule, report)
+
+
+def _load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: Path) -> M:
+    """Build on the meta device and assign the tensors themselves as weights: nothing is initialised or copied."""
+    with torch.device("meta"):
+        module = build()
+    expected = {key: tuple(t.shape) for key, t in module.state_dict().items()}
+    got = {key: tuple(t.shape) for key, t in tensors.items()}
+    problems = []
+    if missing := sorted(expected.keys() - got.keys()):
+        problems.append(f"{len(missing)} weights are missing, such as {missing[0]}")
+    if extra := sorted(got.keys() - expected.keys()):
+        problems.append(f"{len(extra)} weights have no place in it, such as {extra[0]}")
+    if wrong := sorted(key for key in expected.keys() & got.keys() if expected[key] != got[key]):
+        key = wrong[0]
+        problems.append(f"{len(wrong)} weights have another shape, such as {key} {got[key]} for {expected[key]}")
+    if problems:
+        raise UserError(
+            f"got {path}, expected a complete {what} of the size its first layers suggest: {'; '.join(problems)}; "
+            "`python scripts/inspect.py` says what the file is"
+        )
+    module.load_state_dict(tensors, assign=True)
+    return module.eval()
+
+
+def _check_motion_fits(parts: MotionParts, unet: UNet) -> None:
+    base = unet.config.block_out_channels
+    widths = motion_widths(parts.tensors)
+    if any(level >= len(base) or base[level] != width for level, width in widths.items()):
+        raise UserError(
+            f"got {parts.path}, a motion module of widths {_listed(widths[i] for i in sorted(widths))}, "
+            f"for a base model of widths {_listed(base)}: choose a motion module made for this base"
+        )
+    groups, base_groups = motion_norm_groups(parts.metadata), unet.config.norm_num_groups
+    if "norm_num_groups" in parts.metadata and groups != base_groups:
+        raise UserError(
+            f"got {parts.path}, a motion module trained with {groups} norm groups, for a base model of {base_groups}: "
+            "choose a motion module made for this base"
+        )
+
+
+def _check_together(unet: UNet, vae: VAE | None, text_encoder: TextEncoder, path: Path) -> None:
+    context, width = unet.config.context_dim, text_encoder.config.width
+    if context != width:
+        raise UserError(f"got {path} whose UNet takes text of width {context}, expected {width}, the text encoder's")
+    if vae and vae.config.latent_channels != unet.config.in_channels:
+        raise UserError(
+            f"got {path} whose UNet takes {unet.config.in_channels} latent channels, "
+            f"expected {vae.config.latent_channels}, the VAE's"
+        )
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))

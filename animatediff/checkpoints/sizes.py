@@ -1,0 +1,285 @@
+"""Network sizes from a state dict's shapes; what shapes cannot tell comes from metadata, a mapping of strings.
+
+Metadata names of an image model: `num_heads`, `norm_num_groups`, `prediction_type`, `vae_norm_num_groups`,
+`vae_scaling_factor`, `text_num_heads`, `text_activation`. Of a motion module: `version`, `num_heads`, `max_frames`,
+`norm_over_frames`, `norm_num_groups`. Defaults are Stable Diffusion 1.5's. All keys are in our names (see keymaps.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from animatediff.checkpoints.files import StateDict
+from animatediff.model_config import MOTION_VERSIONS, MotionConfig, TextConfig, UNetConfig, VAEConfig
+from animatediff.utils import UserError
+
+Metadata = Mapping[str, str]
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+HEAD_WIDTH_OF_CLIP = 64
+
+
+def unet_config(tensors: StateDict, metadata: Metadata) -> UNetConfig:
+    """Sizes of an image UNet.
+
+    Raises:
+        UserError: the heads or norm groups do not divide a width; say which in the metadata.
+    """
+    widths = _widths(tensors, "down_blocks.{}.resnets.0.conv1.weight")
+    attention = tuple(f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in range(len(widths)))
+    mid = "mid_block.attentions.0."
+    config = UNetConfig(
+        in_channels=_shape(tensors, "conv_in.weight")[1],
+        out_channels=_shape(tensors, "conv_out.weight")[0],
+        block_out_channels=widths,
+        attention_levels=attention,
+        layers_per_block=_count(tensors, "down_blocks.0.resnets."),
+        context_dim=_shape(tensors, f"{mid}transformer_blocks.0.attn2.to_k.weight")[1],
+        num_heads=_integer(metadata, "num_heads", 8),
+        num_transformer_blocks=_count(tensors, f"{mid}transformer_blocks."),
+        norm_num_groups=_integer(metadata, "norm_num_groups", 32),
+        linear_projection=len(_shape(tensors, f"{mid}proj_in.weight")) == 2,
+    )
+    with_attention = [w for w, a in zip(widths, (*attention[:-1], True), strict=True) if a]  # the middle always has
+    _check_divides("num_heads", config.num_heads, with_attention)
+    _check_divides("norm_num_groups", config.norm_num_groups, widths)
+    return config
+
+
+def vae_config(tensors: StateDict, metadata: Metadata) -> VAEConfig:
+    """Sizes of an autoencoder."""
+    config = VAEConfig(
+        in_channels=_shape(tensors, "encoder.conv_in.weight")[1],
+        latent_channels=_shape(tensors, "decoder.conv_in.weight")[1],
+        block_out_channels=_widths(tensors, "encoder.down_blocks.{}.resnets.0.conv1.weight"),
+        layers_per_block=_count(tensors, "encoder.down_blocks.0.resnets."),
+        norm_num_groups=_integer(metadata, "vae_norm_num_groups", 32),
+        scaling_factor=_number(metadata, "vae_scaling_factor", 0.18215),
+    )
+    _check_divides("vae_norm_num_groups", config.norm_num_groups, config.block_out_channels)
+    return config
+
+
+def text_config(tensors: StateDict, metadata: Metadata) -> TextConfig:
+    """Sizes of a CLIP text encoder."""
+    vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight")
+    config = TextConfig(
+        vocab_size=vocab_size,
+        width=width,
+        layers=_count(tensors, "text_model.encoder.layers."),
+        num_heads=_integer(metadata, "text_num_heads", max(1, width // HEAD_WIDTH_OF_CLIP)),
+        mlp_width=_shape(tensors, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        max_length=_shape(tensors, "text_model.embeddings.position_embedding.weight")[0],
+        activation=metadata.get("text_activation", "quick_gelu"),
+    )
+    _check_divides("text_num_heads", config.num_heads, [width])
+    return config
+
+
+def image_metadata_of(
+    unet: UNetConfig, vae: VAEConfig | None, text: TextConfig, *, prediction: str | None = None
+) -> dict[str, str]:
+    """What a file of this image model has to carry beside its weights. Norm groups only where they are not 32."""
+    metadata = {"num_heads": unet.num_heads, "text_num_heads": text.num_heads, "text_activation": text.activation}
+    if unet.norm_num_groups != 32:
+        metadata["norm_num_groups"] = unet.norm_num_groups
+    if vae:
+        metadata["vae_scaling_factor"] = vae.scaling_factor
+        if vae.norm_num_groups != 32:
+            metadata["vae_norm_num_groups"] = vae.norm_num_groups
+    if prediction:
+        metadata["prediction_type"] = prediction
+    return {name: str(value) for name, value in metadata.items()}
+
+
+def motion_metadata_of(config: MotionConfig, *, norm_num_groups: int = 32) -> dict[str, str]:
+    """What a file of this motion module has to carry beside its weights."""
+    metadata = {"version": config.version, "num_heads": str(config.num_heads), "max_frames": str(config.max_frames)}
+    if config.norm_over_frames:
+        metadata["norm_over_frames"] = "true"
+    return metadata | ({"norm_num_groups": str(norm_num_groups)} if norm_num_groups != 32 else {})
+
+
+def motion_norm_groups(metadata: Metadata) -> int:
+    """Groups of a motion module's GroupNorm; they are those of the UNet it was trained in."""
+    return _integer(metadata, "norm_num_groups", 32)
+
+
+def prediction_type(metadata: Metadata) -> str | None:
+    """What the UNet predicts, where the metadata says so."""
+    kind = metadata.get("prediction_type")
+    if kind is not None and kind not in PREDICTION_TYPES:
+        raise UserError(f"got prediction_type {kind!r} in the metadata, expected one of {', '.join(PREDICTION_TYPES)}")
+    return kind
+
+
+def motion_config(
+    tensors: StateDict,
+    metadata: Metadata,
+    *,
+    levels: int,
+    length: int | None,
+    version: str | None = None,
+    norm_over_frames: bool = False,
+) -> MotionConfig:
+    """Sizes of a motion module in official names.
+
+    Args:
+        tensors: motion keys only.
+        levels: resolutions of the UNet it goes into.
+        length: frames of the file's positional encoding, where it has one.
+        version: what the user says it is, a key of MOTION_VERSIONS.
+        norm_over_frames: see MotionConfig; also on where the metadata says so.
+
+    Raises:
+        UserError: the version cannot be told, or the file contradicts `version`.
+    """
+    base = MOTION_VERSIONS[resolve_version(tensors, metadata, length=length, asked=version)]
+    levels_down = _indices(tensors, "down_blocks.")
+    levels_up = {levels - 1 - i for i in _indices(tensors, "up_blocks.")}
+    block = re.compile(
+        r".*motion_modules\.0\.temporal_transformer\.transformer_blocks\.(\d+)\.attention_blocks\.(\d+)\."
+    )
+    inside = [(int(m[1]), int(m[2])) for key in tensors if (m := block.match(key))]
+    config = replace(
+        base,
+        max_frames=_integer(metadata, "max_frames", length or base.max_frames),
+        mid_block=has_mid_block(tensors),
+        num_heads=_integer(metadata, "num_heads", 8),
+        num_transformer_blocks=1 + max((b for b, _ in inside), default=0),
+        attentions_per_block=1 + max((a for _, a in inside), default=0),
+        resolutions=tuple(2**i for i in sorted(levels_down | levels_up) if i >= 0),
+        up_block_modules=bool(levels_up),
+        norm_over_frames=norm_over_frames or metadata.get("norm_over_frames") == "true",
+    )
+    _check_divides("num_heads", config.num_heads, motion_widths(tensors).values())
+    return config
+
+
+def has_mid_block(tensors: StateDict) -> bool:
+    return any(key.startswith("mid_block.") for key in tensors)
+
+
+def detect_version(tensors: StateDict, metadata: Metadata, *, length: int | None) -> tuple[str | None, str]:
+    """The version of a motion module in official names and the evidence; None where the file does not tell.
+
+    v2 alone has a module in the middle block (AnimateLCM too, but without positional encodings). v1 and v3 have the
+    same keys and shapes; only the length of their positional encodings differs.
+    """
+    if version := metadata.get("version"):
+        if version not in MOTION_VERSIONS:
+            raise UserError(f"got version {version!r} in the metadata, expected one of {', '.join(MOTION_VERSIONS)}")
+        return version, "its metadata says so"
+    if has_mid_block(tensors):
+        return (
+            ("animatelcm", "has a mid block, no positional encoding") if length is None else ("v2", "has a mid block")
+        )
+    if not any(key.startswith("up_blocks.") for key in tensors):
+        return "sparsectrl", "has modules in the down blocks only"
+    if length in (24, 32):
+        return {24: "v1", 32: "v3"}[length], f"has no mid block and a positional encoding of {length} frames"
+    if length is None:
+        return None, "it has no mid block, and without a positional encoding v1 and v3 look the same"
+    return None, f"its positional encoding has {length} frames, v1's has 24 and v3's 32"
+
+
+def resolve_version(tensors: StateDict, metadata: Metadata, *, length: int | None, asked: str | None = None) -> str:
+    """The version to build: the file's, which must not contradict the one `asked` for.
+
+    Raises:
+        UserError: unknown, undecidable or contradictory.
+    """
+    if asked is not None and asked not in MOTION_VERSIONS:
+        raise UserError(f"got version {asked!r}, expected one of {', '.join(MOTION_VERSIONS)}")
+    found, evidence = detect_version(tensors, metadata, length=length)
+    if asked is None:
+        if found is None:
+            raise UserError(
+                f"got a motion module whose version cannot be told ({evidence}): "
+                "set `version: v1` or `version: v3` in the config, or in the file's metadata"
+            )
+        return found
+    same_layout = MOTION_VERSIONS[asked].mid_block == has_mid_block(tensors) and asked != "sparsectrl"
+    # v2 and AnimateLCM are one network; a file without positional encodings can be either.
+    undecided = found is None or (found == "animatelcm" and "version" not in metadata)
+    if asked == found or (undecided and same_layout):
+        return asked
+    expected = found or "v1 or v3"
+    raise UserError(
+        f"got a {expected} module ({evidence}) with a {asked} config: set `version: {expected}` or choose another file"
+    )
+
+
+def positional_length(tensors: StateDict) -> int | None:
+    """Frames of the positional encoding that older files carry, (1, frames, channels)."""
+    return next((t.shape[1] for key, t in tensors.items() if key.endswith((".pos_encoder.pe", ".pos_embed.pe"))), None)
+
+
+def adapter_length(tensors: StateDict, length: int | None) -> int | None:
+    """What the length in a diffusers adapter proves: it is a setting of the conversion, 32 unless told otherwise.
+
+    So only v1's 24 tells the version where there is no mid block, and nothing marks an AnimateLCM where there is one.
+    """
+    if has_mid_block(tensors):
+        return length or MOTION_VERSIONS["v2"].max_frames
+    return length if length == MOTION_VERSIONS["v1"].max_frames else None
+
+
+def motion_levels(tensors: StateDict) -> int:
+    """Resolutions of a UNet that a motion module in official names fills."""
+    return 1 + max(_indices(tensors, "down_blocks.") | _indices(tensors, "up_blocks."), default=-1)
+
+
+def motion_widths(tensors: StateDict) -> dict[int, int]:
+    """Channels of a motion module in official names, by level (0 is the highest resolution)."""
+    pattern = re.compile(r"down_blocks\.(\d+)\.motion_modules\.0\.temporal_transformer\.norm\.weight")
+    return {int(m[1]): tensors[key].shape[0] for key in tensors if (m := pattern.fullmatch(key))}
+
+
+def _shape(tensors: StateDict, key: str) -> tuple[int, ...]:
+    if key not in tensors:
+        raise UserError(f"got weights without {key}, expected a complete network: the file lacks parts, choose another")
+    return tuple(tensors[key].shape)
+
+
+def _widths(tensors: StateDict, template: str) -> tuple[int, ...]:
+    widths = []
+    while (key := template.format(len(widths))) in tensors:
+        widths.append(tensors[key].shape[0])
+    return tuple(widths)
+
+
+def _indices(keys: Iterable[str], prefix: str) -> set[int]:
+    """The numbers that follow `prefix` in motion or other keys."""
+    return {int(key[len(prefix) :].split(".", 1)[0]) for key in keys if key.startswith(prefix)}
+
+
+def _count(tensors: StateDict, prefix: str) -> int:
+    return len(_indices(tensors, prefix))
+
+
+def _integer(metadata: Metadata, name: str, default: int) -> int:
+    text = metadata.get(name, str(default))
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"got {name} {text!r} in the metadata, expected a whole number from 1")
+    return int(text)
+
+
+def _number(metadata: Metadata, name: str, default: float) -> float:
+    text = metadata.get(name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"got {name} {text!r} in the metadata, expected a positive number")
+    return value
+
+
+def _check_divides(name: str, divisor: int, widths: Iterable[int]) -> None:
+    if wrong := sorted({w for w in widths if w % divisor}):
+        raise UserError(
+            f"got {name} {divisor}, expected a divisor of the widths {', '.join(map(str, wrong))}: "
+            f"write the right `{name}` into the file's metadata (or config.json)"
+        )

@@ -1,0 +1,231 @@
+"""Prompt configs: what to animate, with which files. The official grammars, read into dataclasses, values only."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from animatediff.dataclass_io import build_dataclass, convert, describe, dump_yaml, read_yaml, unknown_key
+from animatediff.model_config import MOTION_VERSIONS
+from animatediff.utils import UserError
+
+Format = Literal["gif", "mp4", "webp", "png"]
+MAX_SEED = 2**64 - 1
+MAX_FPS = {"gif": 50, "mp4": 1000, "webp": 1000, "png": 1000}  # GIF counts 1/100 s and viewers want two of them
+SD15_FOLDER = "models/StableDiffusion/stable-diffusion-v1-5"  # where the official script looks for the base model
+
+
+@dataclass(frozen=True)
+class MotionLoRAEntry:
+    """A MotionLoRA and the factor its low-rank update is multiplied with."""
+
+    path: str
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True)
+class AnimateEntry:
+    """One model and the prompts it animates. The names are the official prompt YAML's keys.
+
+    A path of "" means: none. `n_prompt` and `seed` hold one value for all prompts, or one per prompt.
+
+    Raises:
+        UserError: a value is out of its range, or two lists do not fit together.
+    """
+
+    prompt: tuple[str, ...]
+    n_prompt: tuple[str, ...] = ("",)
+    seed: tuple[int, ...] = (-1,)  # 0 … 2^64 - 1; -1 draws one and records it
+    random_seed: tuple[int, ...] = ()  # seeds that an earlier run drew; they take the place of -1
+    steps: int = 25
+    guidance_scale: float = 7.5  # 1 and below: no unconditional pass
+    eta: float = 0.0  # 0 is deterministic DDIM, 1 has DDPM's variance
+    L: int = 16  # frames
+    H: int = 512  # pixels
+    W: int = 512
+    fps: float = 8.0
+    format: Format = "gif"
+    name: str = ""  # how messages and metadata call this entry
+
+    pretrained_model_path: str = SD15_FOLDER  # diffusers folder or SD 1.x single file
+    dreambooth_path: str = ""  # personalised model: replaces the base's UNet, text encoder and, where present, VAE
+    lora_model_path: str = ""  # kohya LoRA
+    lora_alpha: float = 0.8
+    motion_module: str = ""  # "": the image model alone, frames do not know each other
+    version: str = ""  # of the motion module, where its file cannot tell
+    max_frames: int = 0  # allow clips of this length, longer than the module was trained on
+    norm_over_frames: bool = False  # run the module's GroupNorm over all frames, as diffusers does
+    motion_module_lora_configs: tuple[MotionLoRAEntry, ...] = ()
+    adapter_lora_path: str = ""  # domain adapter
+    adapter_lora_scale: float = 1.0
+    inference_config: str = ""
+
+    controlnet_path: str = ""  # SparseCtrl
+    controlnet_config: str = ""
+    controlnet_images: tuple[str, ...] = ()
+    controlnet_image_indexs: tuple[int, ...] = (0,)
+    normalize_condition_images: bool = False
+
+    def __post_init__(self) -> None:
+        _check_prompts(self)
+        for key in ("steps", "L", "H", "W"):
+            if (value := getattr(self, key)) < 1:
+                raise UserError(f"{key}: got {value}, expected at least 1")
+        for key in ("H", "W"):
+            if (value := getattr(self, key)) % 8:
+                raise UserError(f"{key}: got {value}, expected a multiple of 8: use {value - value % 8 or 8}")
+        if self.guidance_scale < 0:
+            raise UserError(f"guidance_scale: got {self.guidance_scale:g}, expected 0 or more (1 turns guidance off)")
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta: got {self.eta:g}, expected 0 (deterministic) to 1")
+        if not 0 < self.fps <= MAX_FPS[self.format]:
+            most = MAX_FPS[self.format]
+            raise UserError(f"fps: got {self.fps:g}, expected above 0 and, for {self.format}, at most {most}")
+        known = [name for name, motion in MOTION_VERSIONS.items() if motion.up_block_modules]
+        if self.version and self.version not in known:
+            raise UserError(f"version: got {self.version!r}, expected one of {', '.join(known)}")
+
+    def weight_paths(self) -> dict[str, str]:
+        """Every weight file this entry names, by the key that names it, in loading order."""
+        paths = {
+            "pretrained_model_path": self.pretrained_model_path,
+            "motion_module": self.motion_module,
+            "dreambooth_path": self.dreambooth_path,
+            "lora_model_path": self.lora_model_path,
+            "adapter_lora_path": self.adapter_lora_path,
+        }
+        for i, lora in enumerate(self.motion_module_lora_configs):
+            paths[f"motion_module_lora_configs[{i}].path"] = lora.path
+        return {key: path for key, path in paths.items() if path}
+
+    def per_prompt(self) -> list[tuple[str, str, int]]:
+        """(prompt, negative prompt, seed) of every prompt; recorded seeds take the place of -1."""
+        n = len(self.prompt)
+        negatives = self.n_prompt * n if len(self.n_prompt) == 1 else self.n_prompt
+        seeds = self.seed * n if len(self.seed) == 1 else self.seed
+        drawn = self.random_seed or seeds
+        seeds = tuple(b if a == -1 else a for a, b in zip(seeds, drawn, strict=True))
+        return list(zip(self.prompt, negatives, seeds, strict=True))
+
+
+def _check_prompts(entry: AnimateEntry) -> None:
+    n = len(entry.prompt)
+    if not n:
+        raise UserError("prompt: got an empty list, expected at least one prompt")
+    for key, allowed in (("n_prompt", (1, n)), ("seed", (1, n)), ("random_seed", (0, n))):
+        if (count := len(getattr(entry, key))) not in allowed:
+            raise UserError(
+                f"{key}: got {count} value{'s' * (count != 1)} for {n} prompt{'s' * (n > 1)}, "
+                f"expected {' or '.join(str(a) for a in sorted(set(allowed)) if a)}: "
+                "give one for all prompts, or one per prompt"
+            )
+    for key in ("seed", "random_seed"):
+        if bad := [s for s in getattr(entry, key) if not -1 <= s <= MAX_SEED]:
+            raise UserError(f"{key}: got {bad[0]}, expected 0 to 2^64 - 1, or -1 to draw one")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A prompt config as read: its name (the file's stem), its entries, and what an earlier run recorded in it."""
+
+    name: str
+    entries: tuple[AnimateEntry, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)  # versions, and path -> sha256 of the weight files
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a prompt config.
+
+    Four shapes are understood: a list of entries (official, 2024), a mapping of name -> entry (official, 2023;
+    with `base` and `path`, and a list of motion modules, each of which is run), a single entry, and the
+    `config.yaml` that a run writes beside its samples.
+
+    Args:
+        path: the YAML file.
+        overrides: raw values that replace every entry's, as from `parse_overrides`. A new `prompt` keeps only
+            the first of an entry's negative prompts and seeds, which belonged to the old list.
+
+    Raises:
+        UserError: no such file, broken YAML, or an unknown, missing, mistyped or out-of-range value.
+    """
+    path = Path(path)
+    overrides = dict(overrides or {})
+    _check_overrides(overrides)
+    raw = read_yaml(path)
+    provenance = {}
+    if isinstance(raw, dict) and isinstance(raw.get("entries"), list):
+        if unknown := set(raw) - {"entries", "provenance"}:
+            raise UserError(f"{path}: {unknown_key(min(unknown), ['entries', 'provenance'])}")
+        raw, provenance = raw["entries"], raw.get("provenance") or {}
+    entries = []
+    for name, values in _named_entries(raw, path):
+        where = f"{path}, entry {name}"
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: got {describe(values)}, expected keys such as prompt, motion_module, seed")
+        for variant in _expand(dict(values), where):
+            variant.setdefault("name", str(name))
+            entries.append(build_dataclass(AnimateEntry, _override(variant, overrides), where=where))
+    if not entries:
+        raise UserError(f"{path}: got no entries, expected a list of them, each with a prompt")
+    return RunConfig(path.stem, tuple(entries), provenance)
+
+
+def _named_entries(raw: Any, path: Path) -> list[tuple[Any, Any]]:
+    """The entries of either grammar as (name, values)."""
+    known = {f.name for f in dataclasses.fields(AnimateEntry)} | {"path", "base"}
+    if isinstance(raw, list):
+        return list(enumerate(raw, 1))
+    if isinstance(raw, dict):
+        single = known & set(raw) or not all(isinstance(v, dict) for v in raw.values())
+        return [(1, raw)] if single else list(raw.items())
+    raise UserError(f"{path}: got {describe(raw)}, expected a list of entries, each with a prompt")
+
+
+def _expand(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The 2023 spellings in today's: `path`/`base`, and one entry for each of several motion modules."""
+    if "path" in values or "base" in values:
+        if clash := {"dreambooth_path", "lora_model_path"} & set(values):
+            raise UserError(f"{where}: got both path/base and {min(clash)}, expected one spelling: remove path/base")
+        model, base = values.pop("path", None) or "", values.pop("base", None) or ""
+        values |= {"dreambooth_path": base or model, "lora_model_path": model if base else ""}
+    modules = values.get("motion_module")
+    if not isinstance(modules, list):
+        return [values]
+    if not modules:
+        raise UserError(f'{where}: motion_module: got an empty list, expected a path (or "" for none)')
+    return [values | {"motion_module": module} for module in modules]
+
+
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
+    """Their keys and types, before the file's own get a chance to be blamed."""
+    hints = typing.get_type_hints(AnimateEntry)
+    for key, value in overrides.items():
+        if key not in hints:
+            raise UserError(f"override: {unknown_key(key, list(hints))}")
+        convert(value, hints[key], f"override: {key}")
+
+
+def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(values)
+    if "prompt" in overrides:
+        values.pop("random_seed", None)
+        for key in ("n_prompt", "seed"):
+            if isinstance(old := values.get(key), list):
+                values[key] = old[:1]
+    if "seed" in overrides:
+        values.pop("random_seed", None)
+    return values | dict(overrides)
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML text that `load_config` reads back as the same entries and provenance."""
+    entries = []
+    for entry in config.entries:
+        values = dataclasses.asdict(entry)
+        values["motion_module_lora_configs"] = [dict(lora) for lora in values["motion_module_lora_configs"]]
+        entries.append({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
+    return dump_yaml({"entries": entries, "provenance": config.provenance})

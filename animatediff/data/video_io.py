@@ -1,0 +1,319 @@
+"""Clips to files and back: GIF, MP4, WebP, or a folder of PNG frames, each carrying the settings that made it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageSequence, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from animatediff.data.gif import write_gif
+from animatediff.utils import UserError
+
+GRID_PADDING = 2  # black pixels around every clip of a grid
+EXIF_USER_COMMENT = 0x9286
+EXIF_SUB_FOLDER = 0x8769
+ASCII_CODE = b"ASCII\0\0\0"  # how an EXIF user comment starts
+H264_CRF = "12"  # visually lossless
+WEBP_QUALITY = 95
+
+
+# ---- public functions -----------------------------------------------------------------------------------------
+
+
+def save_video(
+    video: Tensor | np.ndarray, path: str | Path, fps: float = 8, metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Write one clip; the file appears whole or not at all.
+
+    Args:
+        video: (f, 3, H, W) or (f, H, W, 3); where both fit, the first is meant. Floats in [0, 1], rounded to 8 bits
+            and clipped; uint8 as it is.
+        path: ends in .gif, .mp4 or .webp; without an ending it is a folder of PNG frames. Folders above are made.
+            An MP4 of odd height or width repeats its last row or column: H.264 players want even sizes.
+        fps: frames per second. A GIF's delays are multiples of 10 ms, spread so that the clip's length is right.
+        metadata: settings that JSON can hold; `read_metadata` gives them back, with `frames` and `fps` added.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: another shape or ending, values that are not finite, an fps that the format cannot show.
+    """
+    path = Path(path)
+    frames = to_uint8(video)
+    if not fps > 0:
+        raise UserError(f"got fps {fps}, expected a number above 0")
+    if (writer := WRITERS.get(path.suffix)) is None:
+        raise UserError(
+            f"got {path}, expected a name ending in {', '.join(s for s in WRITERS if s)}, or without an ending for a "
+            "folder of PNG frames: rename it"
+        )
+    comment = json.dumps({**(metadata or {}), "frames": len(frames), "fps": float(fps)}, ensure_ascii=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as temporary:
+        writer(frames, temporary, float(fps), comment)
+    return path
+
+
+def save_videos_grid(
+    videos: Tensor,
+    path: str | Path,
+    rescale: bool = False,
+    n_rows: int = 6,
+    fps: float = 8,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write clips side by side, `n_rows` in each row (the official helper's signature).
+
+    Args:
+        videos: (b, 3, f, H, W), floats in [0, 1], or in [-1, 1] with `rescale`.
+        path, fps, metadata: as for `save_video`.
+
+    Raises:
+        UserError: another shape, or what `save_video` refuses.
+    """
+    if videos.ndim != 5 or videos.shape[1] != 3:
+        raise UserError(f"got videos of shape {tuple(videos.shape)}, expected (b, 3, f, H, W)")
+    videos = (videos.float() + 1) / 2 if rescale else videos
+    return save_video(tile([to_uint8(v.movedim(0, 1)) for v in videos], n_rows), path, fps, metadata)
+
+
+def tile(videos: Sequence[np.ndarray], n_rows: int = 6) -> np.ndarray:
+    """One clip that shows all of them, `n_rows` in each row, with black lines between.
+
+    Smaller clips stand in the middle of a black cell of the largest height and width; shorter ones hold their last
+    frame. A single clip is returned as it is.
+
+    Args:
+        videos: uint8 clips (f, H, W, 3).
+
+    Raises:
+        UserError: no clip, or less than one per row.
+    """
+    if not videos or n_rows < 1:
+        raise UserError(f"got {len(videos)} clips in rows of {n_rows}, expected at least one of each")
+    if len(videos) == 1:
+        return videos[0]
+    frames, height, width = (max(v.shape[axis] for v in videos) for axis in range(3))
+    columns = min(n_rows, len(videos))
+    rows = -(-len(videos) // columns)
+    cell_h, cell_w = height + GRID_PADDING, width + GRID_PADDING
+    grid = np.zeros((frames, rows * cell_h + GRID_PADDING, columns * cell_w + GRID_PADDING, 3), np.uint8)
+    for i, video in enumerate(videos):
+        f, h, w, _ = video.shape
+        top = i // columns * cell_h + GRID_PADDING + (height - h) // 2
+        left = i % columns * cell_w + GRID_PADDING + (width - w) // 2
+        grid[:f, top : top + h, left : left + w] = video
+        grid[f:, top : top + h, left : left + w] = video[-1]
+    return grid
+
+
+def read_video(path: str | Path) -> tuple[Tensor, float]:
+    """Frames (f, H, W, 3) uint8 and frames per second of a file or folder that `save_video` wrote.
+
+    Of other files, the frame shown for the shortest time sets the speed, and one shown for longer is repeated; a
+    folder of PNGs from elsewhere has 8 frames per second.
+
+    Raises:
+        UserError: no such file, or none of the four formats.
+    """
+    path = Path(path)
+    if path.suffix == ".mp4":
+        return _read_mp4(path)
+    saved = read_metadata(path)
+    frames, delays = [], []
+    for file in sorted(path.glob("*.png")) if path.is_dir() else [path]:
+        with _open_image(file) as image:
+            for frame in ImageSequence.Iterator(image):
+                frames.append(np.asarray(frame.convert("RGB")))
+                delays.append(float(frame.info.get("duration", 0)))
+    fps = float(saved.get("fps") or (1000 / min(delays) if min(delays) else 8))
+    counts = [max(round(delay * fps / 1000), 1) for delay in delays]
+    counts[-1] += max(int(saved.get("frames", 0)) - sum(counts), 0)  # a WebP that stands still is a single frame
+    return torch.from_numpy(np.repeat(np.stack(frames), counts, axis=0)), fps
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The settings in a file or PNG folder that `save_video` wrote; empty where there are none.
+
+    Raises:
+        UserError: no such file, or none of the four formats.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = min(path.glob("*.png"), default=path / "0000.png")
+    if path.suffix == ".mp4":
+        text = _mp4_comment(path)
+    else:
+        with _open_image(path) as image:
+            text = image.info.get("comment") or image.info.get("Comment") or _exif_comment(image)
+    text = text.decode("ascii", errors="replace") if isinstance(text, bytes) else text
+    try:
+        found = json.loads(text) if text else {}
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
+    """A clip as uint8 (f, H, W, 3): floats in [0, 1] are clipped and rounded to the nearest of 256 levels.
+
+    Args:
+        video: (f, 3, H, W) or (f, H, W, 3), floating or uint8.
+
+    Raises:
+        UserError: another shape or dtype, no frame, or values that are not finite.
+    """
+    video = torch.as_tensor(video).detach().cpu()
+    if video.ndim != 4 or 3 not in (video.shape[1], video.shape[-1]) or not video.numel():
+        raise UserError(f"got a video of shape {tuple(video.shape)}, expected (f, 3, H, W) or (f, H, W, 3)")
+    if video.shape[1] == 3:
+        video = video.movedim(1, -1)
+    if video.is_floating_point():
+        if not bool(video.isfinite().all()):
+            raise UserError("got a video with values that are not finite: the network overflowed, try float32")
+        video = (video.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    if video.dtype != torch.uint8:
+        raise UserError(f"got a video of {video.dtype}, expected floats in [0, 1] or uint8")
+    return video.contiguous().numpy()
+
+
+# ---- formats --------------------------------------------------------------------------------------------------
+
+
+def _write_webp(frames: np.ndarray, path: Path, fps: float, comment: str) -> None:
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    exif = Image.Exif()
+    exif.get_ifd(EXIF_SUB_FOLDER)[EXIF_USER_COMMENT] = ASCII_CODE + comment.encode("ascii")
+    ends = np.round(np.arange(1, len(frames) + 1) * 1000 / fps).astype(int)
+    first.save(
+        path,
+        "WEBP",
+        save_all=True,
+        append_images=rest,
+        duration=np.diff(ends, prepend=0).tolist(),
+        loop=0,
+        quality=WEBP_QUALITY,
+        exif=exif,
+    )
+
+
+def _write_png(frames: np.ndarray, path: Path, fps: float, comment: str) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", comment)
+    path.mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(path / f"{i:04d}.png", pnginfo=text)
+
+
+def _write_mp4(frames: np.ndarray, path: Path, fps: float, comment: str) -> None:
+    ffmpeg = _ffmpeg()
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    writer = ffmpeg.write_frames(
+        str(path),
+        (frames.shape[2], frames.shape[1]),
+        fps=fps,
+        codec="libx264",
+        quality=None,
+        macro_block_size=1,
+        ffmpeg_log_level="error",
+        output_params=["-metadata", f"comment={comment}", "-crf", H264_CRF, "-movflags", "+faststart", "-f", "mp4"],
+    )
+    try:
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
+    except OSError as error:
+        raise UserError(f"ffmpeg could not write the MP4 ({str(error).splitlines()[0]}): use gif or webp") from None
+
+
+def _read_mp4(path: Path) -> tuple[Tensor, float]:
+    _require_file(path)
+    try:
+        reader = _ffmpeg().read_frames(str(path))
+        info = next(reader)
+        width, height = info["size"]
+        frames = [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"got {path}, which ffmpeg cannot read: {str(error).splitlines()[0]}") from None
+    return torch.from_numpy(np.stack(frames)), float(info["fps"])
+
+
+def _mp4_comment(path: Path) -> str:
+    """The comment among ffmpeg's `key=value` lines, its escapes (a backslash before = ; # \\ and newline) undone."""
+    _require_file(path)
+    command = [_ffmpeg().get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise UserError(f"got {path}, which ffmpeg cannot read: {result.stderr.strip().splitlines()[-1]}")
+    for line in result.stdout.splitlines():
+        if line.startswith("comment="):
+            escaped = iter(line.removeprefix("comment="))
+            return "".join(next(escaped, "") if char == "\\" else char for char in escaped)
+    return ""
+
+
+def _ffmpeg():
+    try:
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        raise UserError("MP4 needs ffmpeg, which is not here: pip install imageio-ffmpeg, or use gif or webp") from None
+    return imageio_ffmpeg
+
+
+# Written under a temporary name that hides the ending, so every writer names its format.
+WRITERS: dict[str, Callable[[np.ndarray, Path, float, str], None]] = {
+    ".gif": write_gif,
+    ".mp4": _write_mp4,
+    ".webp": _write_webp,
+    "": _write_png,
+}
+
+
+def _exif_comment(image: Image.Image) -> bytes:
+    comment = image.getexif().get_ifd(EXIF_SUB_FOLDER).get(EXIF_USER_COMMENT, b"")
+    return comment.removeprefix(ASCII_CODE) if isinstance(comment, bytes) else b""
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"got {path}, which is no file: check the path")
+
+
+def _open_image(path: Path) -> Image.Image:
+    _require_file(path)
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        raise UserError(f"got {path}, expected a GIF, WebP, MP4 or PNG: it is none") from None
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name, file or folder, when the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""Measures a text-to-video model in the built-in world: captions in, percentages out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from animatediff.data.shapes import MOTIONS, Scene, make_scene, render
+from animatediff.evaluation.shapes import Score, score_clips
+from animatediff.evaluation.shapes_report import contact_sheet, csv_row, summarise, write_csv
+from animatediff.utils import UserError
+
+Generate = Callable[[list[str], list[int]], Tensor]
+HELD_OUT_SEED = 1  # of the scenes; training draws from seed 0
+
+
+def evaluate_shapes(
+    generate: Generate,
+    *,
+    captions: int = 200,
+    seed: int = HELD_OUT_SEED,
+    batch: int = 8,
+    output_dir: Path | None = None,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Animate captions that share the motions evenly, and read the clips back.
+
+    Args:
+        generate: (captions, noise seeds) -> clips (n, 16, 3, 64, 64) in [-1, 1].
+        captions: how many.
+        seed: of the series of scenes; clip i has the noise seed i.
+        batch: captions to a call of `generate`.
+        output_dir: gets `summary.json`, `clips.csv` (a row per clip) and `sheet.png` (the first clip of every motion).
+        settings: what made the clips, for `summary.json`.
+
+    Returns:
+        `settings`, and `summarise` of the `generated` clips, of the same clips with their frames `shuffled` (motion
+        must come out at chance), and of the `rendered` clips of the same scenes (what a perfect model reaches).
+
+    Raises:
+        UserError: fewer than one caption or one to a batch, or clips of another shape.
+    """
+    if captions < 1 or batch < 1:
+        raise UserError(f"got {captions} captions in batches of {batch}, expected at least one of each")
+    scenes = [make_scene(i, seed=seed, motion=list(MOTIONS)[i % len(MOTIONS)]) for i in range(captions)]
+    scores: dict[str, list[Score]] = {"generated": [], "shuffled": [], "rendered": []}
+    shown: list[Tensor] = []
+    with tqdm(total=captions, desc="captions", unit="clip") as bar:
+        for start in range(0, captions, batch):
+            part = scenes[start : start + batch]
+            videos = generate([scene.caption for scene in part], list(range(start, start + len(part)))).float().cpu()
+            if len(videos) != len(part):
+                raise UserError(f"got {len(videos)} clips for {len(part)} captions, expected one for each")
+            scores["generated"] += score_clips(videos)
+            scores["shuffled"] += score_clips(shuffle_frames(videos, first_seed=start))
+            scores["rendered"] += score_clips(render(part))
+            shown += videos[: max(len(MOTIONS) - start, 0)].clamp(-1, 1)
+            bar.update(len(part))
+    summary = {name: summarise(found, scenes) for name, found in scores.items()}
+    result = {"settings": {"captions": captions, "seed": seed, **(settings or {})}, **summary}
+    if output_dir is not None:
+        _write(Path(output_dir), result, scenes, scores, shown)
+    return result
+
+
+def shuffle_frames(videos: Tensor, *, first_seed: int = 0) -> Tensor:
+    """Clips (n, f, ...) with the frames of clip i in an order drawn from seed `first_seed + i`."""
+    orders = [
+        torch.randperm(videos.shape[1], generator=torch.Generator().manual_seed(first_seed + i))
+        for i in range(len(videos))
+    ]
+    return torch.stack([video[order] for video, order in zip(videos, orders, strict=True)])
+
+
+def _write(
+    folder: Path, result: dict[str, Any], scenes: list[Scene], scores: dict[str, list[Score]], shown: list[Tensor]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    rows = [
+        csv_row(i, scene, score) | {"read_motion_shuffled": shuffled.motion}
+        for i, (scene, score, shuffled) in enumerate(zip(scenes, scores["generated"], scores["shuffled"], strict=True))
+    ]
+    write_csv(folder / "clips.csv", rows)
+    contact_sheet(shown, scenes[: len(shown)], scores["generated"][: len(shown)]).save(folder / "sheet.png")

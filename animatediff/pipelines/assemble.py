@@ -1,0 +1,122 @@
+"""One entry of a prompt config to the networks that run it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised
+from animatediff.checkpoints.lora_files import read_lora
+from animatediff.models.lora import LoRAStack
+from animatediff.models.text import Tokenizer
+from animatediff.models.unet import UNet
+from animatediff.pipelines.components import Components, place, share_weights
+from animatediff.pipelines.weights import CheckedEntry
+from animatediff.utils import UserError
+
+
+class Assembler:
+    """Loads entries one after the other. Every entry starts from the clean base; nothing of one reaches the next.
+
+    Image models are read into float32 on the CPU and kept until another one is asked for. An entry's networks are
+    twins on the same storage: LoRAs give theirs new weights, and moving to a device makes copies.
+
+    The order is the official one: motion module, DreamBooth (these two touch different weights), kohya LoRA, domain
+    adapter, MotionLoRAs. LoRAs are summed in float32 and rounded once.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self._base: tuple[Path | None, ImageModel | None] = (None, None)
+        self._personal: tuple[tuple[Path, Path] | None, ImageModel | None] = (None, None)
+
+    def assemble(self, checked: CheckedEntry) -> Components:
+        """Load what an entry names.
+
+        Raises:
+            UserError: a file is incomplete, does not fit the others, or contradicts the inference config.
+        """
+        entry, files = checked.entry, checked.files
+        image = self._image_model(files["pretrained_model_path"], files.get("dreambooth_path"))
+        if image.vae is None:
+            raise UserError(
+                f"got {image.report.path} without a VAE, expected one in it or in the base model: "
+                "give a base with a VAE by --pretrained-model-path"
+            )
+        if side := next((s for s in (entry.H, entry.W) if s % image.vae.config.downsampling), None):
+            raise UserError(
+                f"entry {entry.name}: got a side of {side} pixels, expected multiples of "
+                f"{image.vae.config.downsampling}: change H or W"
+            )
+        reports = [str(image.report)]
+        unet, text_encoder = share_weights(image.unet), share_weights(image.text_encoder)
+        if "motion_module" in files:
+            unet, report = self._with_motion(checked, unet)
+            reports.append(report)
+        loras = LoRAStack(unet, text_encoder)
+        for path, scale in self._loras(checked):
+            reports.append(str(loras.add(read_lora(path, name=_unused_name(path, loras)), scale)))
+        loras.merge()
+        return Components(
+            unet=place(unet, self.device, self.dtype),
+            vae=place(share_weights(image.vae), self.device, self.dtype),
+            text_encoder=place(text_encoder, self.device, self.dtype),
+            tokenizer=self._tokenizer(files),
+            schedule=checked.inference.build_schedule(image.schedule.prediction_type if image.schedule else None),
+            loras=loras,
+            reports=tuple(reports),
+        )
+
+    def _image_model(self, base_path: Path, personal_path: Path | None) -> ImageModel:
+        if self._base[0] != base_path:
+            self._base = self._personal = (None, None)  # before the next is read: two do not fit everywhere
+            self._base = (base_path, load_base(base_path))
+        base = self._base[1]
+        assert base is not None
+        if personal_path is None:
+            return base
+        if self._personal[0] != (base_path, personal_path):
+            self._personal = (None, None)
+            self._personal = ((base_path, personal_path), load_personalised(personal_path, base))
+        assert self._personal[1] is not None
+        return self._personal[1]
+
+    def _with_motion(self, checked: CheckedEntry, unet: UNet) -> tuple[UNet, str]:
+        entry = checked.entry
+        unet, report = load_motion_module(
+            unet,
+            checked.files["motion_module"],
+            version=checked.version,
+            norm_over_frames=entry.norm_over_frames,
+        )
+        motion = unet.config.motion
+        assert motion is not None
+        checked.inference.check(motion)
+        unet.config = unet.config.with_motion(replace(motion, max_frames=checked.max_frames or motion.max_frames))
+        return unet, str(report)
+
+    @staticmethod
+    def _loras(checked: CheckedEntry) -> list[tuple[Path, float]]:
+        entry, files = checked.entry, checked.files
+        scales = {"lora_model_path": entry.lora_alpha, "adapter_lora_path": entry.adapter_lora_scale}
+        scales |= {
+            f"motion_module_lora_configs[{i}].path": lora.alpha
+            for i, lora in enumerate(entry.motion_module_lora_configs)
+        }
+        return [(files[key], scale) for key, scale in scales.items() if key in files]
+
+    @staticmethod
+    def _tokenizer(files: dict[str, Path]) -> Tokenizer:
+        """A model folder's own tokenizer, of the personalised model before the base; else the bundled CLIP table."""
+        for key in ("dreambooth_path", "pretrained_model_path"):
+            if key in files and (folder := files[key] / "tokenizer").is_dir():
+                return Tokenizer.from_folder(folder)
+        return Tokenizer()
+
+
+def _unused_name(path: Path, loras: LoRAStack) -> str:
+    """The file's stem, numbered where the stack knows it already."""
+    names = (path.stem if i == 1 else f"{path.stem}-{i}" for i in range(1, len(loras.names) + 2))
+    return next(name for name in names if name not in loras.names)

@@ -1,0 +1,78 @@
+"""Convert weights without changing a bit: `python scripts/convert.py IN OUT --to ldm|diffusers|official-motion|…`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py must not shadow the standard module
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+
+from animatediff.checkpoints.export import write_diffusers, write_ldm, write_motion_adapter, write_official_motion
+from animatediff.checkpoints.files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
+from animatediff.checkpoints.parts import read_image_parts, read_motion_parts
+from animatediff.model_config import MOTION_VERSIONS
+from animatediff.utils import UserError, run_main
+
+FILE_FORMATS = ("ldm", "official-motion")
+FORMATS = {
+    "ldm": "an SD 1.x single file",
+    "diffusers": "a diffusers folder",
+    "official-motion": "a motion module in official keys",
+    "diffusers-motion": "a MotionAdapter folder",
+}
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_output(args.input, args.output, to=args.to, overwrite=args.overwrite)
+    if args.to.endswith("motion"):
+        parts = read_motion_parts(args.input)
+        write = write_official_motion if args.to == "official-motion" else write_motion_adapter
+        write(parts, args.output, version=args.version)
+    else:
+        if args.version:
+            raise UserError(
+                f"got --version {args.version} with --to {args.to}, expected it for motion modules only: drop it"
+            )
+        parts = read_image_parts(args.input)
+        write = write_ldm if args.to == "ldm" else write_diffusers
+        write(parts, args.output)
+    print(f"wrote {args.output}, {FORMATS[args.to]}, from {args.input}")
+    for note in parts.notes:
+        print(f"  note: {note}")
+    if parts.unused:
+        print(f"  left out {len(parts.unused)} entries: {', '.join(parts.unused[:5])}{' …' * (len(parts.unused) > 5)}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Convert weights between file formats without changing a bit.")
+    parser.add_argument("input", type=Path, metavar="IN", help="file or folder of any format")
+    parser.add_argument("output", type=Path, metavar="OUT", help="file (.safetensors, .ckpt) or folder to write")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="; ".join(f"{k}: {v}" for k, v in FORMATS.items()))
+    parser.add_argument("--version", choices=MOTION_VERSIONS, help="of a motion module whose file does not tell")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    return parser.parse_args()
+
+
+def check_output(source: Path, target: Path, *, to: str, overwrite: bool) -> None:
+    """Refuse before anything is read.
+
+    Raises:
+        UserError: OUT is IN, exists, or has the name of a file where a folder is written (or the other way round).
+    """
+    weights = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
+    if source.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"got {source} as IN and {target} as OUT, expected two places: choose another OUT")
+    if target.exists() and not overwrite:
+        raise UserError(f"got {target} as OUT, which exists: choose another name, or add --overwrite")
+    if to in FILE_FORMATS and (target.suffix not in weights or target.is_dir()):
+        raise UserError(f"got {target} as OUT, expected a file name ending in {', '.join(weights)}: rename it")
+    if to not in FILE_FORMATS and target.suffix in weights:
+        raise UserError(f"got {target} as OUT, expected the name of a folder, which {FORMATS[to]} is: rename it")
+
+
+if __name__ == "__main__":
+    run_main(main)

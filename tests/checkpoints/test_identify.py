@@ -1,0 +1,176 @@
+"""Every kind of file is named for what it is."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from animatediff.checkpoints.files import write_state_dict
+from animatediff.checkpoints.identify import KINDS, identify, identify_tensors, refusal
+from animatediff.checkpoints.keymaps import LDM_UNET, LDM_VAE, motion_to_diffusers
+from animatediff.utils import UserError
+from tests.checkpoints.synthetic import (
+    ldm_tensors,
+    lora_tensors,
+    motion_tensors,
+    sparsectrl_tensors,
+    with_positional,
+)
+
+PATH = Path("x.safetensors")
+
+
+def zeros(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {key.replace("__", "."): torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def sdxl_motion() -> dict[str, Tensor]:
+    name = "down_blocks.{}.motion_modules.0.temporal_transformer.norm.weight"
+    return {name.format(i): torch.empty(width, device="meta") for i, width in enumerate((320, 640, 1280))}
+
+
+def context(width: int) -> dict[str, Tensor]:
+    return {
+        f"{LDM_UNET}input_blocks.0.0.weight": torch.empty(320, 4, 3, 3, device="meta"),
+        f"{LDM_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.empty(320, width, device="meta"),
+    }
+
+
+def renamed(tensors: dict[str, Tensor], rule) -> dict[str, Tensor]:
+    return {rule(key): tensor for key, tensor in tensors.items()}
+
+
+PEFT = {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 32)}
+TI = {"string_to_param.*": torch.zeros(2, 768)}
+
+CASES: dict[str, tuple[str, object]] = {
+    "ldm": ("sd1-checkpoint", ldm_tensors),
+    "ldm without text": ("sd1-checkpoint", lambda: context(768)),
+    "motion": ("motion-module", lambda: motion_tensors("v3")),
+    "whole video unet": ("motion-module", lambda: motion_tensors("v3") | zeros(conv_in__weight=(32, 4, 3, 3))),
+    "adapter": ("motion-adapter", lambda: renamed(motion_tensors("v2"), motion_to_diffusers)),
+    "motion lora": ("motion-lora", lambda: lora_tensors("motion_lora")),
+    "motion lora kohya": (
+        "motion-lora",
+        lambda: {"lora_unet_down_blocks_0_motion_modules_0_x_to_q.lora_down.weight": torch.zeros(4, 32)},
+    ),
+    "motion lora diffusers": (
+        "motion-lora",
+        lambda: renamed(lora_tensors("motion_lora"), lambda key: "unet." + motion_to_diffusers(key)),
+    ),
+    "domain adapter": ("domain-adapter", lambda: lora_tensors("domain_adapter")),
+    "kohya": ("lora", lambda: lora_tensors("kohya_lora")),
+    "peft": ("lora", lambda: PEFT),
+    "sdxl lora": ("sdxl-lora", lambda: zeros(lora_te2_x__lora_down__weight=(4, 1280))),
+    "sdxl lora by width": (
+        "sdxl-lora",
+        lambda: {"lora_unet_x_attn2_to_k.lora_down.weight": torch.empty(4, 2048, device="meta")},
+    ),
+    "loha": ("lycoris", lambda: zeros(lora_unet_x__hada_w1_a=(4, 4))),
+    "lokr": ("lycoris", lambda: zeros(lora_unet_x__lokr_w1=(4, 4))),
+    "scribble": ("sparsectrl", lambda: sparsectrl_tensors("scribble")),
+    "rgb": ("sparsectrl", lambda: sparsectrl_tensors("rgb")),
+    "controlnet": ("controlnet", lambda: zeros(control_model__input_hint_block__0__weight=(16, 3, 3, 3))),
+    "controlnet diffusers": ("controlnet", lambda: zeros(controlnet_cond_embedding__conv_in__weight=(16, 3, 3, 3))),
+    "ip adapter": ("ip-adapter", lambda: zeros(image_proj__proj__weight=(4, 4), ip_adapter__1__to_k_ip__weight=(4, 4))),
+    "embedding": ("textual-inversion", lambda: zeros(emb_params=(2, 768))),
+    "embedding a1111": ("textual-inversion", lambda: TI),
+    "hotshot": ("hotshot-xl", lambda: zeros(down_blocks__0__temporal_attentions__0__norm__weight=(320,))),
+    "pia": ("pia", lambda: motion_tensors("v3") | zeros(conv_in__weight=(320, 9, 3, 3))),
+    "i2v": ("animatelcm-i2v", lambda: motion_tensors("v2") | zeros(img_encoder__conv_in__weight=(320, 4, 1, 1))),
+    "cameractrl": ("cameractrl", lambda: zeros(pose_encoder_state_dict__encoder_conv_in__weight=(320, 6, 3, 3))),
+    "sdxl motion": ("sdxl-motion-module", sdxl_motion),
+    "sdxl": ("sdxl-checkpoint", lambda: context(2048) | zeros(conditioner__embedders__0__x=(1,))),
+    "sd2": ("sd2-checkpoint", lambda: context(1024)),
+    "inpainting": (
+        "sd1-inpainting",
+        lambda: context(768) | {f"{LDM_UNET}input_blocks.0.0.weight": torch.empty(320, 9, 3, 3, device="meta")},
+    ),
+    "flux": ("dit-checkpoint", lambda: zeros(double_blocks__0__img_attn__qkv__weight=(4, 4))),
+    "diffusers unet": ("sd1-unet", lambda: zeros(down_blocks__0__resnets__0__time_emb_proj__weight=(320, 1280))),
+    "vae": ("vae", lambda: zeros(decoder__conv_in__weight=(512, 4, 3, 3))),
+    "ldm vae": ("vae", lambda: {f"{LDM_VAE}encoder.conv_in.weight": torch.zeros(128, 3, 3, 3)}),
+    "text encoder": ("text-encoder", lambda: zeros(text_model__embeddings__token_embedding__weight=(49408, 768))),
+    "nothing known": ("unknown", lambda: zeros(layers__0__weight=(3, 3))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kinds(name):
+    kind, build = CASES[name]
+    assert identify_tensors(build(), path=PATH).kind == kind
+
+
+def test_every_kind_is_covered():
+    assert {kind for kind, _ in CASES.values()} == KINDS.keys() - {"diffusers-folder"}
+
+
+@pytest.mark.parametrize(("layout", "frames", "version"), [("v1", 24, "v1"), ("v3", 32, "v3"), ("v2", 32, "v2")])
+def test_motion_versions_by_their_positional_encoding(layout, frames, version):
+    info = identify_tensors(with_positional(motion_tensors(layout), frames), path=PATH)
+    assert (info.version, info.positional_length) == (version, frames)
+    assert info.config_line == f"motion_module: {PATH}"
+
+
+def test_an_undecided_version_is_asked_for():
+    info = identify_tensors(motion_tensors("v3"), path=PATH)
+    assert info.version is None and "version: v1 or v3" in info.config_line
+    assert identify_tensors(motion_tensors("v3"), {"version": "v1"}, path=PATH).version == "v1"
+
+
+@pytest.mark.parametrize(("length", "version"), [(24, "v1"), (32, None), (None, None)])
+def test_the_length_in_a_diffusers_adapter_proves_only_v1(length, version):
+    adapter = renamed(motion_tensors("v3"), motion_to_diffusers)
+    assert identify_tensors(adapter, path=PATH, length=length).version == version
+
+
+def test_variants_are_told_apart():
+    assert identify_tensors(sparsectrl_tensors("rgb"), path=PATH).version == "rgb"
+    assert identify_tensors(sparsectrl_tensors("scribble"), path=PATH).version == "scribble"
+    assert identify_tensors(CASES["loha"][1](), path=PATH).version == "LoHa"
+    assert identify_tensors(CASES["lokr"][1](), path=PATH).version == "LoKr"
+
+
+def test_the_base_is_named_by_family_and_widths():
+    assert identify_tensors(sdxl_motion(), path=PATH).base == "SDXL"
+    assert identify_tensors(context(1024), path=PATH).base == "SD 2.x"
+    for tensors in (ldm_tensors(), motion_tensors("v3"), renamed(motion_tensors("v3"), motion_to_diffusers)):
+        assert identify_tensors(tensors, path=PATH).base == "SD 1.x layout of widths 32, 64, 64, 96"
+    official = {
+        f"down_blocks.{i}.motion_modules.0.temporal_transformer.norm.bias": torch.empty(width, device="meta")
+        for i, width in enumerate((320, 640, 1280, 1280))
+    }
+    assert identify_tensors(official, path=PATH).base == "SD 1.x"
+
+
+def test_counts_and_types(tmp_path):
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.float16)}
+    info = identify(write_state_dict(tmp_path / "x.safetensors", tensors, metadata={"k": "v"}))
+    assert (info.num_tensors, info.num_parameters, info.dtype) == (2, 10, "float16, float32")
+    assert info.metadata["k"] == "v"
+    assert not info.supported and "cannot be used" in info.config_line
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("motion lora", r"this is a MotionLoRA, not a motion module: use it as `motion_module_lora_configs: \[{path"),
+        ("sdxl motion", "this is an SDXL motion module, not a motion module: it needs an SDXL base"),
+        ("ldm", "this is an SD 1.x image model in one file, not a motion module: use it as `dreambooth_path: x"),
+        ("vae", "this is a VAE alone, not a motion module: it needs an image model"),
+        ("nothing known", "this is no kind of file that is known here, not a motion module: its keys"),
+    ],
+)
+def test_refusals_say_what_it_is_and_where_it_belongs(case, message):
+    info = identify_tensors(CASES[case][1](), path=PATH)
+    assert re.search(message, str(refusal(info, "a motion module")))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no model_index\.json, no unet/ and no weights"):
+        identify(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(UserError, match="a FluxPipeline without unet/ weights"):
+        identify(tmp_path)

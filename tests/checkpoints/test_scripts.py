@@ -1,0 +1,133 @@
+"""scripts/inspect.py and scripts/convert.py as a person runs them."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from animatediff.checkpoints.files import read_state_dict, write_state_dict
+from tests.checkpoints.synthetic import equal, ldm_tensors, lora_tensors, motion_tensors, with_positional, write
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def run(name: str, *args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def failed_cleanly(result: subprocess.CompletedProcess[str], *words: str) -> bool:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
+    return all(word in result.stderr for word in words)
+
+
+def test_inspect_describes_several_files_and_goes_on_after_a_bad_one(tmp_path):
+    tensors = with_positional(motion_tensors("v3"), 32)
+    name = next(iter(tensors))
+    tensors = tensors | {name: torch.tensor([float("nan"), float("inf"), -float("inf")] + [0.0] * 29)}
+    motion = write(tmp_path / "mm.safetensors", tensors, title="test")
+    lora = write(tmp_path / "lora.ckpt", lora_tensors("motion_lora"))
+    (tmp_path / "page.ckpt").write_text("<html>")
+    result = run("inspect.py", motion, tmp_path / "page.ckpt", lora, cwd=tmp_path)
+    assert failed_cleanly(result, "an HTML page")
+    first, second = result.stdout.split(str(lora) + "\n")
+    for text in (
+        "motion-module: a motion module",
+        "v3",
+        "SD 1.x layout of widths 32, 64, 64, 96",
+        "float32",
+        f"{sum(t.numel() for t in tensors.values()):,} in 560 tensors",
+        hashlib.sha256(motion.read_bytes()).hexdigest(),
+        "1 / 2",
+        "positional encoding: 32 frames",
+        "title = test",
+        f"motion_module: {motion}",
+    ):
+        assert text in first, text
+    assert "motion-lora: a MotionLoRA" in second
+    assert f"motion_module_lora_configs: [{{path: {lora}, alpha: 1.0}}]" in second
+
+
+def test_convert_there_and_back(tmp_path, ldm_file):
+    for source, target, to in ((ldm_file, "folder", "diffusers"), ("folder", "back.safetensors", "ldm")):
+        result = run("convert.py", source, target, "--to", to, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith(f"wrote {target}")
+    assert equal(read_state_dict(tmp_path / "back.safetensors").tensors, ldm_tensors())
+
+
+def test_convert_refuses_the_wrong_kind_in_one_line(tmp_path):
+    motion = write(tmp_path / "mm.safetensors", motion_tensors("v2"))
+    result = run("convert.py", motion, "out.safetensors", "--to", "ldm", cwd=tmp_path)
+    assert failed_cleanly(result, "this is a motion module, not an SD 1.x image model")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.fixture
+def convert(monkeypatch):
+    """scripts/convert.py's main in this process."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("convert_script", SCRIPTS / "convert.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*args: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, args)])
+        module.main()
+
+    return call
+
+
+def test_convert_stamps_the_version_of_a_motion_module(tmp_path, convert):
+    source = write(tmp_path / "a.ckpt", motion_tensors("v3"))
+    with pytest.raises(ValueError, match="version cannot be told"):
+        convert(source, tmp_path / "b.safetensors", "--to", "official-motion")
+    convert(source, tmp_path / "b.safetensors", "--to", "official-motion", "--version", "v1")
+    written = read_state_dict(tmp_path / "b.safetensors")
+    assert equal(written.tensors, motion_tensors("v3")) and written.metadata["version"] == "v1"
+
+
+def test_convert_writes_and_replaces_adapters(tmp_path, convert, capsys):
+    source = write(tmp_path / "a.safetensors", with_positional(motion_tensors("v2"), 32))
+    convert(source, tmp_path / "adapter", "--to", "diffusers-motion")
+    with pytest.raises(ValueError, match="which exists: choose another name, or add --overwrite"):
+        convert(source, tmp_path / "adapter", "--to", "diffusers-motion")
+    convert(source, tmp_path / "adapter", "--to", "diffusers-motion", "--overwrite")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    assert "a MotionAdapter folder" in capsys.readouterr().out
+
+
+def test_convert_names_what_it_left_out(tmp_path, convert, capsys):
+    tensors = motion_tensors("v2") | {"conv_in.weight": torch.zeros(32, 4, 3, 3)}
+    source = write_state_dict(tmp_path / "a.ckpt", {f"module.{key}": t for key, t in tensors.items()})
+    convert(source, tmp_path / "b.safetensors", "--to", "official-motion")
+    assert "left out 1 entries: conv_in.weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("a.safetensors", "a.safetensors", "--to", "ldm"), "as IN and .* as OUT, expected two places"),
+        (("a.safetensors", ".", "--to", "diffusers", "--overwrite"), "expected two places"),
+        (("a.safetensors", "b", "--to", "ldm"), r"expected a file name ending in \.safetensors"),
+        (("a.safetensors", "b.safetensors", "--to", "diffusers"), "expected the name of a folder"),
+        (("none.safetensors", "b.safetensors", "--to", "ldm"), "there is no such file"),
+        (("a.safetensors", "no/b.safetensors", "--to", "official-motion"), "expected an existing folder"),
+        (("a.safetensors", "b.safetensors", "--to", "ldm", "--version", "v1"), "expected it for motion modules only"),
+    ],
+)
+def test_convert_refuses(tmp_path, monkeypatch, convert, args, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.safetensors", motion_tensors("v2"))
+    with pytest.raises(ValueError, match=message):
+        convert(*args)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors"]

@@ -1,0 +1,43 @@
+"""The golden network as files of every kind, and configs that use them."""
+
+from pathlib import Path
+
+import yaml
+
+from tests.checkpoints.synthetic import METADATA, TABLES, ldm_tensors, motion_tensors, tensors_of, write
+
+SMALL = {"steps": 2, "L": 2, "H": 16, "W": 16}  # a clip in a fraction of a second
+
+
+def write_files(folder: Path) -> Path:
+    """nano.safetensors, mm_v1|v2|v3.safetensors, motion_lora, adapter, kohya .safetensors, as the goldens know them."""
+    write(folder / "nano.safetensors", ldm_tensors(), **METADATA)
+    for version in ("v1", "v2", "v3"):
+        write(folder / f"mm_{version}.safetensors", motion_tensors(version), version=version)
+    for name, salt, table in (
+        ("motion_lora", "nano-motion-lora", "motion_lora"),
+        ("adapter", "nano-adapter", "domain_adapter"),
+        ("kohya", "nano-kohya", "kohya_lora"),
+    ):
+        tensors = tensors_of(salt, TABLES[table])
+        for key in tensors:
+            if key.endswith(".alpha"):
+                tensors[key].fill_(4.0)  # the rank
+        write(folder / f"{name}.safetensors", tensors)
+    return folder
+
+
+def entry(folder: Path, **values: object) -> dict[str, object]:
+    """One entry of a prompt config that runs the golden network on small clips."""
+    common = {
+        "pretrained_model_path": str(folder / "nano.safetensors"),
+        "motion_module": str(folder / "mm_v3.safetensors"),
+        "prompt": ["a red fox"],
+        "seed": 42,
+    }
+    return common | SMALL | values
+
+
+def write_config(path: Path, *entries: dict[str, object]) -> Path:
+    path.write_text(yaml.safe_dump(list(entries)), encoding="utf-8")
+    return path

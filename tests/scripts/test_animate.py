@@ -1,0 +1,134 @@
+"""scripts/animate.py as a user runs it: a subprocess, its files, its exit codes, its one-line errors."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from animatediff.data.video_io import read_metadata, read_video
+from scripts.animate import collect_overrides, parse
+from tests.nano import entry, write_config, write_files
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts/animate.py"
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_files(tmp_path_factory.mktemp("nano"))
+
+
+@pytest.fixture
+def config(nano, tmp_path) -> Path:
+    return write_config(tmp_path / "fox.yaml", entry(nano))
+
+
+def start(folder: Path, *arguments: str, command: tuple[str, ...] = (str(SCRIPT),), **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *command, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def call(folder: Path, *arguments: str, **options) -> tuple[int, str, str]:
+    process = start(folder, *arguments, **options)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def test_a_run(config, tmp_path):
+    """Options and key=value go before the config; the folder is named after it; paths come on stdout."""
+    code, out, err = call(
+        tmp_path, "--config", config, "--prompt", "a fox: red", "--seed", "18368660165286593270", "guidance_scale=3",
+        "--H", "24", "--format", "webp", "--without-xformers",
+    )  # fmt: skip
+    assert code == 0, err
+    (folder,) = (tmp_path / "samples").iterdir()
+    assert folder.name.startswith("fox-")
+    clip = folder / "sample/0-a-fox-red.webp"
+    assert out.split() == [str(path.relative_to(tmp_path)) for path in (clip, folder / "sample.webp")]
+    settings = read_metadata(clip)
+    assert settings["prompt"] == "a fox: red" and settings["seed"] == 18368660165286593270
+    assert settings["guidance_scale"] == 3.0
+    assert read_video(clip)[0].shape == (2, 24, 16, 3)
+    assert "xformers is never used" in err and "100%" in err and "Traceback" not in err
+
+
+def test_ctrl_c_and_again(nano, tmp_path):
+    """SIGINT after the first clip: exit 130, that clip is whole; the same command finishes the rest."""
+    config = write_config(tmp_path / "many.yaml", entry(nano, prompt=["one", "two", "three"], seed=-1, steps=40))
+    arguments = ("--config", config, "--output-dir", "out")
+    process = start(tmp_path, *arguments, start_new_session=True)
+    first = tmp_path / "out/sample/0-one.gif"
+    deadline = time.monotonic() + 300
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert "1 of 3 prompts are done; to go on, repeat the command with --output-dir out" in err
+    content = first.read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["0-one.gif", "config.yaml"]
+
+    code, out, err = call(tmp_path, *arguments)
+    assert code == 0 and "1 of 3 prompts are there already" in err
+    assert [Path(line).name for line in out.split()] == ["1-two.gif", "2-three.gif", "sample.gif"]
+    assert first.read_bytes() == content
+
+
+def test_as_a_module_with_the_official_options(config, tmp_path):
+    """`python -m scripts.animate` from the repository, as the official README has it; here up to a missing file."""
+    code, _, err = call(
+        ROOT, "--config", config, "--pretrained-model-path", "models/StableDiffusion/stable-diffusion-v1-5",
+        "--inference-config", "configs/inference/inference-v3.yaml", "--L", "16", "--W", "512", "--H", "512",
+        "--without-xformers", command=("-m", "scripts.animate"),
+    )  # fmt: skip
+    assert code == 2 and "there is no models/StableDiffusion/stable-diffusion-v1-5" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], 'error: got nothing to animate, expected --prompt "…" or --config FILE'),
+        (["--prompt", "x", "--sed", "3"], "error: unrecognized arguments: --sed"),
+        (["--prompt", "x", "--L", "ten"], "error: argument --L: invalid int value: 'ten'"),
+        (["--prompt", "x", "stepz=3"], "error: override: unknown key 'stepz', the nearest known one is 'steps'"),
+        (["--prompt", "x", "--seed", "1", "seed=2"], "error: got seed both as an option and as key=value"),
+        (["--config", "nope.yaml"], "error: got config nope.yaml, which is no file"),
+        (["--config", "fox.yaml", "n_prompt=[a, b]"], "n_prompt: got 2 values for 1 prompt"),
+        (["--config", "fox.yaml", "prompt=[]"], "prompt: got an empty list"),
+        (["--config", "fox.yaml", "--H", "500"], "H: got 500, expected a multiple of 8"),
+        (["--config", "fox.yaml", "steps=0"], "steps: got 0, expected at least 1"),
+        (["--config", "fox.yaml", "guidance_scale=-3"], "guidance_scale: got -3"),
+        (["--config", "fox.yaml", "motion_module=models/Motion_Module/v3_sd15_mm.ckpt"], "https://huggingface.co/guoyww"),
+        (["--config", "fox.yaml", "controlnet_path=x.ckpt"], "SparseCtrl is not available yet"),
+        (["--config", "fox.yaml", "L=64"], "L: got 64 frames, expected at most 32"),
+        (["--config", "fox.yaml", "--dtype", "int8"], "got dtype 'int8', expected one of float32"),
+        (["--config", "fox.yaml", "--device", "cuda"], "got device 'cuda', which is not available"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_exit_code_2(config, tmp_path, arguments, message):
+    code, out, err = call(tmp_path, *arguments)
+    assert code == 2 and out == ""
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fox.yaml"]  # nothing was begun
+
+
+def test_options_become_overrides():
+    line = ["--prompt", "a", "--prompt", "b", "steps=3", "--n-prompt", "c", "--fps", "12", "eta=0.5"]
+    assert collect_overrides(parse(line)) == {
+        "prompt": ["a", "b"],
+        "n_prompt": ["c"],
+        "fps": 12.0,
+        "steps": 3,
+        "eta": 0.5,
+    }

@@ -1,0 +1,61 @@
+"""The house rules that a machine can check: floors, walls, forbidden frameworks."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {
+    "animatediff_kernels": 0,
+    "animatediff.utils": 1,
+    "animatediff.config": 1,
+    "animatediff.model_config": 1,
+    "animatediff.dataclass_io": 1,
+    "animatediff.models": 2,
+    "animatediff.diffusion": 2,
+    "animatediff.checkpoints": 3,
+    "animatediff.data": 3,
+    "animatediff.pipelines": 4,
+    "animatediff.evaluation": 4,
+    "animatediff.training": 5,
+}
+WALLS = {  # third-party package -> the only places that may import it
+    "yaml": ("animatediff/dataclass_io.py", "tests/"),
+    "transformers": ("animatediff/models/text.py", "animatediff/evaluation/", "tests/"),
+    "tokenizers": ("animatediff/models/text.py",),
+    "safetensors": ("animatediff/checkpoints/files.py", "tests/"),
+    "triton": ("kernels/",),
+    "diffusers": (),
+    "torchvision": (),
+    "xformers": (),
+}
+FILES = [p for top in ("animatediff", "kernels", "scripts", "tests") for p in sorted((ROOT / top).rglob("*.py"))]
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+    return found
+
+
+def package(module: str) -> str | None:
+    return next((p for p in FLOORS if module == p or module.startswith(p + ".")), None)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports(path):
+    name = str(path.relative_to(ROOT)).removeprefix("kernels/").removesuffix(".py").replace("/", ".")
+    own = package(name)
+    for module in imports(path):
+        top = module.split(".")[0]
+        allowed = WALLS.get(top)
+        assert allowed is None or str(path.relative_to(ROOT)).startswith(allowed), f"{path} may not import {top}"
+        other = package(module)
+        if own and other and own != other:
+            assert FLOORS[other] <= FLOORS[own], f"{own} may not import {other}, which is a higher floor"
+            assert {own, other} != {"animatediff.models", "animatediff.diffusion"}, f"{own} may not know {other}"

@@ -1,0 +1,168 @@
+"""Both stages on a network of a few thousand weights: they learn, stop, go on, freeze and export as they should."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from animatediff.checkpoints.load import load_base, load_motion_module
+from animatediff.training.loop import LoopConfig, learning_rate, train
+from animatediff.training.stages import load_train_config
+from animatediff.utils import UserError
+
+LOOP = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 1}
+IMAGE = {
+    "stage": "shapes_image",
+    "clips": 4,
+    "vae": {"block_out_channels": [4, 4, 8], "layers_per_block": 1, "norm_num_groups": 2},
+    "unet": {
+        "block_out_channels": [8, 16],
+        "attention_levels": [False, True],
+        "layers_per_block": 1,
+        "context_dim": 8,
+        "num_heads": 2,
+        "norm_num_groups": 4,
+    },
+    "text": {"width": 8, "layers": 1, "num_heads": 2, "mlp_width": 16},
+    "autoencoder": LOOP,
+    "image": LOOP,
+}
+MOTION = {
+    "stage": "shapes_motion",
+    "clips": 4,
+    "motion": {"version": "v2", "mid_block": True, "num_heads": 2, "resolutions": [2]},
+    "loop": LOOP,
+}
+
+
+def write(path: Path, values: dict) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    image = write(folder / "image.yaml", IMAGE | {"output_dir": str(folder / "image")})
+    load_train_config(image).run(lambda line: None)
+    motion = {"output_dir": str(folder / "motion"), "image_model": str(folder / "image/image.safetensors")}
+    load_train_config(write(folder / "motion.yaml", MOTION | motion)).run(lambda line: None)
+    return folder
+
+
+def test_exports_load_as_any_other_file(trained):
+    base = load_base(trained / "image/image.safetensors")
+    assert base.vae is not None and base.unet.config.block_out_channels == (8, 16)
+    unet, report = load_motion_module(base.unet, trained / "motion/motion.safetensors")
+    assert unet.config.motion.version == "v2" and unet.config.motion.resolutions == (2,)
+    assert any(p.abs().max() > 0 for n, p in unet.motion_parameters() if "proj_out" in n)
+
+
+def test_the_log_has_a_line_per_step(trained):
+    lines = [json.loads(line) for line in (trained / "motion/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_words_the_world_never_says_stay_zero(trained):
+    table = load_base(trained / "image/image.safetensors").text_encoder.state_dict()[
+        "text_model.embeddings.token_embedding.weight"
+    ]
+    assert 5 < (table.abs().sum(1) > 0).sum() < 200
+
+
+def test_latents_are_normalised(trained):
+    latents = torch.load(trained / "image/clips.pt", weights_only=True)["latents"].float()
+    assert latents.mean().abs() < 0.3 and 0.7 < latents.std() < 1.4
+
+
+class Line:
+    """A stage of one weight matrix: fit y = 2 x."""
+
+    name = "line"
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.net, self.calls = torch.nn.Linear(3, 3), 0
+
+    def modules(self):
+        return self.net
+
+    def loss(self, step, batch_size, generator):
+        self.calls += 1
+        x = torch.randn(batch_size, 3, generator=generator)
+        return (self.net(x) - 2 * x).square().mean(), {}
+
+    def export(self, folder, metadata):
+        self.exported = {k: v.clone() for k, v in self.net.state_dict().items()}
+
+
+CONFIG = LoopConfig(steps=40, batch_size=8, learning_rate=0.05, warmup_steps=4, checkpoint_every=10, ema_decay=0.9)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [13, 30])
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, at):
+    whole = Line()
+    train(whole, CONFIG, tmp_path / "whole", log=lambda line: None)
+    killed = Line()
+    loss = killed.loss
+
+    def dies(step, *rest):
+        if step == at:
+            raise Killed
+        return loss(step, *rest)
+
+    killed.loss = dies
+    with pytest.raises(Killed):
+        train(killed, CONFIG, tmp_path / "run", log=lambda line: None)
+    again = Line()
+    train(again, CONFIG, tmp_path / "run", log=lambda line: None)
+    assert again.calls == CONFIG.steps - at // 10 * 10
+    assert all(torch.equal(again.exported[k], v) for k, v in whole.exported.items())
+
+
+def test_it_learns(tmp_path):
+    stage = Line()
+    train(stage, replace(CONFIG, steps=200), tmp_path, log=lambda line: None)
+    assert torch.allclose(stage.exported["weight"], 2 * torch.eye(3), atol=0.05)
+
+
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
+    train(Line(), CONFIG, tmp_path, log=lambda line: None)
+    with pytest.raises(UserError, match="got batch_size=4 .* expected 8"):
+        train(Line(), replace(CONFIG, batch_size=4), tmp_path, log=lambda line: None)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    stage = Line()
+    loss = stage.loss
+    stage.loss = lambda step, *rest: (loss(step, *rest)[0] * (float("nan") if step == 25 else 1), {})
+    with pytest.raises(UserError, match="got loss nan at step 25"):
+        train(stage, CONFIG, tmp_path, log=lambda line: None)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 20
+
+
+def test_learning_rate_warms_up_and_falls():
+    rates = [learning_rate(CONFIG, step) for step in range(CONFIG.steps)]
+    assert rates[0] == 0.0125 and max(rates) == pytest.approx(0.05) and rates[-1] < 0.002
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stage": "shapes"}, "got stage 'shapes', expected one of"),
+        ({"clip": 3}, "unknown key 'clip', the nearest known one is 'clips'"),
+        ({"clips": "many"}, "clips: got 'many', expected a whole number"),
+    ],
+)
+def test_bad_configs(tmp_path, change, message):
+    path = write(tmp_path / "bad.yaml", IMAGE | {"output_dir": "x"} | change)
+    with pytest.raises(UserError, match=message):
+        load_train_config(path)
