@@ -20,7 +20,7 @@ setup(
         "tokenizers",
         "safetensors",
         "pyyaml",
-        "imageio[ffmpeg]>=2.28",
+        "imageio-ffmpeg",
         "pillow",
         "tqdm",
     ],

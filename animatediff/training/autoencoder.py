@@ -12,7 +12,6 @@ from animatediff.data.shapes import FRAMES, make_scene, render
 from animatediff.model_config import VAEConfig
 from animatediff.models.vae import VAE
 
-
 NOISE_LOG_VARIANCE = -6.0  # of the posterior, fixed: learnt, a channel that is useless early drowns in its own noise
 
 
@@ -49,7 +48,7 @@ class AutoencoderStage:
 
 
 @torch.no_grad()
-def normalise_latents(vae: VAE, *, samples: int = 1024, data_seed: int = 0) -> None:
+def normalise_latents(vae: VAE, *, samples: int = 512, data_seed: int = 0) -> None:
     """Fold a shift and scale per channel into the 1x1 convolutions, so that scaled latents have mean 0, deviation 1."""
     scenes = [make_scene(i, seed=data_seed) for i in range(samples)]
     which = torch.randint(FRAMES, (samples, 1), generator=torch.Generator().manual_seed(0)).numpy()

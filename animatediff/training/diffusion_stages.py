@@ -5,7 +5,6 @@ First an image model learns from single frames; then, with every weight of it fr
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +22,9 @@ from animatediff.models.vae import VAE
 from animatediff.training.latents import LatentClips
 
 CAPTION_DROPOUT = 0.1  # share of empty captions, which teaches the unconditional half of guidance
-NOISY_SHARE = 0.6  # share of clips that stage `motion` noises beyond the middle of the schedule, where paths are decided
+NOISY_SHARE = (
+    0.6  # share of clips that stage `motion` noises beyond the middle of the schedule, where paths are decided
+)
 
 
 class ImageStage:
@@ -53,7 +54,9 @@ class ImageStage:
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
         model = SimpleNamespace(unet=self.unet, vae=self.vae, text_encoder=self.text_encoder, schedule=None)
-        save_image_model(model, folder / "image.safetensors", metadata=metadata, dtype=torch.float16)
+        save_image_model(
+            model, folder / "image.safetensors", metadata=metadata | {"beta_schedule": "linear"}, dtype=torch.float16
+        )
 
 
 class MotionStage:
@@ -61,11 +64,8 @@ class MotionStage:
 
     name = "motion"
 
-    def __init__(self, unet: UNet, motion: MotionConfig, text_encoder: TextEncoder, clips: LatentClips):
-        self.unet = UNet(replace(unet.config, motion=motion))
-        missing, unexpected = self.unet.load_state_dict(unet.state_dict(), strict=False)
-        assert not unexpected and all("motion_modules." in key for key in missing)
-        self.text_encoder, self.clips = text_encoder, clips
+    def __init__(self, unet: UNet, text_encoder: TextEncoder, clips: LatentClips):
+        self.unet, self.text_encoder, self.clips = unet, text_encoder, clips
         self.schedule = NoiseSchedule(ScheduleConfig())
         text_encoder.requires_grad_(False)
         for name, parameter in self.unet.named_parameters():
@@ -86,6 +86,14 @@ class MotionStage:
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
         save_motion_module(self.unet, folder / "motion.safetensors", metadata=metadata, dtype=torch.float16)
+
+
+def insert_motion(unet: UNet, motion: MotionConfig) -> UNet:
+    """A video model with the weights of an image model and fresh motion modules, which change nothing yet."""
+    video = UNet(unet.config.with_motion(motion))
+    missing, unexpected = video.load_state_dict(unet.state_dict(), strict=False)
+    assert not unexpected and all("motion_modules." in key for key in missing)
+    return video
 
 
 def denoising_loss(

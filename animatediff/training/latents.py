@@ -33,7 +33,14 @@ class LatentClips:
     @classmethod
     @torch.no_grad()
     def build(
-        cls, path: Path, vae: VAE, *, count: int, seed: int = 0, max_length: int = 77, log: Callable[[str], None] = print
+        cls,
+        path: Path,
+        vae: VAE,
+        *,
+        count: int,
+        seed: int = 0,
+        max_length: int = 77,
+        log: Callable[[str], None] = print,
     ) -> LatentClips:
         """Read the clips at `path`, or render and encode them and write that file."""
         tokenizer = Tokenizer()

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from animatediff.checkpoints.load import load_base
+from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module
 from animatediff.dataclass_io import build_dataclass, parse_overrides, read_yaml
 from animatediff.model_config import MotionConfig, TextConfig, UNetConfig, VAEConfig
 from animatediff.models.vae import VAE
 from animatediff.training.autoencoder import AutoencoderStage
-from animatediff.training.diffusion_stages import ImageStage, MotionStage
+from animatediff.training.diffusion_stages import ImageStage, MotionStage, insert_motion
 from animatediff.training.latents import LatentClips
 from animatediff.training.loop import LoopConfig, train
 from animatediff.utils import UserError
@@ -33,22 +33,40 @@ class ShapesImage:
     text: TextConfig
     autoencoder: LoopConfig
     image: LoopConfig
+    init_from: str = ""  # an image model to start from, of these sizes; its VAE is kept
     seed: int = 0
 
     def run(self, log: Log) -> None:
-        """Train, or go on; writes `output_dir`/image.safetensors, an SD 1.x single file."""
+        """Train, or go on; writes `output_dir`/image.safetensors, an SD 1.x single file.
+
+        Raises: UserError where `init_from` has no VAE or other sizes than the config.
+        """
         folder = Path(self.output_dir)
-        torch.manual_seed(self.seed)
-        stage = AutoencoderStage(self.vae, data_seed=self.seed)
-        vae = stage.vae
-        if not (folder / "vae" / "vae.pt").exists():
-            train(stage, self.autoencoder, folder / "vae", log=log)
-        vae = VAE(self.vae)
-        vae.load_state_dict(torch.load(folder / "vae" / "vae.pt", weights_only=True))
+        base = load_complete(self.init_from) if self.init_from else None
+        vae = base.vae if base else self._autoencoder(folder / "vae", log)
         vae.to(memory_format=torch.channels_last).requires_grad_(False)
+        folder.mkdir(parents=True, exist_ok=True)
         clips = LatentClips.build(folder / "clips.pt", vae, count=self.clips, seed=self.seed, log=log)
         torch.manual_seed(self.seed)
-        train(ImageStage(self.unet, self.text, vae, clips), self.image, folder, log=log)
+        stage = ImageStage(self.unet, self.text, vae, clips)
+        if base:
+            if (base.unet.config, base.text_encoder.config) != (self.unet, self.text):
+                raise UserError(
+                    f"got {self.init_from} with {base.unet.config} and {base.text_encoder.config}, "
+                    f"expected {self.unet} and {self.text}: give the file's sizes in the config"
+                )
+            stage.unet.load_state_dict(base.unet.state_dict())
+            stage.text_encoder.load_state_dict(base.text_encoder.state_dict())
+        train(stage, self.image, folder, log=log)
+
+    def _autoencoder(self, folder: Path, log: Log) -> VAE:
+        """The trained VAE of an earlier start, or a new one."""
+        if not (folder / "vae.pt").exists():
+            torch.manual_seed(self.seed)
+            train(AutoencoderStage(self.vae, data_seed=self.seed), self.autoencoder, folder, log=log)
+        vae = VAE(self.vae)
+        vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
+        return vae
 
 
 @dataclass(frozen=True)
@@ -60,20 +78,34 @@ class ShapesMotion:
     clips: int
     motion: MotionConfig
     loop: LoopConfig
+    init_from: str = ""  # a motion module to start from; its own sizes count, not `motion`
     seed: int = 0
 
     def run(self, log: Log) -> None:
         """Train, or go on; writes `output_dir`/motion.safetensors, an official motion module."""
         folder = Path(self.output_dir)
-        base = load_base(self.image_model)
-        if base.vae is None:
-            raise UserError(f"got {self.image_model} without a VAE, expected a complete image model")
+        base = load_complete(self.image_model)
         folder.mkdir(parents=True, exist_ok=True)
         beside = Path(self.image_model).parent / "clips.pt"  # the image stage encoded the same clips
         cache = beside if beside.exists() else folder / "clips.pt"
         clips = LatentClips.build(cache, base.vae, count=self.clips, seed=self.seed, log=log)
         torch.manual_seed(self.seed)
-        train(MotionStage(base.unet, self.motion, base.text_encoder, clips), self.loop, folder, log=log)
+        if self.init_from:
+            unet, _ = load_motion_module(base.unet, self.init_from)
+        else:
+            unet = insert_motion(base.unet, self.motion)
+        train(MotionStage(unet, base.text_encoder, clips), self.loop, folder, log=log)
+
+
+def load_complete(path: str) -> ImageModel:
+    """An image model with a VAE.
+
+    Raises: UserError where the file has none.
+    """
+    model = load_base(path)
+    if model.vae is None:
+        raise UserError(f"got {path} without a VAE, expected a complete image model: take a file that has one")
+    return model
 
 
 STAGES: dict[str, type[ShapesImage] | type[ShapesMotion]] = {

@@ -53,11 +53,11 @@ def test_inspect_describes_several_files_and_goes_on_after_a_bad_one(tmp_path):
     assert f"motion_module_lora_configs: [{{path: {lora}, alpha: 1.0}}]" in second
 
 
-def test_convert_there_and_back(tmp_path, ldm_file):
-    for source, target, to in ((ldm_file, "folder", "diffusers"), ("folder", "back.safetensors", "ldm")):
-        result = run("convert.py", source, target, "--to", to, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.startswith(f"wrote {target}")
+def test_convert_there_and_back(tmp_path, ldm_file, convert):
+    result = run("convert.py", ldm_file, "folder", "--to", "diffusers", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("wrote folder, a diffusers folder, from ")
+    convert(tmp_path / "folder", tmp_path / "back.safetensors", "--to", "ldm")
     assert equal(read_state_dict(tmp_path / "back.safetensors").tensors, ldm_tensors())
 
 

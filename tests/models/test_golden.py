@@ -121,7 +121,9 @@ def test_schedule_and_ddim(betas):
     assert_close(x, golden(f"ddim.{betas}.trajectory10"), 1e-6)
 
 
-@pytest.mark.parametrize(("name", "eta", "prediction"), [("eta05", 0.5, "epsilon"), ("v_prediction", 0, "v_prediction")])
+@pytest.mark.parametrize(
+    ("name", "eta", "prediction"), [("eta05", 0.5, "epsilon"), ("v_prediction", 0, "v_prediction")]
+)
 def test_single_ddim_steps(name, eta, prediction):
     for betas in ("linear", "scaled_linear"):
         if f"ddim.{betas}.{name}" not in GOLDEN:
@@ -135,6 +137,6 @@ def test_single_ddim_steps(name, eta, prediction):
             timesteps=schedule.timesteps(10)[3:4].expand(10),  # the first step of the run is the fourth of ten
             eta=eta,
             noise=lambda: golden("input.ddim_noise"),
-            callback=lambda step, t, x: seen.append(x.clone()),
+            callback=lambda step, t, x, seen=seen: seen.append(x.clone()),
         )
         assert_close(seen[0], golden(f"ddim.{betas}.{name}"), 1e-6)

@@ -169,4 +169,6 @@ def test_vae_chunks_do_not_change_the_video():
     video = torch.rand(2, 3, 3, 8, 8) * 2 - 1
     latents = vae.encode_video(video, chunk_frames=6)
     assert torch.allclose(vae.encode_video(video, chunk_frames=1), latents, atol=1e-6)
-    assert torch.allclose(vae.decode_video(latents, chunk_frames=4), vae.decode_video(latents, chunk_frames=1), atol=1e-5)
+    assert torch.allclose(
+        vae.decode_video(latents, chunk_frames=4), vae.decode_video(latents, chunk_frames=1), atol=1e-5
+    )

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.training.loop import LoopConfig, learning_rate, train
 from animatediff.training.stages import load_train_config
@@ -59,6 +60,25 @@ def test_exports_load_as_any_other_file(trained):
     unet, report = load_motion_module(base.unet, trained / "motion/motion.safetensors")
     assert unet.config.motion.version == "v2" and unet.config.motion.resolutions == (2,)
     assert any(p.abs().max() > 0 for n, p in unet.motion_parameters() if "proj_out" in n)
+
+
+def test_both_stages_go_on_from_files(trained, tmp_path):
+    image, motion = trained / "image/image.safetensors", trained / "motion/motion.safetensors"
+    unlearnt = LOOP | {"learning_rate": 1e-12, "weight_decay": 0.0, "steps": 1}
+    changes = {"output_dir": str(tmp_path / "image"), "init_from": str(image), "image": unlearnt}
+    load_train_config(write(tmp_path / "image.yaml", IMAGE | changes)).run(lambda line: None)
+    changes = {"output_dir": str(tmp_path), "image_model": str(image), "init_from": str(motion), "loop": unlearnt}
+    load_train_config(write(tmp_path / "motion.yaml", MOTION | changes)).run(lambda line: None)
+    for before, after in ((image, tmp_path / "image/image.safetensors"), (motion, tmp_path / "motion.safetensors")):
+        old, new = read_state_dict(before).tensors, read_state_dict(after).tensors
+        assert old.keys() == new.keys() and all(torch.allclose(old[k], new[k], atol=1e-4) for k in old)
+
+
+def test_a_start_of_other_sizes_is_refused(trained, tmp_path):
+    changes = {"output_dir": str(tmp_path), "init_from": str(trained / "image/image.safetensors")}
+    other = IMAGE | {"text": IMAGE["text"] | {"layers": 2}} | changes
+    with pytest.raises(UserError, match="give the file's sizes in the config"):
+        load_train_config(write(tmp_path / "image.yaml", other)).run(lambda line: None)
 
 
 def test_the_log_has_a_line_per_step(trained):
