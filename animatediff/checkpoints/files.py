@@ -135,6 +135,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         if path.is_dir() and temporary.is_dir():
             shutil.rmtree(path)
+        if temporary.is_file():  # safetensors writes for the owner alone: give it what any new file gets
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"got {path} to write to, expected room and permission: {error}") from None

@@ -25,6 +25,7 @@ OPPOSITES = {"right": "left", "down": "up", "grow": "shrink", "clockwise": "coun
 # What counts as a motion
 MIN_AMPLITUDE = 0.4  # of the true motion
 MIN_FIT = 0.8  # share of the variance that the motion explains
+EARLY = np.arange(-1.5, 2.0, 0.5)  # frames by which a bounce may be early
 CALM = np.array([1.6, 1.6, 0.09, 0.47])  # largest deviation of x, y (px), log radius and angle (rad) in a still clip
 CALM_MOVING = 2 * CALM  # the same around the path of a moving clip
 
@@ -248,7 +249,7 @@ def _turning(angle: np.ndarray, trust: np.ndarray) -> tuple[float, float]:
 def _fit_motions(path: np.ndarray, trust: np.ndarray) -> dict[str, tuple[float, float, np.ndarray]]:
     """Motion -> amplitude over the true one, share of its coordinate that it explains, its own path (f, 4)."""
     time, k = np.linspace(-0.5, 0.5, FRAMES), np.arange(FRAMES)
-    hops = [-TRAVEL * np.abs(np.cos(np.pi * (k + late) / (FRAMES / 2))) for late in (0, -1, 1)]
+    hops = [-TRAVEL * np.abs(np.cos(np.pi * (k + early) / (FRAMES / 2))) for early in EARLY]
     true = {
         "right": (0, TRAVEL * time),
         "down": (1, TRAVEL * time),

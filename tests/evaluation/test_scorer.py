@@ -86,7 +86,7 @@ def test_smaller_and_larger_motions(amplitude, monkeypatch):
     for score, scene in zip(scores, some, strict=True):
         assert score.matches(scene)["motion"], (scene, score)
     amplitudes = [cell["amplitude"] for cell in summarise(scores, some)["by_motion"].values()]
-    assert amplitudes[1:] == pytest.approx([amplitude] * 9, rel=0.15) and amplitudes[0] is None
+    assert amplitudes[1:] == pytest.approx([amplitude] * 9, rel=0.2) and amplitudes[0] is None
 
 
 def test_played_backwards(videos, scenes):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from animatediff.data.video_io import read_metadata, read_video
-from scripts.animate import collect_overrides, parse
+from animatediff.utils import UserError
+from scripts.animate import collect_overrides, main, parse
 from tests.nano import entry, write_config, write_files
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def test_a_run(config, tmp_path):
 
 def test_ctrl_c_and_again(nano, tmp_path):
     """SIGINT after the first clip: exit 130, that clip is whole; the same command finishes the rest."""
-    config = write_config(tmp_path / "many.yaml", entry(nano, prompt=["one", "two", "three"], seed=-1, steps=40))
+    config = write_config(tmp_path / "many.yaml", entry(nano, prompt=["one", "two", "three"], seed=-1, steps=30))
     arguments = ("--config", config, "--output-dir", "out")
     process = start(tmp_path, *arguments, start_new_session=True)
     first = tmp_path / "out/sample/0-one.gif"
@@ -85,14 +86,14 @@ def test_ctrl_c_and_again(nano, tmp_path):
     assert first.read_bytes() == content
 
 
-def test_as_a_module_with_the_official_options(config, tmp_path):
-    """`python -m scripts.animate` from the repository, as the official README has it; here up to a missing file."""
+def test_as_a_module_with_the_official_options(tmp_path):
+    """`python -m scripts.animate` from the repository, as the official README has it; here up to a missing config."""
     code, _, err = call(
-        ROOT, "--config", config, "--pretrained-model-path", "models/StableDiffusion/stable-diffusion-v1-5",
+        ROOT, "--config", tmp_path / "none.yaml", "--pretrained-model-path", "models/StableDiffusion",
         "--inference-config", "configs/inference/inference-v3.yaml", "--L", "16", "--W", "512", "--H", "512",
         "--without-xformers", command=("-m", "scripts.animate"),
     )  # fmt: skip
-    assert code == 2 and "there is no models/StableDiffusion/stable-diffusion-v1-5" in err
+    assert code == 2 and "none.yaml, which is no file" in err
 
 
 @pytest.mark.parametrize(
@@ -110,10 +111,7 @@ def test_as_a_module_with_the_official_options(config, tmp_path):
         (["--config", "fox.yaml", "steps=0"], "steps: got 0, expected at least 1"),
         (["--config", "fox.yaml", "guidance_scale=-3"], "guidance_scale: got -3"),
         (["--config", "fox.yaml", "motion_module=models/Motion_Module/v3_sd15_mm.ckpt"], "https://huggingface.co/guoyww"),
-        (["--config", "fox.yaml", "controlnet_path=x.ckpt"], "SparseCtrl is not available yet"),
         (["--config", "fox.yaml", "L=64"], "L: got 64 frames, expected at most 32"),
-        (["--config", "fox.yaml", "--dtype", "int8"], "got dtype 'int8', expected one of float32"),
-        (["--config", "fox.yaml", "--device", "cuda"], "got device 'cuda', which is not available"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(config, tmp_path, arguments, message):
@@ -121,6 +119,23 @@ def test_mistakes_are_one_line_and_exit_code_2(config, tmp_path, arguments, mess
     assert code == 2 and out == ""
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fox.yaml"]  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["controlnet_path=x.ckpt"], "SparseCtrl is not available yet"),
+        (["--dtype", "int8"], "got dtype 'int8', expected one of float32"),
+        (["--device", "npu"], "got device 'npu', expected auto, cuda, mps or cpu"),
+        (["--pretrained-model-path", "nowhere"], "give another SD 1.x model by --pretrained-model-path"),
+        (["--inference-config", "configs/inference/inference-v1.yaml"], "describes a v1 module"),
+    ],
+)
+def test_mistakes_that_are_found_with_torch_at_hand(config, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        main(["--config", str(config), *arguments])
+    assert "\n" not in str(error.value) and not (tmp_path / "samples").exists()
 
 
 def test_options_become_overrides():
