@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,8 @@ def test_ctrl_c_and_again(nano, tmp_path):
     """SIGINT after the first clip: exit 130, that clip is whole; the same command finishes the rest."""
     config = write_config(tmp_path / "many.yaml", entry(nano, prompt=["one", "two", "three"], seed=-1, steps=30))
     arguments = ("--config", config, "--output-dir", "out")
-    process = start(tmp_path, *arguments, start_new_session=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore Ctrl-C
+    process = start(tmp_path, *arguments, start_new_session=True, preexec_fn=heard)
     first = tmp_path / "out/sample/0-one.gif"
     deadline = time.monotonic() + 300
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
