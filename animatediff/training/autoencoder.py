@@ -12,7 +12,7 @@ from animatediff.data.shapes import FRAMES, make_scene, render
 from animatediff.model_config import VAEConfig
 from animatediff.models.vae import VAE
 
-NOISE_LOG_VARIANCE = -6.0  # of the posterior, fixed: learnt, a channel that is useless early drowns in its own noise
+NOISE_LOG_VARIANCE = -6.0  # of the posterior; fixed, so that no channel can drown in its own noise
 
 
 class AutoencoderStage:
