@@ -1,4 +1,7 @@
-"""Train a stage.   `python scripts/train.py --config configs/train/shapes_image.yaml`   Repeat it to go on."""
+"""Train a stage.   `python scripts/train.py --config configs/train/shapes_image.yaml`   Repeat it to go on.
+
+`torchrun --nproc_per_node N scripts/train.py …` shares the micro-batches of a step out among N processes.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py m
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import os
 
 import torch
+import torch.distributed as dist
 
 from animatediff.training.stages import load_train_config
 from animatediff.utils import run_main
@@ -22,7 +27,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change top-level values of the YAML")
     args = parser.parse_args()
     torch.set_flush_denormal(True)  # denormal numbers make CPU training many times slower
-    load_train_config(args.config, args.overrides).run(lambda line: print(line, flush=True))
+    config = load_train_config(args.config, args.overrides)
+    if "WORLD_SIZE" in os.environ:  # set by torchrun
+        dist.init_process_group("gloo")
+    config.run(lambda line: print(line, flush=True))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ class AutoencoderStage:
     def modules(self) -> nn.Module:
         return self.vae
 
-    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        scenes = [make_scene(step * batch_size + i, seed=self.data_seed) for i in range(batch_size)]
+    def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        scenes = [make_scene(index * batch_size + i, seed=self.data_seed) for i in range(batch_size)]
         which = torch.randint(FRAMES, (batch_size, 1), generator=generator).numpy()
         image = render(scenes, only_frames=which)[:, 0].contiguous(memory_format=torch.channels_last)
         mean, logvar = self.vae.encode(image)

@@ -32,9 +32,10 @@ class ImageStage:
 
     name = "image"
 
-    def __init__(self, unet: UNetConfig, text: TextConfig, vae: VAE, clips: LatentClips):
+    def __init__(self, unet: UNetConfig, text: TextConfig, schedule: ScheduleConfig, vae: VAE, clips: LatentClips):
         self.unet, self.text_encoder, self.vae, self.clips = UNet(unet), TextEncoder(text), vae, clips
-        self.schedule = NoiseSchedule(ScheduleConfig())
+        self.unet.to(memory_format=torch.channels_last)
+        self.schedule = NoiseSchedule(schedule)
         table = self.text_encoder.get_parameter("text_model.embeddings.token_embedding.weight")
         with torch.no_grad():  # words the world never says stay zero, and the file compresses
             said = torch.zeros(len(table), 1)
@@ -44,16 +45,18 @@ class ImageStage:
     def modules(self) -> nn.Module:
         return nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
 
-    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        index = torch.randint(len(self.clips), (batch_size,), generator=generator)
+    def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        which = torch.randint(len(self.clips), (batch_size,), generator=generator)
         frame = torch.randint(FRAMES, (batch_size,), generator=generator)
-        x0 = self.clips.latents[index, frame].float()[:, None]
-        context = self.text_encoder(self.clips.captions(index, generator, dropout=CAPTION_DROPOUT))
+        x0 = self.clips.latents[which, frame].float()[:, None]
+        context = self.text_encoder(self.clips.captions(which, generator, dropout=CAPTION_DROPOUT))
         t = torch.randint(self.schedule.config.num_train_timesteps, (batch_size,), generator=generator)
         return denoising_loss(self.unet, self.schedule, x0, t, context, generator), {}
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
-        model = SimpleNamespace(unet=self.unet, vae=self.vae, text_encoder=self.text_encoder, schedule=None)
+        model = SimpleNamespace(
+            unet=self.unet, vae=self.vae, text_encoder=self.text_encoder, schedule=self.schedule.config
+        )
         save_image_model(
             model, folder / "image.safetensors", metadata=metadata | {"beta_schedule": "linear"}, dtype=torch.float16
         )
@@ -64,9 +67,9 @@ class MotionStage:
 
     name = "motion"
 
-    def __init__(self, unet: UNet, text_encoder: TextEncoder, clips: LatentClips):
+    def __init__(self, unet: UNet, text_encoder: TextEncoder, schedule: ScheduleConfig, clips: LatentClips):
         self.unet, self.text_encoder, self.clips = unet, text_encoder, clips
-        self.schedule = NoiseSchedule(ScheduleConfig())
+        self.schedule = NoiseSchedule(schedule)
         text_encoder.requires_grad_(False)
         for name, parameter in self.unet.named_parameters():
             parameter.requires_grad_("motion_modules." in name)
@@ -74,10 +77,10 @@ class MotionStage:
     def modules(self) -> nn.Module:
         return self.unet
 
-    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        index = torch.randint(len(self.clips), (batch_size,), generator=generator)
-        x0 = self.clips.latents[index].float()
-        context = self.text_encoder(self.clips.captions(index, generator, dropout=CAPTION_DROPOUT))
+    def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        which = torch.randint(len(self.clips), (batch_size,), generator=generator)
+        x0 = self.clips.latents[which].float()
+        context = self.text_encoder(self.clips.captions(which, generator, dropout=CAPTION_DROPOUT))
         total = self.schedule.config.num_train_timesteps
         t = torch.randint(total, (batch_size,), generator=generator)
         noisy = torch.rand(batch_size, generator=generator) < NOISY_SHARE

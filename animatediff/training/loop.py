@@ -1,7 +1,8 @@
 """The training loop: optimizer, schedule, averaging, log, checkpoints. What is trained is a `Stage`'s business.
 
 Randomness is a function of (seed, step), never of how a run got there, so a run that was killed and repeated goes on to
-the same weights.
+the same weights. A step averages `micro_batches` losses; the processes of `torchrun` share them out, so their number
+changes the pace and not the result.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from animatediff.utils import UserError
@@ -24,8 +27,9 @@ from animatediff.utils import UserError
 @dataclass(frozen=True)
 class LoopConfig:
     steps: int
-    batch_size: int
+    batch_size: int  # samples of one micro-batch
     learning_rate: float
+    micro_batches: int = 1  # averaged in one step
     warmup_steps: int = 100
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -44,8 +48,8 @@ class Stage(Protocol):
         """The module whose parameters with `requires_grad` are trained and averaged."""
         ...
 
-    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Scalar loss of the batch of `step`, and numbers to log."""
+    def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Scalar loss of micro-batch `index` of the whole run, and numbers to log."""
         ...
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
@@ -61,8 +65,36 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed((seed << 32) + step)
+def batch_generator(seed: int, index: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed((seed << 32) + index)
+
+
+def world() -> tuple[int, int]:
+    """Number of this process and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """What the first process does inside is done before the others begin: to write a file that they read."""
+    rank, processes = world()
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and processes > 1:
+        dist.barrier()
+
+
+def average_gradients(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
+    """Sum gradients and loss over the processes, in one flat message. Returns the summed loss."""
+    if world()[1] == 1:
+        return loss
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([loss.reshape(1), *(g.reshape(-1) for g in grads)])
+    dist.all_reduce(flat)
+    for parameter, part in zip(parameters, flat[1:].split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view(parameter.shape)
+    return flat[0]
 
 
 def train(stage: Stage, config: LoopConfig, folder: Path, *, log: Callable[[str], None] = print) -> None:
@@ -71,6 +103,12 @@ def train(stage: Stage, config: LoopConfig, folder: Path, *, log: Callable[[str]
     Raises UserError where the folder holds a run of another configuration, and when the loss is not finite (the last
     checkpoint stays).
     """
+    rank, processes = world()
+    if config.micro_batches % processes:
+        raise UserError(
+            f"got {processes} processes for micro_batches={config.micro_batches}, expected a divisor of it: "
+            "start fewer processes or change micro_batches"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     named = [(n, p) for n, p in stage.modules().named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
@@ -84,16 +122,22 @@ def train(stage: Stage, config: LoopConfig, folder: Path, *, log: Callable[[str]
         lr = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss, numbers = stage.loss(step, config.batch_size, step_generator(config.seed, step))
-        if not math.isfinite(value := loss.item()):
+        total, numbers = torch.zeros(()), {}
+        for micro in range(rank, config.micro_batches, processes):
+            index = step * config.micro_batches + micro
+            loss, numbers = stage.loss(index, config.batch_size, batch_generator(config.seed, index))
+            (loss / config.micro_batches).backward()
+            total += loss.detach() / config.micro_batches
+        if not math.isfinite(value := average_gradients(parameters, total).item()):
             raise UserError(f"got loss {value} at step {step} of {stage.name}; lower learning_rate and run again")
-        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(config.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
         done = step + 1
+        if rank > 0:
+            continue
         if done % config.log_every == 0 or done == config.steps:
             pace = (done - began_step) / (time.monotonic() - began)
             record = {"step": done, "loss": value, "lr": lr, "grad_norm": norm.item(), "steps_per_s": pace, **numbers}
@@ -105,7 +149,10 @@ def train(stage: Stage, config: LoopConfig, folder: Path, *, log: Callable[[str]
             _save(folder / "state.pt", config, done, named, ema, optimizer)
     for parameter, average in zip(parameters, ema, strict=True):
         parameter.data.copy_(average)
-    stage.export(folder, {"training": json.dumps({"stage": stage.name, **asdict(config)})})
+    if rank == 0:
+        stage.export(folder, {"training": json.dumps({"stage": stage.name, **asdict(config)})})
+    if processes > 1:
+        dist.barrier()
 
 
 def _save(path: Path, config: LoopConfig, step: int, named, ema: list[Tensor], optimizer) -> None:

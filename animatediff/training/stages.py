@@ -11,12 +11,12 @@ import torch
 
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module
 from animatediff.dataclass_io import build_dataclass, parse_overrides, read_yaml
-from animatediff.model_config import MotionConfig, TextConfig, UNetConfig, VAEConfig
+from animatediff.model_config import MotionConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from animatediff.models.vae import VAE
 from animatediff.training.autoencoder import AutoencoderStage
 from animatediff.training.diffusion_stages import ImageStage, MotionStage, insert_motion
 from animatediff.training.latents import LatentClips
-from animatediff.training.loop import LoopConfig, train
+from animatediff.training.loop import LoopConfig, first_process_first, train
 from animatediff.utils import UserError
 
 Log = Callable[[str], None]
@@ -33,6 +33,7 @@ class ShapesImage:
     text: TextConfig
     autoencoder: LoopConfig
     image: LoopConfig
+    prediction_type: str = "epsilon"  # what the UNet learns to predict: epsilon, v_prediction or sample
     init_from: str = ""  # an image model to start from, of these sizes; its VAE is kept
     seed: int = 0
 
@@ -46,9 +47,10 @@ class ShapesImage:
         vae = base.vae if base else self._autoencoder(folder / "vae", log)
         vae.to(memory_format=torch.channels_last).requires_grad_(False)
         folder.mkdir(parents=True, exist_ok=True)
-        clips = LatentClips.build(folder / "clips.pt", vae, count=self.clips, seed=self.seed, log=log)
+        clips = encode_clips(folder / "clips.pt", vae, count=self.clips, seed=self.seed, log=log)
         torch.manual_seed(self.seed)
-        stage = ImageStage(self.unet, self.text, vae, clips)
+        schedule = ScheduleConfig(prediction_type=self.prediction_type)
+        stage = ImageStage(self.unet, self.text, schedule, vae, clips)
         if base:
             if (base.unet.config, base.text_encoder.config) != (self.unet, self.text):
                 raise UserError(
@@ -88,13 +90,20 @@ class ShapesMotion:
         folder.mkdir(parents=True, exist_ok=True)
         beside = Path(self.image_model).parent / "clips.pt"  # the image stage encoded the same clips
         cache = beside if beside.exists() else folder / "clips.pt"
-        clips = LatentClips.build(cache, base.vae, count=self.clips, seed=self.seed, log=log)
+        clips = encode_clips(cache, base.vae, count=self.clips, seed=self.seed, log=log)
         torch.manual_seed(self.seed)
         if self.init_from:
             unet, _ = load_motion_module(base.unet, self.init_from)
         else:
             unet = insert_motion(base.unet, self.motion)
-        train(MotionStage(unet, base.text_encoder, clips), self.loop, folder, log=log)
+        schedule = base.schedule or ScheduleConfig()
+        train(MotionStage(unet, base.text_encoder, schedule, clips), self.loop, folder, log=log)
+
+
+def encode_clips(path: Path, vae: VAE, *, count: int, seed: int, log: Log) -> LatentClips:
+    """`LatentClips.build`, once for all processes."""
+    with first_process_first():
+        return LatentClips.build(path, vae, count=count, seed=seed, log=log)
 
 
 def load_complete(path: str) -> ImageModel:
