@@ -1,6 +1,9 @@
 """Both stages on a network of a few thousand weights: they learn, stop, go on, freeze and export as they should."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from animatediff.training.loop import LoopConfig, learning_rate, train
 from animatediff.training.stages import load_train_config
 from animatediff.utils import UserError
 
+ROOT = Path(__file__).parents[2]
 LOOP = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 1}
 IMAGE = {
     "stage": "shapes_image",
@@ -72,6 +76,39 @@ def test_both_stages_go_on_from_files(trained, tmp_path):
     for before, after in ((image, tmp_path / "image/image.safetensors"), (motion, tmp_path / "motion.safetensors")):
         old, new = read_state_dict(before).tensors, read_state_dict(after).tensors
         assert old.keys() == new.keys() and all(torch.allclose(old[k], new[k], atol=1e-4) for k in old)
+
+
+def test_the_number_of_processes_does_not_change_the_result(trained, tmp_path):
+    """Two micro-batches a step, one after the other here or shared out by torchrun."""
+    twice = LOOP | {"micro_batches": 2}
+    given = {"image_model": str(trained / "image/image.safetensors"), "loop": twice}
+    load_train_config(write(tmp_path / "a.yaml", MOTION | given | {"output_dir": str(tmp_path / "one")})).run(print)
+    config = write(tmp_path / "b.yaml", MOTION | given | {"output_dir": str(tmp_path / "two")})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "scripts/train.py"), "--config", str(config)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
+    assert one["step"] == two["step"] == 3
+    assert all(torch.allclose(one["model"][k], two["model"][k], atol=1e-5) for k in one["model"])
+
+
+def test_more_processes_than_micro_batches_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("animatediff.training.loop.world", lambda: (0, 2))
+    with pytest.raises(UserError, match="got 2 processes for micro_batches=1, expected a divisor"):
+        train(Line(), CONFIG, tmp_path, log=lambda line: None)
+
+
+def test_the_motion_module_learns_what_its_image_model_predicts(trained, tmp_path):
+    """v-prediction is written into the image model's file, and the next stage trains towards it."""
+    changes = {"output_dir": str(tmp_path / "image"), "prediction_type": "v_prediction"}
+    changes["init_from"] = str(trained / "image/image.safetensors")
+    load_train_config(write(tmp_path / "image.yaml", IMAGE | changes)).run(lambda line: None)
+    base = load_base(tmp_path / "image/image.safetensors")
+    assert base.schedule.prediction_type == "v_prediction"
+    motion = {"output_dir": str(tmp_path / "motion"), "image_model": str(tmp_path / "image/image.safetensors")}
+    load_train_config(write(tmp_path / "motion.yaml", MOTION | motion)).run(lambda line: None)
+    plain, v = (json.loads((f / "motion/log.jsonl").read_text().splitlines()[0]) for f in (trained, tmp_path))
+    assert plain["loss"] != v["loss"]
 
 
 def test_a_start_of_other_sizes_is_refused(trained, tmp_path):
