@@ -1,4 +1,10 @@
-"""Measure a model in the built-in world: `python scripts/evaluate.py --captions 200`."""
+"""Measure a model in the built-in world, or any clips.
+
+`python scripts/evaluate.py --captions 200`             makes clips of the built-in world and reads them back
+`python scripts/evaluate.py --videos samples/my-run`    does it move, how evenly, does it flicker, does it loop?
+
+docs/evaluation.md says what every number means.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +19,43 @@ import datetime
 
 from animatediff.config import load_config
 from animatediff.utils import UserError, run_main
+from scripts.animate import BUNDLED, Parser
 
-BUNDLED = Path(__file__).resolve().parents[1] / "configs" / "animate" / "shapes.yaml"
+WORLD = {  # options that make the clips of the built-in world, and their defaults
+    "config": BUNDLED,
+    "motion": None,
+    "captions": 200,
+    "batch": 8,
+    "steps": None,
+    "guidance_scale": None,
+    "seed": 1,
+    "device": "auto",
+    "dtype": None,
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", default=BUNDLED, help="prompt config that names the model; by default the bundled")
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", nargs="+", metavar="PATH", help="measure these instead: files, folders of frames")
+    parser.add_argument("--config", help="prompt config that names the model; by default the bundled")
     parser.add_argument("--motion", metavar="FILE", help="another motion module; none: every frame on its own")
-    parser.add_argument("--captions", type=int, default=200, help="clips to make and score (200)")
-    parser.add_argument("--batch", type=int, default=8, help="clips made at a time (8)")
+    parser.add_argument("--captions", type=int, help="clips to make and score (200)")
+    parser.add_argument("--batch", type=int, help="clips made at a time (8)")
     parser.add_argument("--steps", type=int, help="DDIM steps; by default the config's")
     parser.add_argument("--guidance-scale", type=float, help="by default the config's")
-    parser.add_argument("--seed", type=int, default=1, help="of the series of captions; the model was trained on 0 (1)")
+    parser.add_argument("--seed", type=int, help="of the series of captions; the model was trained on 0 (1)")
     parser.add_argument("--output-dir", help="by default samples/evaluation-<time>")
-    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--device", help="auto, cuda, mps or cpu (auto)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default float16 on CUDA, else float32")
     args = parser.parse_args(argv)
+    given = [f"--{key.replace('_', '-')}" for key in WORLD if getattr(args, key) is not None]
+    if args.videos and given:
+        raise UserError(
+            f"got --videos and {', '.join(given)}, expected one or the other: --videos measures clips that are there"
+        )
+    for key, default in WORLD.items():
+        if getattr(args, key) is None:
+            setattr(args, key, default)
     if args.captions < 1 or args.batch < 1 or args.seed < 0:
         raise UserError(
             f"got --captions {args.captions} --batch {args.batch} --seed {args.seed}, expected at least 1, 1 and 0"
@@ -39,6 +65,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    time = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    folder = Path(args.output_dir or f"samples/evaluation-{time}")
+    print(measure_videos(args.videos, folder) if args.videos else measure_model(args, folder))
+    print(folder)
+
+
+def measure_videos(paths: list[str], folder: Path) -> str:
+    """Measure the clips of some files and folders; returns the table."""
+    from animatediff.evaluation.run_videos import evaluate_videos, format_table  # here, because it imports torch
+
+    return format_table(evaluate_videos(paths, output_dir=folder))
+
+
+def measure_model(args: argparse.Namespace, folder: Path) -> str:
+    """Make clips with a model and score them; returns the table."""
     given = {"steps": args.steps, "guidance_scale": args.guidance_scale, "motion_module": args.motion}
     overrides = {key: value for key, value in given.items() if value is not None}
     if args.motion == "none":
@@ -68,8 +109,6 @@ def main(argv: list[str] | None = None) -> None:
         )
         return clips.frames * 2 - 1
 
-    time = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    folder = Path(args.output_dir or f"samples/evaluation-{time}")
     settings = {
         "model": entry.pretrained_model_path,
         "motion_module": entry.motion_module or "none",
@@ -79,8 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     result = evaluate_shapes(
         generate, captions=args.captions, seed=args.seed, batch=args.batch, output_dir=folder, settings=settings
     )
-    print(format_table({name: result[name] for name in ("generated", "shuffled", "rendered")}))
-    print(folder)
+    return format_table({name: result[name] for name in ("generated", "shuffled", "rendered")})
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ def optical_flow(video: Tensor) -> Tensor:
     """Where each cell of a frame is in the next frame (Jain and Jain 1981: full search, least squared difference).
 
     Every displacement up to `REACH` is tried on slightly softened frames, and refined below a pixel by a parabola
-    through the neighbouring costs. A cell moves only if its displacement explains at least half of the difference that standing still leaves; so flat
-    areas, noise, changes of brightness and content that is not found again have no motion.
+    through the neighbouring costs. A cell moves only if its displacement explains at least half of the difference that
+    standing still leaves; so flat areas, noise, changes of brightness and content that is not found again have none.
 
     Args:
         video: (f, 3, H, W), range [-1, 1], at least two frames.

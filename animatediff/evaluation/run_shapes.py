@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from animatediff.data.shapes import MOTIONS, Scene, make_scene, render
+from animatediff.evaluation.report import contact_sheet, write_csv
 from animatediff.evaluation.shapes import Score, score_clips
-from animatediff.evaluation.shapes_report import contact_sheet, csv_row, summarise, write_csv
+from animatediff.evaluation.shapes_report import captioned, csv_row, summarise
 from animatediff.utils import UserError
 
 Generate = Callable[[list[str], list[int]], Tensor]
@@ -88,4 +89,5 @@ def _write(
         for i, (scene, score, shuffled) in enumerate(zip(scenes, scores["generated"], scores["shuffled"], strict=True))
     ]
     write_csv(folder / "clips.csv", rows)
-    contact_sheet(shown, scenes[: len(shown)], scores["generated"][: len(shown)]).save(folder / "sheet.png")
+    sheet = contact_sheet([captioned(*row) for row in zip(shown, scenes, scores["generated"], strict=False)])
+    sheet.save(folder / "sheet.png")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animatediff.data.shapes import BACKGROUNDS, COLORS, FRAMES, RADII, SHAPES, SIZE, TRAVEL, Scene, shape_distance
+from animatediff.evaluation.video_metrics import loop_seam
 from animatediff.utils import UserError
 
 NONE = "none"  # the reading of what cannot be read
@@ -52,6 +53,7 @@ class Score:
         most pixels are background, so it is about 0 in a rendered clip.
     change: the same as a mean over the pixels, the motion itself included.
     drift: share of the frames whose own colour, shape or background is not the clip's.
+    seam: `video_metrics.loop_seam`; spins and bounces loop, other motions cannot. None in a clip that stands still.
     """
 
     color: str
@@ -63,6 +65,7 @@ class Score:
     flicker: float
     change: float
     drift: float
+    seam: float | None
 
     def matches(self, scene: Scene) -> dict[str, bool]:
         """Which of `color`, `shape`, `background` and `motion` are the scene's."""
@@ -120,6 +123,7 @@ def score_clip(video: Tensor) -> Score:
         flicker=float(steps.median()),
         change=float(steps.mean()),
         drift=float(1 - same.mean()),
+        seam=loop_seam(video),
     )
 
 

@@ -1,24 +1,20 @@
-"""Scores of many clips as percentages, a table, CSV rows, and a sheet of frames to look at."""
+"""Scores of many clips of the built-in world as percentages, a table, CSV rows and captioned rows of frames."""
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from animatediff.data.shapes import MOTIONS, Scene
 from animatediff.data.video_io import to_uint8
+from animatediff.evaluation.report import INK, RIGHT, WRONG, Row, align
 from animatediff.evaluation.shapes import LABELS, OPPOSITES, Score
 
-MEASURES = ("smoothness", "flicker", "change", "drift")
-CAPTION_HEIGHT, MARGIN = 16, 4  # pixels of a contact sheet
-RIGHT, WRONG, INK, PAPER = (20, 120, 40), (190, 20, 20), (20, 20, 20), (255, 255, 255)
+MEASURES = ("smoothness", "flicker", "change", "drift", "seam")
 
 
 def summarise(scores: Sequence[Score], scenes: Sequence[Scene]) -> dict[str, Any]:
@@ -27,7 +23,8 @@ def summarise(scores: Sequence[Score], scenes: Sequence[Scene]) -> dict[str, Any
     Returns:
         `clips`: how many; `color`, `shape`, `background`, `motion`, and `all` four at once: percent right;
         `by_motion`: for each motion that occurs, percent with this motion right, its mean amplitude over the true
-        one (None for still) and how often each motion was read; `smoothness`, `flicker`, `change`, `drift`: means.
+        one (None for still) and how often each motion was read; `smoothness`, `flicker`, `change`, `drift`, `seam`:
+        means over the clips that have them, None without any.
     """
     right = [score.matches(scene) for score, scene in zip(scores, scenes, strict=True)]
     by_motion = {}
@@ -55,21 +52,14 @@ def format_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(summaries)
     lines = [("", *names), ("clips", *(str(summaries[name]["clips"]) for name in names))]
     lines += [(f"{label} %", *(f"{summaries[name][label]:.1f}" for name in names)) for label in (*LABELS, "all")]
-    lines += [(label, *(f"{summaries[name][label]:.3f}" for name in names)) for label in MEASURES]
+    for label in MEASURES:
+        cells = [summaries[name][label] for name in names]
+        lines.append((label, *("-" if cell is None else f"{cell:.3f}" for cell in cells)))
     for motion in MOTIONS:
         cells = [summaries[name]["by_motion"].get(motion) for name in names]
         if any(cells):
             lines.append((f"{motion} %", *("-" if cell is None else f"{cell['motion']:.1f}" for cell in cells)))
-    width = max(len(line[0]) for line in lines)
-    return "\n".join(line[0].ljust(width) + "".join(cell.rjust(12) for cell in line[1:]) for line in lines)
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the keys of the first as the header."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    return align(lines)
 
 
 def csv_row(index: int, scene: Scene, score: Score) -> dict[str, Any]:
@@ -78,29 +68,14 @@ def csv_row(index: int, scene: Scene, score: Score) -> dict[str, Any]:
     for label in LABELS:
         row |= {label: getattr(scene, label), f"read_{label}": getattr(score, label)}
     row |= {f"amplitude_{name}": round(value, 3) for name, value in score.amplitudes.items()}
-    return row | {name: round(getattr(score, name), 4) for name in MEASURES}
+    return row | {name: _mean([getattr(score, name)]) for name in MEASURES}
 
 
-def contact_sheet(videos: Sequence[Tensor], scenes: Sequence[Scene], scores: Sequence[Score]) -> Image.Image:
-    """A row of frames for each clip under its caption, with OK or what was read instead.
-
-    Args:
-        videos: clips (f, 3, H, W), range [-1, 1], equal in size.
-    """
-    strips = [np.concatenate(list(to_uint8(video / 2 + 0.5)), axis=1) for video in videos]
-    height, width, _ = strips[0].shape
-    row = CAPTION_HEIGHT + height + MARGIN
-    sheet = Image.new("RGB", (width + 2 * MARGIN, row * len(strips) + MARGIN), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for i, (strip, scene, score) in enumerate(zip(strips, scenes, scores, strict=True)):
-        top = MARGIN + i * row
-        wrong = [f"{label} {getattr(score, label)}" for label, ok in score.matches(scene).items() if not ok]
-        verdict = f"WRONG: {', '.join(wrong)}" if wrong else "OK"
-        draw.text((MARGIN, top), scene.caption, fill=INK, font=font)
-        after = MARGIN + draw.textlength(f"{scene.caption}   ", font=font)
-        draw.text((after, top), verdict, fill=WRONG if wrong else RIGHT, font=font)
-        sheet.paste(Image.fromarray(strip), (MARGIN, top + CAPTION_HEIGHT))
-    return sheet
+def captioned(video: Tensor, scene: Scene, score: Score) -> Row:
+    """A clip (f, 3, H, W), range [-1, 1], for a contact sheet: its caption, with OK or what was read instead."""
+    wrong = [f"{label} {getattr(score, label)}" for label, ok in score.matches(scene).items() if not ok]
+    verdict = (f"WRONG: {', '.join(wrong)}", WRONG) if wrong else ("OK", RIGHT)
+    return [(scene.caption, INK), verdict], to_uint8(video / 2 + 0.5)
 
 
 def _amplitude(score: Score, motion: str) -> float:
@@ -113,5 +88,6 @@ def _percent(values: Sequence[bool]) -> float:
     return round(100 * float(np.mean(values)), 2)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return round(float(np.mean(values)), 4)
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return round(float(np.mean(there)), 4) if there else None

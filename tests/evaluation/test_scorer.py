@@ -143,6 +143,15 @@ def test_a_change_of_colour_is_drift():
     assert score.color == NONE or score.drift == pytest.approx(0.25)
 
 
+def test_spins_and_bounces_loop():
+    loops = render(balanced(10))
+    for score, motion in zip(score_clips(loops), MOTIONS, strict=True):
+        if motion == "still":
+            assert score.seam is None
+        else:
+            assert (score.seam <= 1.05) == (motion in ("clockwise", "counter-clockwise", "bounce")), motion
+
+
 def test_flicker_is_of_the_background(videos):
     noisy = videos[0] + 0.05 * torch.randn(videos[0].shape, generator=torch.Generator().manual_seed(3))
     assert score_clip(videos[0]).flicker < 1e-3 < 0.03 < score_clip(noisy).flicker
@@ -173,11 +182,13 @@ def test_refused_clips():
 
 def test_summary():
     scene = make_scene(0, motion="left")
-    good = Score(scene.color, scene.shape, scene.background, "left", {"right": -0.9}, 0.8, 0.0, 0.1, 0.0)
-    bad = Score(scene.color, NONE, scene.background, "right", {"right": 0.5}, 0.4, 0.2, 0.1, 0.5)
+    good = Score(scene.color, scene.shape, scene.background, "left", {"right": -0.9}, 0.8, 0.0, 0.1, 0.0, None)
+    bad = Score(scene.color, NONE, scene.background, "right", {"right": 0.5}, 0.4, 0.2, 0.1, 0.5, 3.0)
     summary = summarise([good, bad], [scene, scene])
     assert [summary[key] for key in ("clips", *LABELS, "all")] == [2, 100, 50, 100, 50, 50]
     assert (summary["smoothness"], summary["flicker"], summary["drift"]) == pytest.approx((0.6, 0.1, 0.25))
+    assert summary["seam"] == 3  # of the clip that has one
+    assert summarise([good], [scene])["seam"] is None
     left = {"clips": 2, "motion": 50.0, "amplitude": 0.2, "read_as": {"left": 1, "right": 1}}
     assert summary["by_motion"] == {"left": left}
     table = format_table({"generated": summary}).splitlines()

@@ -1,0 +1,48 @@
+"""What a person looks at: aligned tables, CSV files, and contact sheets of clips."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CAPTION_HEIGHT, MARGIN = 16, 4  # pixels of a contact sheet
+RIGHT, WRONG, INK, PAPER = (20, 120, 40), (190, 20, 20), (20, 20, 20), (255, 255, 255)
+Row = tuple[Sequence[tuple[str, tuple[int, int, int]]], np.ndarray]  # coloured words, uint8 frames (f, H, W, 3)
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text: the first column to the left, the others to the right."""
+    width = max(len(line[0]) for line in lines)
+    return "\n".join(line[0].ljust(width) + "".join(cell.rjust(12) for cell in line[1:]) for line in lines)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the keys of the first as the header; None is an empty cell."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def contact_sheet(rows: Sequence[Row]) -> Image.Image:
+    """The frames of each clip side by side, under a line of words."""
+    strips = [np.concatenate(list(frames), axis=1) for _, frames in rows]
+    draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default()
+    lengths = [draw.textlength("   ".join(word for word, _ in words), font=font) for words, _ in rows]
+    width = max(*(strip.shape[1] for strip in strips), *(round(length) for length in lengths))
+    height = sum(CAPTION_HEIGHT + strip.shape[0] + MARGIN for strip in strips)
+    sheet = Image.new("RGB", (width + 2 * MARGIN, height + MARGIN), PAPER)
+    draw, top = ImageDraw.Draw(sheet), MARGIN
+    for (words, _), strip in zip(rows, strips, strict=True):
+        left = float(MARGIN)
+        for word, color in words:
+            draw.text((left, top), word, fill=color, font=font)
+            left += draw.textlength(f"{word}   ", font=font)
+        sheet.paste(Image.fromarray(strip), (MARGIN, top + CAPTION_HEIGHT))
+        top += CAPTION_HEIGHT + strip.shape[0] + MARGIN
+    return sheet

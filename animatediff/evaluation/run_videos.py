@@ -1,0 +1,187 @@
+"""Measures clips that are in files: paths in, a table, a CSV row per clip and a contact sheet out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from animatediff.data.video_io import read_metadata, read_video
+from animatediff.evaluation.report import INK, Row, align, contact_sheet, write_csv
+from animatediff.evaluation.video_metrics import VideoMetrics, diversity, measure_video, shrink
+from animatediff.utils import UserError
+
+ENDINGS = (".gif", ".mp4", ".webp")
+CSV = "clips.csv"
+AVERAGED = tuple(name for name in VideoMetrics.__annotations__ if name != "direction")  # a mean of angles means nothing
+ON_SHEET = ("speed", "top_speed", "evenness", "flicker", "warp_error", "seam")
+SHEET_CLIPS, SHEET_FRAMES, SHEET_SIZE = 40, 16, 96  # at most: rows, frames in a row, pixels of a frame's longer side
+
+
+@dataclass(frozen=True)
+class _Clip:
+    row: dict[str, Any]  # of clips.csv
+    metrics: VideoMetrics
+    small: Tensor  # uint8 (f, 3, h, w), shrunk
+    frames: np.ndarray  # uint8 (k, h, w, 3), for the sheet
+
+
+def evaluate_videos(paths: Sequence[str | Path], *, output_dir: str | Path | None = None) -> dict[str, Any]:
+    """Measure every clip of some files and folders.
+
+    Args:
+        paths: as `find_clips` takes them.
+        output_dir: gets `summary.json`, `clips.csv` (a row per clip: where it is from, and its `VideoMetrics`) and
+            `sheet.png` (16 frames of each of the first 40 clips).
+
+    Returns:
+        `settings`; `clips`: how many; `measures`: for each number of `VideoMetrics` but the direction its `mean`,
+        `lowest` and `highest` over the `clips` that have it; `diversity`: for each prompt with several clips of one
+        size and length, how many `clips` and their `diversity`. The prompt is read from the clip; clips that name none
+        count as clips of one prompt.
+
+    Raises:
+        UserError: what `find_clips` refuses, a clip that cannot be read, a folder that cannot be made.
+    """
+    files = find_clips(paths)
+    folder = None if output_dir is None else _made(Path(output_dir))
+    clips = [_measure(i, path) for i, path in enumerate(tqdm(files, desc="clips", unit="clip"))]
+    result = {
+        "settings": {"videos": [str(path) for path in paths]},
+        "clips": len(clips),
+        "measures": {name: _spread([getattr(clip.metrics, name) for clip in clips]) for name in AVERAGED},
+        "diversity": _diversities(clips),
+    }
+    if folder is not None:
+        (folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_csv(folder / CSV, [clip.row for clip in clips])
+        contact_sheet([_sheet_row(clip) for clip in clips[:SHEET_CLIPS]]).save(folder / "sheet.png")
+    return result
+
+
+def find_clips(paths: Sequence[str | Path]) -> list[Path]:
+    """The clips that some paths stand for, each once, in the order of the paths and of the numbers in the names.
+
+    Args:
+        paths: GIF, MP4 or WebP files; folders of PNG frames; folders with any of these in them, however deep. Of the
+            folder of an animate run, only its single clips, not the grid that shows all.
+
+    Raises:
+        UserError: a path that does not exist, a file of another kind, a folder without a clip.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"got {path}, which does not exist: check the path")
+        if path.is_file() and path.suffix.lower() not in ENDINGS:
+            raise UserError(f"got {path}, expected a file ending in {', '.join(ENDINGS)} or a folder of PNG frames")
+        clips = [path] if path.is_file() else _clips_in(path)
+        if not clips:
+            raise UserError(f"got {path}, which has no clip in it, expected {', '.join(ENDINGS)} files or PNG frames")
+        found |= dict.fromkeys(clips)
+    return list(found)
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """Text with a line for each measure of `evaluate_videos` and one for each prompt's diversity."""
+    lines = [("", "mean", "lowest", "highest", "clips")]
+    for name, cell in result["measures"].items():
+        lines.append((name, *(_short(cell[key]) for key in ("mean", "lowest", "highest")), str(cell["clips"])))
+    for cell in result["diversity"]:
+        name = f"diversity of {cell['prompt'] or '(no prompt)':.40}"
+        lines.append((name, _short(cell["diversity"]), "", "", str(cell["clips"])))
+    return align(lines)
+
+
+def _clips_in(folder: Path) -> list[Path]:
+    if (folder / "config.yaml").is_file() and (folder / "sample").is_dir():
+        folder = folder / "sample"  # beside it is the grid
+    children = sorted((child for child in folder.iterdir() if not child.name.startswith(".")), key=_by_numbers)
+    clips = []
+    for child in children:
+        if child.is_dir():
+            clips += _clips_in(child)
+        elif child.suffix.lower() in ENDINGS:
+            clips.append(child)
+    frames = any(child.suffix == ".png" for child in children) and not (folder / CSV).exists()  # no sheet of our own
+    return clips or ([folder] if frames else [])
+
+
+def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    """9.gif before 10.gif."""
+    return [(int(digits or -1), text) for text, digits in re.findall(r"(\D*)(\d*)", path.name)]
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror}): choose another --output-dir") from None
+    return folder
+
+
+def _measure(index: int, path: Path) -> _Clip:
+    try:
+        frames, fps = read_video(path)
+        settings = read_metadata(path)
+    except UserError:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow and numpy raise for damaged or unequal frames
+        raise UserError(
+            f"got {path}, which cannot be read ({error}), expected a whole clip: replace the file"
+        ) from None
+    video = frames.movedim(-1, 1)
+    metrics = measure_video(video)
+    row = {"index": index, "path": str(path), "prompt": settings.get("prompt"), "seed": settings.get("seed")}
+    row |= {"fps": fps, "height": video.shape[2], "width": video.shape[3]}
+    row |= {name: _rounded(value) for name, value in vars(metrics).items()}
+    shown = torch.linspace(0, len(frames) - 1, min(len(frames), SHEET_FRAMES)).round().long()
+    small = ((shrink(video) + 1) * 127.5).round().to(torch.uint8)
+    return _Clip(row, metrics, small, np.stack([_thumbnail(frame) for frame in frames[shown].numpy()]))
+
+
+def _thumbnail(frame: np.ndarray) -> np.ndarray:
+    image = Image.fromarray(frame)
+    image.thumbnail((SHEET_SIZE, SHEET_SIZE))
+    return np.asarray(image)
+
+
+def _sheet_row(clip: _Clip) -> Row:
+    words = [Path(clip.row["path"]).name, *(f"{name} {_short(getattr(clip.metrics, name))}" for name in ON_SHEET)]
+    return [(word, INK) for word in words], clip.frames
+
+
+def _diversities(clips: Sequence[_Clip]) -> list[dict[str, Any]]:
+    groups: dict[tuple, list[Tensor]] = defaultdict(list)
+    for clip in clips:
+        row = clip.row
+        groups[row["prompt"] or "", row["frames"], row["height"], row["width"]].append(clip.small)
+    return [
+        {"prompt": prompt, "clips": len(videos), "diversity": _rounded(diversity(videos))}
+        for (prompt, *_), videos in groups.items()
+        if len(videos) > 1
+    ]
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    there = [value for value in values if value is not None]
+    cells = (float(np.mean(there)), min(there), max(there)) if there else (None, None, None)
+    return dict(zip(("mean", "lowest", "highest"), map(_rounded, cells), strict=True)) | {"clips": len(there)}
+
+
+def _rounded(value: float | None) -> float | None:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
