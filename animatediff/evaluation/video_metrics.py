@@ -32,8 +32,8 @@ class VideoMetrics:
         range 0 to 2. 0: a still image.
     jump: the largest difference between neighbouring frames over their mean `change`; range 1 to frames - 1. 1: every
         step changes as much; frames - 1: a single cut, else still.
-    speed: mean length of the optical flow over pixels and frames; pixels of the clip per frame, range 0 to 13 % of the
-        longer side.
+    speed: mean length of the optical flow over pixels and frames; pixels of the clip per frame, at least 0. Faster than
+        12 pixels of the shrunk frame, in x or y, is not seen.
     top_speed: the same over the fastest 5 % of each frame, so that a small moving thing counts (the *dynamic degree*
         of VBench, Huang et al. 2023, arXiv 2311.17982, with another flow).
     direction: of the mean flow vector; degrees in (-180, 180], 0 right, 90 up.
