@@ -22,9 +22,7 @@ from animatediff.models.vae import VAE
 from animatediff.training.latents import LatentClips
 
 CAPTION_DROPOUT = 0.1  # share of empty captions, which teaches the unconditional half of guidance
-NOISY_SHARE = (
-    0.6  # share of clips that stage `motion` noises beyond the middle of the schedule, where paths are decided
-)
+NOISY_SHARE = 0.5  # of the clips in stage `motion`, noised beyond the middle of the schedule, where paths are decided
 
 
 class ImageStage:
@@ -80,7 +78,8 @@ class MotionStage:
     def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         which = torch.randint(len(self.clips), (batch_size,), generator=generator)
         x0 = self.clips.latents[which].float()
-        context = self.text_encoder(self.clips.captions(which, generator, dropout=CAPTION_DROPOUT))
+        with torch.no_grad():
+            context = self.text_encoder(self.clips.captions(which, generator, dropout=CAPTION_DROPOUT))
         total = self.schedule.config.num_train_timesteps
         t = torch.randint(total, (batch_size,), generator=generator)
         noisy = torch.rand(batch_size, generator=generator) < NOISY_SHARE
