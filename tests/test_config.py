@@ -116,6 +116,11 @@ def test_single_entry_and_empty_values(read):
     assert entry.prompt == ("just one",) and entry.lora_model_path == "" and entry.n_prompt == ("bad",)
 
 
+def test_entries_that_share_values_by_anchor(read):
+    first, second = read("- &all\n  prompt: [a]\n  steps: 3\n- <<: *all\n  prompt: [b]\n").entries
+    assert (first.prompt, second.prompt) == (("a",), ("b",)) and first.steps == second.steps == 3
+
+
 def test_resolved_config_reads_back(read, tmp_path):
     config = read(OFFICIAL_2024, prompt=['odd ${x} ${ {a|b}: "q" # no comment\nü'], seed=[2**64 - 1])
     path = tmp_path / "again.yaml"
@@ -161,6 +166,7 @@ def test_resolved_config_reads_back(read, tmp_path):
         ("- prompt: [a]\n  path: x\n  dreambooth_path: y", "both path/base and dreambooth_path"),
         ("- prompt: [a]\n  prompt: [b]", "the key 'prompt' occurs twice"),
         ("- prompt: [a", "not valid YAML"),
+        ("- prompt: 2024-13-01", "not valid YAML: month must be"),
         ("[]", "got no entries"),
         ("- just text", "entry 1: got 'just text'"),
         ("", "got no value, expected a list of entries"),
@@ -212,6 +218,7 @@ def test_a_new_prompt_takes_the_first_of_the_old_lists(read):
         ("steps", "got argument 'steps', expected key=value"),
         ("stpes=3", "unknown key 'stpes', the nearest known one is 'steps'"),
         ("seed=[1", "seed: got '\\[1', expected a list"),
+        ("seed=2024-13-01", "seed: got '2024-13-01', expected a list"),
     ],
 )
 def test_bad_overrides(item, message):
