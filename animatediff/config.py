@@ -31,7 +31,8 @@ class MotionLoRAEntry:
 class AnimateEntry:
     """One model and the prompts it animates. The names are the official prompt YAML's keys.
 
-    A path of "" means: none. `n_prompt` and `seed` hold one value for all prompts, or one per prompt.
+    A path of "" means: none, which all but the base model's may be. `n_prompt` and `seed` hold one value for all
+    prompts, or one per prompt.
 
     Raises:
         UserError: a value is out of its range, or two lists do not fit together.
@@ -72,6 +73,8 @@ class AnimateEntry:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
+        if not self.pretrained_model_path:
+            raise UserError("pretrained_model_path: got none, expected the base model: a diffusers folder or a file")
         for key in ("steps", "L", "H", "W"):
             if (value := getattr(self, key)) < 1:
                 raise UserError(f"{key}: got {value}, expected at least 1")
@@ -176,7 +179,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def _named_entries(raw: Any, path: Path) -> list[tuple[Any, Any]]:
     """The entries of either grammar as (name, values)."""
-    known = {f.name for f in dataclasses.fields(AnimateEntry)} | {"path", "base"}
+    known = {f.name for f in dataclasses.fields(AnimateEntry)} | {"path", "base", "domain_lora_scale"}
     if isinstance(raw, list):
         return list(enumerate(raw, 1))
     if isinstance(raw, dict):
@@ -186,12 +189,16 @@ def _named_entries(raw: Any, path: Path) -> list[tuple[Any, Any]]:
 
 
 def _expand(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """The 2023 spellings in today's: `path`/`base`, and one entry for each of several motion modules."""
+    """The 2023 spellings in today's: `path`/`base`, `domain_lora_scale`, one entry for each of several modules."""
     if "path" in values or "base" in values:
         if clash := {"dreambooth_path", "lora_model_path"} & set(values):
             raise UserError(f"{where}: got both path/base and {min(clash)}, expected one spelling: remove path/base")
         model, base = values.pop("path", None) or "", values.pop("base", None) or ""
         values |= {"dreambooth_path": base or model, "lora_model_path": model if base else ""}
+    if "domain_lora_scale" in values:
+        if "adapter_lora_scale" in values:
+            raise UserError(f"{where}: got both adapter_lora_scale and domain_lora_scale, expected one: remove either")
+        values["adapter_lora_scale"] = values.pop("domain_lora_scale")
     modules = values.get("motion_module")
     if not isinstance(modules, list):
         return [values]
