@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
     """A mistake in the input. The message says what was got, what was expected and what to do."""
+
+
+@contextmanager
+def naming(where: object) -> Iterator[None]:
+    """Let a `UserError` of the block start with the file (or the place) that it is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def run_main(main: Callable[[], int | None]) -> None:

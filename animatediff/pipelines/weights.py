@@ -8,10 +8,11 @@ from pathlib import Path
 
 import animatediff
 from animatediff.checkpoints.identify import FileInfo, identify, refusal
+from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config import AnimateEntry
 from animatediff.inference_config import InferenceConfig, load_inference_config
 from animatediff.model_config import MOTION_VERSIONS
-from animatediff.utils import UserError
+from animatediff.utils import UserError, naming
 
 REPOSITORY = Path(animatediff.__file__).resolve().parents[1]
 
@@ -81,8 +82,11 @@ class CheckedEntry:
         """The longest clip its motion module takes; None without one."""
         if self.motion is None:
             return None
-        trained = int(self.motion.metadata.get("max_frames") or self.motion.positional_length or 0)
-        trained = trained or MOTION_VERSIONS[self.version or self.motion.version or ""].max_frames
+        trained = trained_frames(
+            self.motion.metadata,
+            length=self.motion.positional_length,
+            version=self.version or self.motion.version or "",
+        )
         asked = self.inference.unet and self.inference.unet.motion_module_kwargs.temporal_position_encoding_max_len
         return max(trained, self.entry.max_frames, asked or 0)
 
@@ -158,9 +162,15 @@ def _check_motion(checked: CheckedEntry) -> None:
             f"{where}: v1 and v3 modules look the same without their positional encoding: add `version: v1` or "
             "`version: v3` to the entry"
         )
-    checked.inference.check_version(MOTION_VERSIONS[checked.version or motion.version or ""])
-    if checked.max_frames is not None and entry.L > checked.max_frames:
+    if entry.version and motion.version not in (entry.version, "animatelcm", None):  # of these two the file is not sure
         raise UserError(
-            f"entry {entry.name}: L: got {entry.L} frames, expected at most {checked.max_frames}, the longest clip "
-            f"{motion.path.name} was trained on: use L={checked.max_frames}, or max_frames={entry.L} at your own risk"
+            f"{where} is a {motion.version} module, but the entry says `version: {entry.version}`: remove it"
+        )
+    checked.inference.check_version(MOTION_VERSIONS[checked.version or motion.version or ""])
+    with naming(where):
+        longest = checked.max_frames
+    if longest is not None and entry.L > longest:
+        raise UserError(
+            f"entry {entry.name}: L: got {entry.L} frames, expected at most {longest}, the longest clip "
+            f"{motion.path.name} was trained on: use L={longest}, or max_frames={entry.L} at your own risk"
         )

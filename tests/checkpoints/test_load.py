@@ -140,6 +140,13 @@ def test_heads_come_from_the_metadata(tmp_path):
     assert model.schedule.prediction_type == "sample"
 
 
+@pytest.mark.parametrize("name", ["num_heads", "text_num_heads", "vae_scaling_factor", "prediction_type"])
+def test_impossible_metadata_is_named_with_its_file(tmp_path, name):
+    path = write(tmp_path / "x.safetensors", ldm_tensors(), **METADATA | {name: "few"})
+    with pytest.raises(UserError, match=f"{path}: got {name} 'few' in the metadata"):
+        load_base(path)
+
+
 def test_a_file_without_a_vae_or_text_encoder(tmp_path, base):
     no_vae = {key: t for key, t in ldm_tensors().items() if not key.startswith(LDM_VAE)}
     no_text = {key: t for key, t in ldm_tensors().items() if not key.startswith("cond_stage_model.")}

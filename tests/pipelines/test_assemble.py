@@ -114,10 +114,13 @@ def test_a_base_without_vae(nano, make_entry):
         ({"L": 25, "motion_module": "{nano}/mm_v1.safetensors"}, "expected at most 24"),
         ({"steps": 1001}, "steps: got 1001, expected at most 1000"),
         ({"controlnet_path": "nowhere.ckpt"}, "SparseCtrl is not available yet"),
-        ({"version": "v2"}, "got a v3 module .* with a v2 config"),
+        ({"version": "v2"}, "mm_v3.safetensors is a v3 module, but the entry says `version: v2`"),
+        ({"motion_module": "{nano}/odd.safetensors"}, "motion_module: .*odd.safetensors: got max_frames 'many'"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_sampled(nano, make_entry, values, message):
+    write(nano / "odd.safetensors", motion_tensors("v3"), version="v3", max_frames="many")
+
     def place(value):
         if isinstance(value, list):
             return [{key: place(v) for key, v in item.items()} for item in value]
