@@ -105,7 +105,12 @@ def check_entries(entries: Iterable[AnimateEntry]) -> list[CheckedEntry]:
                 f"entry {entry.name}: SparseCtrl is not available yet: remove the controlnet_ keys to animate without"
             )
     found = [_find_all(entry) for entry in entries]  # every file of every entry, before the first is opened
-    infos = {path: identify(path) for files in found for key, path in files.items() if key != "inference_config"}
+    infos: dict[Path, FileInfo] = {}
+    for entry, files in zip(entries, found, strict=True):
+        for key, path in files.items():
+            if key != "inference_config" and path not in infos:
+                with naming(f"entry {entry.name}: {key}"):
+                    infos[path] = identify(path)
     return [_check(entry, files, infos) for entry, files in zip(entries, found, strict=True)]
 
 
@@ -144,6 +149,11 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
         what, kinds = EXPECTED.get(key.partition("[")[0], ("", ()))
         if kinds and infos[path].kind not in kinds:
             raise UserError(f"entry {entry.name}: {key}: {refusal(infos[path], what)}")
+    if entry.motion_module_lora_configs and not entry.motion_module:
+        raise UserError(
+            f"entry {entry.name}: got motion_module_lora_configs without a motion_module, expected the one they were "
+            "trained on, v2 for the official ones: add it"
+        )
     motion = infos[files["motion_module"]] if "motion_module" in files else None
     checked = CheckedEntry(entry, files, inference, motion)
     if entry.steps > (most := inference.build_schedule().num_train_timesteps):

@@ -108,6 +108,11 @@ def test_a_base_without_vae(nano, make_entry):
             {"motion_module_lora_configs": [{"path": "{nano}/kohya.safetensors"}]},
             r"motion_module_lora_configs\[0\].path: .*not a MotionLoRA",
         ),
+        ({"motion_module": "{nano}"}, "entry second: motion_module: got the folder .* expected a diffusers model"),
+        (
+            {"motion_module": "", "motion_module_lora_configs": [{"path": "{nano}/motion_lora.safetensors"}]},
+            "entry second: got motion_module_lora_configs without a motion_module",
+        ),
         ({"inference_config": "configs/inference/inference-v1.yaml"}, "describes a v1 module .* motion module is v3"),
         ({"inference_config": "configs/inference/inference-v2.yaml"}, "describes a v2 module .* motion module is v3"),
         ({"L": 33}, "L: got 33 frames, expected at most 32, .* use L=32, or max_frames=33 at your own risk"),
