@@ -164,6 +164,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         if unknown := set(raw) - {"entries", "provenance"}:
             raise UserError(f"{path}: {unknown_key(min(unknown), ['entries', 'provenance'])}")
         raw, provenance = raw["entries"], raw.get("provenance") or {}
+        if not isinstance(provenance, dict):
+            raise UserError(f"{path}: provenance: got {describe(provenance)}, expected what a run recorded: remove it")
     entries = []
     for name, values in _named_entries(raw, path):
         where = f"{path}, entry {name}"

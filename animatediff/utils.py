@@ -21,10 +21,13 @@ def naming(where: object) -> Iterator[None]:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: 0 done, 2 with one line for a `UserError`, 130 after Ctrl-C."""
+    """Run a script's `main` and exit: 0 done, 2 with one line for a mistake, 130 after Ctrl-C.
+
+    A mistake is a `UserError`, or what the system refuses: a full disk, a folder that may not be written to.
+    """
     try:
         sys.exit(main() or 0)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

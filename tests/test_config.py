@@ -177,6 +177,7 @@ def test_resolved_config_reads_back(read, tmp_path):
         ("[]", "got no entries"),
         ("- just text", "entry 1: got 'just text'"),
         ("", "got no value, expected a list of entries"),
+        ("entries: []\nprovenance: 5", "provenance: got 5"),
         ("entries: []\nstep: 1", "unknown key 'step', the nearest known one is 'entries'"),
     ],
 )

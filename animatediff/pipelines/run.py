@@ -119,20 +119,26 @@ def _run(
 ) -> np.ndarray:
     """Make one clip and write it; returns its frames, uint8 (f, H, W, 3)."""
     entry = checked.entry
-    (videos,) = pipeline(
-        job.prompt,
-        entry.L,
-        entry.H,
-        entry.W,
-        entry.steps,
-        entry.guidance_scale,
-        job.negative_prompt,
-        eta=entry.eta,
-        generator=seeded(job.seed),
-        output_type="pt",
-        return_dict=False,
-        callback_on_step_end=advance(bar),
-    )
+    try:
+        (videos,) = pipeline(
+            job.prompt,
+            entry.L,
+            entry.H,
+            entry.W,
+            entry.steps,
+            entry.guidance_scale,
+            job.negative_prompt,
+            eta=entry.eta,
+            generator=seeded(job.seed),
+            output_type="pt",
+            return_dict=False,
+            callback_on_step_end=advance(bar),
+        )
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"entry {entry.name}: got {entry.L} frames of {entry.H}x{entry.W}, more than the device's memory can take: "
+            "choose smaller L, H or W, or --dtype float16"
+        ) from None
     frames = to_uint8(videos[0])
     save_video(frames, job.path, entry.fps, metadata=_settings(checked, job, hashes))
     with tqdm.external_write_mode(file=sys.stdout):
