@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """A mistake in the input. The message says what was got, what was expected and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are told in one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all options)")
 
 
 @contextmanager

@@ -12,13 +12,13 @@ import argparse
 import datetime
 
 from animatediff.config import load_config
-from animatediff.utils import UserError, run_main
+from animatediff.utils import Parser, UserError, run_main
 
 BUNDLED = Path(__file__).resolve().parents[1] / "configs" / "animate" / "shapes.yaml"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", default=BUNDLED, help="prompt config that names the model; by default the bundled")
     parser.add_argument("--motion", metavar="FILE", help="another motion module; none: every frame on its own")
     parser.add_argument("--captions", type=int, default=200, help="clips to make and score (200)")
