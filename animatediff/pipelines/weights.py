@@ -10,6 +10,7 @@ import animatediff
 from animatediff.checkpoints.identify import FileInfo, identify, refusal
 from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config import AnimateEntry
+from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.inference_config import InferenceConfig, load_inference_config
 from animatediff.model_config import MOTION_VERSIONS
 from animatediff.utils import UserError, naming
@@ -156,7 +157,10 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
         )
     motion = infos[files["motion_module"]] if "motion_module" in files else None
     checked = CheckedEntry(entry, files, inference, motion)
-    if entry.steps > (most := inference.build_schedule().num_train_timesteps):
+    schedule = inference.build_schedule()
+    with naming(inference.path):
+        NoiseSchedule(schedule)
+    if entry.steps > (most := schedule.num_train_timesteps):
         raise UserError(f"entry {entry.name}: steps: got {entry.steps}, expected at most {most}")
     if motion is not None:
         _check_motion(checked)

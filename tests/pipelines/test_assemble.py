@@ -115,6 +115,7 @@ def test_a_base_without_vae(nano, make_entry):
         ),
         ({"inference_config": "configs/inference/inference-v1.yaml"}, "describes a v1 module .* motion module is v3"),
         ({"inference_config": "configs/inference/inference-v2.yaml"}, "describes a v2 module .* motion module is v3"),
+        ({"inference_config": "{nano}/cosine.yaml"}, "cosine.yaml: got beta_schedule 'cosine', expected one of linear"),
         ({"L": 33}, "L: got 33 frames, expected at most 32, .* use L=32, or max_frames=33 at your own risk"),
         ({"L": 25, "motion_module": "{nano}/mm_v1.safetensors"}, "expected at most 24"),
         ({"steps": 1001}, "steps: got 1001, expected at most 1000"),
@@ -124,6 +125,7 @@ def test_a_base_without_vae(nano, make_entry):
     ],
 )
 def test_mistakes_are_named_before_anything_is_sampled(nano, make_entry, values, message):
+    (nano / "cosine.yaml").write_text("noise_scheduler_kwargs: {beta_schedule: cosine}")
     write(nano / "odd.safetensors", motion_tensors("v3"), version="v3", max_frames="many")
 
     def place(value):
