@@ -50,6 +50,12 @@ class Assembler:
                 f"entry {entry.name}: got a side of {side} pixels, expected multiples of "
                 f"{image.vae.config.downsampling}: change H or W"
             )
+        tokenizer = self._tokenizer(files)
+        if tokenizer.vocab_size > (known := image.text_encoder.config.vocab_size):
+            raise UserError(
+                f"got {image.report.path} whose text encoder knows {known} tokens, expected the tokenizer's "
+                f"{tokenizer.vocab_size}: use a model folder with its own tokenizer/"
+            )
         reports = [str(image.report)]
         unet, text_encoder = share_weights(image.unet), share_weights(image.text_encoder)
         if "motion_module" in files:
@@ -63,7 +69,7 @@ class Assembler:
             unet=place(unet, self.device, self.dtype),
             vae=place(share_weights(image.vae), self.device, self.dtype),
             text_encoder=place(text_encoder, self.device, self.dtype),
-            tokenizer=self._tokenizer(files),
+            tokenizer=tokenizer,
             schedule=checked.inference.build_schedule(image.schedule.prediction_type if image.schedule else None),
             loras=loras,
             reports=tuple(reports),

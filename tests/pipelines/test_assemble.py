@@ -93,6 +93,14 @@ def test_a_base_without_vae(nano, make_entry):
     assert "no VAE in it: the base model's is used" in components.reports[0]
 
 
+def test_a_text_encoder_of_another_vocabulary(nano, make_entry):
+    key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    tensors = ldm_tensors() | {key: ldm_tensors()[key][:100]}
+    (checked,) = check_entries([make_entry(pretrained_model_path=str(write(nano / "few.safetensors", tensors)))])
+    with pytest.raises(UserError, match="few.safetensors whose text encoder knows 100 tokens, expected .* 49408"):
+        Assembler(torch.device("cpu"), torch.float32).assemble(checked)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
