@@ -56,6 +56,7 @@ class AnimateEntry:
     dreambooth_path: str = ""  # personalised model: replaces the base's UNet, text encoder and, where present, VAE
     lora_model_path: str = ""  # kohya LoRA
     lora_alpha: float = 0.8
+    lora_alpha_rule: Literal["standard", "official"] = "standard"  # "official" ignores the file's own alpha / rank
     motion_module: str = ""  # "": the image model alone, frames do not know each other
     version: str = ""  # of the motion module, where its file cannot tell
     max_frames: int = 0  # allow clips of this length, longer than the module was trained on

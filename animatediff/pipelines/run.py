@@ -155,7 +155,7 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     for key, path in entry.weight_paths().items():
         settings[key] = {"path": path, "sha256": hashes[str(checked.files[key])]}
     if entry.lora_model_path:
-        settings["lora_alpha"] = entry.lora_alpha
+        settings |= {"lora_alpha": entry.lora_alpha, "lora_alpha_rule": entry.lora_alpha_rule}
     if entry.adapter_lora_path:
         settings["adapter_lora_scale"] = entry.adapter_lora_scale
     if entry.motion_module_lora_configs:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from animatediff.checkpoints.files import read_state_dict
 from animatediff.model_config import MOTION_VERSIONS
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.weights import SOURCES, check_entries, find_file
@@ -66,6 +67,20 @@ def test_reports_and_scales(make_entry, loras):
     merged = weights_of(components)
     components.loras.set_scale("kohya", 0.1)
     assert components.loras.merged and not same(weights_of(components), merged)
+
+
+def test_the_official_rule_ignores_the_alpha_of_a_lora_file(nano, make_entry):
+    """A file with alpha = rank / 2, at full scale and without its alpha at half of it, changes the weights equally."""
+    halved = {
+        k: t / 2 if k.endswith(".alpha") else t for k, t in read_state_dict(nano / "kohya.safetensors").tensors.items()
+    }
+    path = str(write(nano / "halved.safetensors", halved))
+    entries = [
+        make_entry(lora_model_path=path, lora_alpha=1.0),
+        make_entry(lora_model_path=path, lora_alpha=0.5, lora_alpha_rule="official"),
+    ]
+    one, other = (Assembler(torch.device("cpu"), torch.float32).assemble(c) for c in check_entries(entries))
+    assert same(weights_of(one), weights_of(other))
 
 
 def test_no_motion_module_is_the_image_model(make_entry):
