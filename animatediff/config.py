@@ -31,7 +31,8 @@ class MotionLoRAEntry:
 class AnimateEntry:
     """One model and the prompts it animates. The names are the official prompt YAML's keys.
 
-    A path of "" means: none. `n_prompt` and `seed` hold one value for all prompts, or one per prompt.
+    A path of "" means: none, which all but the base model's may be. `n_prompt` and `seed` hold one value for all
+    prompts, or one per prompt.
 
     Raises:
         UserError: a value is out of its range, or two lists do not fit together.
@@ -55,6 +56,7 @@ class AnimateEntry:
     dreambooth_path: str = ""  # personalised model: replaces the base's UNet, text encoder and, where present, VAE
     lora_model_path: str = ""  # kohya LoRA
     lora_alpha: float = 0.8
+    lora_alpha_rule: Literal["standard", "official"] = "standard"  # "official" ignores the file's own alpha / rank
     motion_module: str = ""  # "": the image model alone, frames do not know each other
     version: str = ""  # of the motion module, where its file cannot tell
     max_frames: int = 0  # allow clips of this length, longer than the module was trained on
@@ -72,6 +74,8 @@ class AnimateEntry:
 
     def __post_init__(self) -> None:
         _check_prompts(self)
+        if not self.pretrained_model_path:
+            raise UserError("pretrained_model_path: got none, expected the base model: a diffusers folder or a file")
         for key in ("steps", "L", "H", "W"):
             if (value := getattr(self, key)) < 1:
                 raise UserError(f"{key}: got {value}, expected at least 1")
@@ -161,6 +165,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         if unknown := set(raw) - {"entries", "provenance"}:
             raise UserError(f"{path}: {unknown_key(min(unknown), ['entries', 'provenance'])}")
         raw, provenance = raw["entries"], raw.get("provenance") or {}
+        if not isinstance(provenance, dict):
+            raise UserError(f"{path}: provenance: got {describe(provenance)}, expected what a run recorded: remove it")
     entries = []
     for name, values in _named_entries(raw, path):
         where = f"{path}, entry {name}"
@@ -176,7 +182,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 def _named_entries(raw: Any, path: Path) -> list[tuple[Any, Any]]:
     """The entries of either grammar as (name, values)."""
-    known = {f.name for f in dataclasses.fields(AnimateEntry)} | {"path", "base"}
+    known = {f.name for f in dataclasses.fields(AnimateEntry)} | {"path", "base", "domain_lora_scale"}
     if isinstance(raw, list):
         return list(enumerate(raw, 1))
     if isinstance(raw, dict):
@@ -186,12 +192,16 @@ def _named_entries(raw: Any, path: Path) -> list[tuple[Any, Any]]:
 
 
 def _expand(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """The 2023 spellings in today's: `path`/`base`, and one entry for each of several motion modules."""
+    """The 2023 spellings in today's: `path`/`base`, `domain_lora_scale`, one entry for each of several modules."""
     if "path" in values or "base" in values:
         if clash := {"dreambooth_path", "lora_model_path"} & set(values):
             raise UserError(f"{where}: got both path/base and {min(clash)}, expected one spelling: remove path/base")
         model, base = values.pop("path", None) or "", values.pop("base", None) or ""
         values |= {"dreambooth_path": base or model, "lora_model_path": model if base else ""}
+    if "domain_lora_scale" in values:
+        if "adapter_lora_scale" in values:
+            raise UserError(f"{where}: got both adapter_lora_scale and domain_lora_scale, expected one: remove either")
+        values["adapter_lora_scale"] = values.pop("domain_lora_scale")
     modules = values.get("motion_module")
     if not isinstance(modules, list):
         return [values]

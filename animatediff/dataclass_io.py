@@ -22,11 +22,12 @@ T = TypeVar("T")
 class StrictLoader(yaml.SafeLoader):
     """YAML whose mappings have each key once, and where 1e-4 is a number, as in YAML 1.2."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} occurs twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 StrictLoader.add_implicit_resolver(
@@ -45,7 +46,7 @@ def read_yaml(path: str | Path) -> Any:
         raise UserError(f"got config {path}, which is no file: check the path (current folder: {Path.cwd()})")
     try:
         return yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:  # ValueError: bytes that are no text, 2024-13-01
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -108,7 +109,7 @@ def parse_overrides(cls: type, items: Sequence[str]) -> dict[str, Any]:
             continue
         try:
             values[key] = yaml.load(text, StrictLoader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise UserError(f"override: {key}: got {text!r}, expected {type_name(hints[key])}") from None
     return values
 

@@ -9,11 +9,11 @@ if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py m
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from typing import Any, NoReturn
+from typing import Any
 
 from animatediff.config import AnimateEntry, load_config
 from animatediff.dataclass_io import parse_overrides
-from animatediff.utils import UserError, run_main
+from animatediff.utils import Parser, UserError, run_main
 
 BUNDLED = Path(__file__).resolve().parents[1] / "configs" / "animate" / "shapes.yaml"
 FLAGS = (  # command-line spelling, key of a config's entry, type, help
@@ -28,11 +28,6 @@ FLAGS = (  # command-line spelling, key of a config's entry, type, help
     ("--format", "format", str, "gif, mp4, webp, or png (a folder of lossless frames)"),
     ("--fps", "fps", float, "frames per second"),
 )
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists all options)")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from animatediff.checkpoints.export import write_diffusers, write_ldm, write_mot
 from animatediff.checkpoints.files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from animatediff.checkpoints.parts import read_image_parts, read_motion_parts
 from animatediff.model_config import MOTION_VERSIONS
-from animatediff.utils import UserError, run_main
+from animatediff.utils import Parser, UserError, run_main
 
 FILE_FORMATS = ("ldm", "official-motion")
 FORMATS = {
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Convert weights between file formats without changing a bit.")
+    parser = Parser(description="Convert weights between file formats without changing a bit.")
     parser.add_argument("input", type=Path, metavar="IN", help="file or folder of any format")
     parser.add_argument("output", type=Path, metavar="OUT", help="file (.safetensors, .ckpt) or folder to write")
     parser.add_argument("--to", required=True, choices=FORMATS, help="; ".join(f"{k}: {v}" for k, v in FORMATS.items()))

@@ -18,8 +18,8 @@ import argparse
 import datetime
 
 from animatediff.config import load_config
-from animatediff.utils import UserError, run_main
-from scripts.animate import BUNDLED, Parser
+from animatediff.utils import Parser, UserError, run_main
+from scripts.animate import BUNDLED
 
 WORLD = {  # options that make the clips of the built-in world, and their defaults
     "config": BUNDLED,

@@ -13,16 +13,15 @@ from pathlib import Path
 if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py must not shadow the standard module
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
 from dataclasses import dataclass
 
 from animatediff.checkpoints.files import file_sha256, read_state_dict
 from animatediff.checkpoints.identify import FileInfo, identify, weight_files
-from animatediff.utils import UserError, run_main
+from animatediff.utils import Parser, UserError, run_main
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Say what weight files are and how to use them.")
+    parser = Parser(description="Say what weight files are and how to use them.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="weight file or diffusers folder")
     status = 0
     for path in parser.parse_args().files:

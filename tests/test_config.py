@@ -111,9 +111,19 @@ def test_official_mapping_of_2023(read):
     assert v15.per_prompt() == [("a", "x", 1), ("b", "y", 2)]
 
 
+def test_the_first_v3_configs(read):
+    (entry,) = read("- domain_lora_scale: 0.5\n  adapter_lora_path: v3_sd15_adapter.ckpt\n  prompt: [a]\n").entries
+    assert entry.adapter_lora_scale == 0.5
+
+
 def test_single_entry_and_empty_values(read):
     (entry,) = read("prompt: just one\nlora_model_path:\nn_prompt: bad\n").entries
     assert entry.prompt == ("just one",) and entry.lora_model_path == "" and entry.n_prompt == ("bad",)
+
+
+def test_entries_that_share_values_by_anchor(read):
+    first, second = read("- &all\n  prompt: [a]\n  steps: 3\n- <<: *all\n  prompt: [b]\n").entries
+    assert (first.prompt, second.prompt) == (("a",), ("b",)) and first.steps == second.steps == 3
 
 
 def test_resolved_config_reads_back(read, tmp_path):
@@ -159,11 +169,15 @@ def test_resolved_config_reads_back(read, tmp_path):
         ("- prompt: [a]\n  version: v9", "version: got 'v9', expected one of v1, v2, v3"),
         ("- prompt: [a]\n  motion_module: []", "motion_module: got an empty list"),
         ("- prompt: [a]\n  path: x\n  dreambooth_path: y", "both path/base and dreambooth_path"),
+        ("- prompt: [a]\n  adapter_lora_scale: 1\n  domain_lora_scale: 1", "both adapter_lora_scale and domain_lora"),
+        ('- prompt: [a]\n  pretrained_model_path: ""', "pretrained_model_path: got none"),
         ("- prompt: [a]\n  prompt: [b]", "the key 'prompt' occurs twice"),
         ("- prompt: [a", "not valid YAML"),
+        ("- prompt: 2024-13-01", "not valid YAML: month must be"),
         ("[]", "got no entries"),
         ("- just text", "entry 1: got 'just text'"),
         ("", "got no value, expected a list of entries"),
+        ("entries: []\nprovenance: 5", "provenance: got 5"),
         ("entries: []\nstep: 1", "unknown key 'step', the nearest known one is 'entries'"),
     ],
 )
@@ -212,6 +226,7 @@ def test_a_new_prompt_takes_the_first_of_the_old_lists(read):
         ("steps", "got argument 'steps', expected key=value"),
         ("stpes=3", "unknown key 'stpes', the nearest known one is 'steps'"),
         ("seed=[1", "seed: got '\\[1', expected a list"),
+        ("seed=2024-13-01", "seed: got '2024-13-01', expected a list"),
     ],
 )
 def test_bad_overrides(item, message):

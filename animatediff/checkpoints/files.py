@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -235,9 +236,13 @@ def _looks_like_safetensors(head: bytes) -> bool:
 
 def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
     _check_safetensors_size(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = dict(file.metadata() or {})
-        return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (no dict)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        reason = _first_line(str(error))
+        raise UserError(f"got a damaged safetensors file, {path} ({reason}): download it again") from None
 
 
 def _check_safetensors_size(path: Path) -> None:
@@ -262,11 +267,11 @@ def _check_safetensors_size(path: Path) -> None:
 
 
 def _refuse_other_content(head: bytes, path: Path) -> None:
-    text = head.lstrip().lower()
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     what = None
     if text.startswith(b"version https://git-lfs"):
         raise UserError(f"got a Git-LFS pointer, not weights, in {path}: run `git lfs pull` or download the file")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+    if text.startswith(b"<"):  # as no pickle does
         what = "an HTML page (a login or error page of the download site)"
     elif text.startswith((b"{", b"[")):
         what = "a JSON document"

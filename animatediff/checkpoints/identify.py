@@ -12,7 +12,7 @@ from animatediff.checkpoints import sizes
 from animatediff.checkpoints.diffusers_json import TEXT_STEMS, UNET_STEM, VAE_STEM, Json, adapter_metadata
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
 from animatediff.checkpoints.keymaps import LDM_TEXT, LDM_UNET, LDM_VAE, MOTION_MARK, motion_to_official
-from animatediff.utils import UserError
+from animatediff.utils import UserError, naming
 
 SDXL_MOTION_WIDTHS = {0: 320, 1: 640, 2: 1280}
 SD15_WIDTHS = (320, 640, 1280, 1280)
@@ -158,7 +158,8 @@ def identify_tensors(
     metadata = dict(metadata or {})
     kind = next(name for name, fits in RULES if fits(tensors))
     length = length or sizes.positional_length(tensors)
-    version = _version(kind, tensors, metadata, length)
+    with naming(path):
+        version = _version(kind, tensors, metadata, length)
     return FileInfo(
         path=path,
         kind=kind,

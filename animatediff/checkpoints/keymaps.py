@@ -16,11 +16,12 @@ LDM_UNET = "model.diffusion_model."
 LDM_VAE = "first_stage_model."
 LDM_TEXT = "cond_stage_model.transformer."
 
-# Entries of LDM files that are no weights of these networks: the schedule, EMA copies, training losses.
+# Entries of LDM files that are no weights of these networks: the schedule, EMA copies, training losses, and the
+# embeddings that textual inversion and DreamBooth trainers left in.
 LDM_BOOKKEEPING = re.compile(
     r"(betas|logvar|lvlb_weights|scale_factor|global_step"
     r"|(sqrt_|log_)?(recip_|one_minus_)?(recipm1_)?alphas_cumprod(_prev)?|posterior_\w+"
-    r"|model_ema\..*|first_stage_model\.(loss|model_ema)\..*"
+    r"|model_ema\..*|embedding_manager\..*|first_stage_model\.(loss|model_ema)\..*"
     r"|cond_stage_model\.(logit_scale|text_projection(\.weight)?))"
 )
 # Parts of CLIP that the text encoder of SD 1.x does not use, below LDM_TEXT or in text_encoder/.

@@ -27,7 +27,7 @@ from animatediff.model_config import ScheduleConfig
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
-from animatediff.utils import UserError
+from animatediff.utils import UserError, naming
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -119,14 +119,15 @@ def load_motion_module(
     parts = read_motion_parts(path)
     _check_motion_fits(parts, unet)
     sample = next(unet.parameters())
-    config = motion_config(
-        parts.tensors,
-        parts.metadata,
-        levels=len(unet.config.block_out_channels),
-        length=parts.length,
-        version=version,
-        norm_over_frames=norm_over_frames,
-    )
+    with naming(parts.path):
+        config = motion_config(
+            parts.tensors,
+            parts.metadata,
+            levels=len(unet.config.block_out_channels),
+            length=parts.length,
+            version=version,
+            norm_over_frames=norm_over_frames,
+        )
     image = {key: tensor for key, tensor in unet.state_dict().items() if MOTION_MARK not in key}
     motion = {key: tensor.to(sample.device, sample.dtype) for key, tensor in parts.tensors.items()}
     merged = _load_strictly(lambda: UNet(unet.config.with_motion(config)), image | motion, "motion module", parts.path)
@@ -145,24 +146,28 @@ def load_motion_module(
 def _build_image_model(
     parts: ImageParts, *, dtype: torch.dtype, device: torch.device | str = "cpu", base: ImageModel | None = None
 ) -> ImageModel:
-    def build(module: Callable[..., Any], config: object, tensors: StateDict, what: str) -> Any:
+    metadata, notes = parts.metadata, list(parts.notes)
+
+    def build(module: Callable[..., Any], sizes: Callable[..., object], tensors: StateDict, what: str) -> Any:
+        with naming(parts.path):
+            config = sizes(tensors, metadata)
         ready = {key: t.to(device, dtype) for key, t in tensors.items()}
         return _load_strictly(lambda: module(config), ready, what, parts.path)
 
-    metadata, notes = parts.metadata, list(parts.notes)
     vae, text_encoder = (base.vae, base.text_encoder) if base else (None, None)
-    unet = build(UNet, unet_config(parts.unet, metadata), parts.unet, "UNet")
+    unet = build(UNet, unet_config, parts.unet, "UNet")
     if parts.vae:
-        vae = build(VAE, vae_config(parts.vae, metadata), parts.vae, "VAE")
+        vae = build(VAE, vae_config, parts.vae, "VAE")
     else:
         notes.append("no VAE in it: the base model's is used" if vae else "no VAE in it")
     if parts.text:
-        text_encoder = build(TextEncoder, text_config(parts.text, metadata), parts.text, "text encoder")
+        text_encoder = build(TextEncoder, text_config, parts.text, "text encoder")
     else:
         notes.append("no text encoder in it: the base model's is used")
     assert text_encoder is not None
     _check_together(unet, vae, text_encoder, parts.path)
-    prediction = prediction_type(metadata)
+    with naming(parts.path):
+        prediction = prediction_type(metadata)
     report = LoadReport(
         path=parts.path,
         kind=parts.kind,

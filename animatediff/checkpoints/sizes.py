@@ -17,6 +17,7 @@ from animatediff.utils import UserError
 
 Metadata = Mapping[str, str]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TEXT_ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's CLIP, OpenCLIP
 HEAD_WIDTH_OF_CLIP = 64
 
 
@@ -71,7 +72,7 @@ def text_config(tensors: StateDict, metadata: Metadata) -> TextConfig:
         num_heads=_integer(metadata, "text_num_heads", max(1, width // HEAD_WIDTH_OF_CLIP)),
         mlp_width=_shape(tensors, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
         max_length=_shape(tensors, "text_model.embeddings.position_embedding.weight")[0],
-        activation=metadata.get("text_activation", "quick_gelu"),
+        activation=_choice(metadata, "text_activation", TEXT_ACTIVATIONS) or TEXT_ACTIVATIONS[0],
     )
     _check_divides("text_num_heads", config.num_heads, [width])
     return config
@@ -108,10 +109,7 @@ def motion_norm_groups(metadata: Metadata) -> int:
 
 def prediction_type(metadata: Metadata) -> str | None:
     """What the UNet predicts, where the metadata says so."""
-    kind = metadata.get("prediction_type")
-    if kind is not None and kind not in PREDICTION_TYPES:
-        raise UserError(f"got prediction_type {kind!r} in the metadata, expected one of {', '.join(PREDICTION_TYPES)}")
-    return kind
+    return _choice(metadata, "prediction_type", PREDICTION_TYPES)
 
 
 def motion_config(
@@ -144,7 +142,7 @@ def motion_config(
     inside = [(int(m[1]), int(m[2])) for key in tensors if (m := block.match(key))]
     config = replace(
         base,
-        max_frames=_integer(metadata, "max_frames", length or base.max_frames),
+        max_frames=trained_frames(metadata, length=length, version=base.version),
         mid_block=has_mid_block(tensors),
         num_heads=_integer(metadata, "num_heads", 8),
         num_transformer_blocks=1 + max((b for b, _ in inside), default=0),
@@ -155,6 +153,11 @@ def motion_config(
     )
     _check_divides("num_heads", config.num_heads, motion_widths(tensors).values())
     return config
+
+
+def trained_frames(metadata: Metadata, *, length: int | None, version: str) -> int:
+    """The longest clip a motion module saw: by its metadata, its positional encoding's length, or its version."""
+    return _integer(metadata, "max_frames", length or MOTION_VERSIONS[version].max_frames)
 
 
 def has_mid_block(tensors: StateDict) -> bool:
@@ -257,6 +260,13 @@ def _indices(keys: Iterable[str], prefix: str) -> set[int]:
 
 def _count(tensors: StateDict, prefix: str) -> int:
     return len(_indices(tensors, prefix))
+
+
+def _choice(metadata: Metadata, name: str, choices: tuple[str, ...]) -> str | None:
+    value = metadata.get(name)
+    if value is not None and value not in choices:
+        raise UserError(f"got {name} {value!r} in the metadata, expected one of {', '.join(choices)}")
+    return value
 
 
 def _integer(metadata: Metadata, name: str, default: int) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised
 from animatediff.checkpoints.lora_files import read_lora
-from animatediff.models.lora import LoRAStack
+from animatediff.models.lora import AlphaRule, LoRAStack
 from animatediff.models.text import Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.pipelines.components import Components, place, share_weights
@@ -50,20 +50,27 @@ class Assembler:
                 f"entry {entry.name}: got a side of {side} pixels, expected multiples of "
                 f"{image.vae.config.downsampling}: change H or W"
             )
+        tokenizer = self._tokenizer(files)
+        if tokenizer.vocab_size > (known := image.text_encoder.config.vocab_size):
+            raise UserError(
+                f"got {image.report.path} whose text encoder knows {known} tokens, expected the tokenizer's "
+                f"{tokenizer.vocab_size}: use a model folder with its own tokenizer/"
+            )
         reports = [str(image.report)]
         unet, text_encoder = share_weights(image.unet), share_weights(image.text_encoder)
         if "motion_module" in files:
             unet, report = self._with_motion(checked, unet)
             reports.append(report)
         loras = LoRAStack(unet, text_encoder)
-        for path, scale in self._loras(checked):
-            reports.append(str(loras.add(read_lora(path, name=_unused_name(path, loras)), scale)))
+        for path, scale, rule in self._loras(checked):
+            lora = read_lora(path, name=_unused_name(path, loras))
+            reports.append(str(loras.add(lora, scale, alpha_rule=rule)))
         loras.merge()
         return Components(
             unet=place(unet, self.device, self.dtype),
             vae=place(share_weights(image.vae), self.device, self.dtype),
             text_encoder=place(text_encoder, self.device, self.dtype),
-            tokenizer=self._tokenizer(files),
+            tokenizer=tokenizer,
             schedule=checked.inference.build_schedule(image.schedule.prediction_type if image.schedule else None),
             loras=loras,
             reports=tuple(reports),
@@ -98,14 +105,15 @@ class Assembler:
         return unet, str(report)
 
     @staticmethod
-    def _loras(checked: CheckedEntry) -> list[tuple[Path, float]]:
+    def _loras(checked: CheckedEntry) -> list[tuple[Path, float, AlphaRule]]:
         entry, files = checked.entry, checked.files
         scales = {"lora_model_path": entry.lora_alpha, "adapter_lora_path": entry.adapter_lora_scale}
         scales |= {
             f"motion_module_lora_configs[{i}].path": lora.alpha
             for i, lora in enumerate(entry.motion_module_lora_configs)
         }
-        return [(files[key], scale) for key, scale in scales.items() if key in files]
+        rules: dict[str, AlphaRule] = {"lora_model_path": entry.lora_alpha_rule}
+        return [(files[key], scale, rules.get(key, "standard")) for key, scale in scales.items() if key in files]
 
     @staticmethod
     def _tokenizer(files: dict[str, Path]) -> Tokenizer:

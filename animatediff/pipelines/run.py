@@ -119,20 +119,26 @@ def _run(
 ) -> np.ndarray:
     """Make one clip and write it; returns its frames, uint8 (f, H, W, 3)."""
     entry = checked.entry
-    (videos,) = pipeline(
-        job.prompt,
-        entry.L,
-        entry.H,
-        entry.W,
-        entry.steps,
-        entry.guidance_scale,
-        job.negative_prompt,
-        eta=entry.eta,
-        generator=seeded(job.seed),
-        output_type="pt",
-        return_dict=False,
-        callback_on_step_end=advance(bar),
-    )
+    try:
+        (videos,) = pipeline(
+            job.prompt,
+            entry.L,
+            entry.H,
+            entry.W,
+            entry.steps,
+            entry.guidance_scale,
+            job.negative_prompt,
+            eta=entry.eta,
+            generator=seeded(job.seed),
+            output_type="pt",
+            return_dict=False,
+            callback_on_step_end=advance(bar),
+        )
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"entry {entry.name}: got {entry.L} frames of {entry.H}x{entry.W}, more than the device's memory can take: "
+            "choose smaller L, H or W, or --dtype float16"
+        ) from None
     frames = to_uint8(videos[0])
     save_video(frames, job.path, entry.fps, metadata=_settings(checked, job, hashes))
     with tqdm.external_write_mode(file=sys.stdout):
@@ -149,7 +155,7 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     for key, path in entry.weight_paths().items():
         settings[key] = {"path": path, "sha256": hashes[str(checked.files[key])]}
     if entry.lora_model_path:
-        settings["lora_alpha"] = entry.lora_alpha
+        settings |= {"lora_alpha": entry.lora_alpha, "lora_alpha_rule": entry.lora_alpha_rule}
     if entry.adapter_lora_path:
         settings["adapter_lora_scale"] = entry.adapter_lora_scale
     if entry.motion_module_lora_configs:

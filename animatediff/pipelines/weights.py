@@ -8,10 +8,12 @@ from pathlib import Path
 
 import animatediff
 from animatediff.checkpoints.identify import FileInfo, identify, refusal
+from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config import AnimateEntry
+from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.inference_config import InferenceConfig, load_inference_config
 from animatediff.model_config import MOTION_VERSIONS
-from animatediff.utils import UserError
+from animatediff.utils import UserError, naming
 
 REPOSITORY = Path(animatediff.__file__).resolve().parents[1]
 
@@ -81,8 +83,11 @@ class CheckedEntry:
         """The longest clip its motion module takes; None without one."""
         if self.motion is None:
             return None
-        trained = int(self.motion.metadata.get("max_frames") or self.motion.positional_length or 0)
-        trained = trained or MOTION_VERSIONS[self.version or self.motion.version or ""].max_frames
+        trained = trained_frames(
+            self.motion.metadata,
+            length=self.motion.positional_length,
+            version=self.version or self.motion.version or "",
+        )
         asked = self.inference.unet and self.inference.unet.motion_module_kwargs.temporal_position_encoding_max_len
         return max(trained, self.entry.max_frames, asked or 0)
 
@@ -101,7 +106,12 @@ def check_entries(entries: Iterable[AnimateEntry]) -> list[CheckedEntry]:
                 f"entry {entry.name}: SparseCtrl is not available yet: remove the controlnet_ keys to animate without"
             )
     found = [_find_all(entry) for entry in entries]  # every file of every entry, before the first is opened
-    infos = {path: identify(path) for files in found for key, path in files.items() if key != "inference_config"}
+    infos: dict[Path, FileInfo] = {}
+    for entry, files in zip(entries, found, strict=True):
+        for key, path in files.items():
+            if key != "inference_config" and path not in infos:
+                with naming(f"entry {entry.name}: {key}"):
+                    infos[path] = identify(path)
     return [_check(entry, files, infos) for entry, files in zip(entries, found, strict=True)]
 
 
@@ -140,9 +150,17 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
         what, kinds = EXPECTED.get(key.partition("[")[0], ("", ()))
         if kinds and infos[path].kind not in kinds:
             raise UserError(f"entry {entry.name}: {key}: {refusal(infos[path], what)}")
+    if entry.motion_module_lora_configs and not entry.motion_module:
+        raise UserError(
+            f"entry {entry.name}: got motion_module_lora_configs without a motion_module, expected the one they were "
+            "trained on, v2 for the official ones: add it"
+        )
     motion = infos[files["motion_module"]] if "motion_module" in files else None
     checked = CheckedEntry(entry, files, inference, motion)
-    if entry.steps > (most := inference.build_schedule().num_train_timesteps):
+    schedule = inference.build_schedule()
+    with naming(inference.path):
+        NoiseSchedule(schedule)
+    if entry.steps > (most := schedule.num_train_timesteps):
         raise UserError(f"entry {entry.name}: steps: got {entry.steps}, expected at most {most}")
     if motion is not None:
         _check_motion(checked)
@@ -158,9 +176,15 @@ def _check_motion(checked: CheckedEntry) -> None:
             f"{where}: v1 and v3 modules look the same without their positional encoding: add `version: v1` or "
             "`version: v3` to the entry"
         )
-    checked.inference.check_version(MOTION_VERSIONS[checked.version or motion.version or ""])
-    if checked.max_frames is not None and entry.L > checked.max_frames:
+    if entry.version and motion.version not in (entry.version, "animatelcm", None):  # of these two the file is not sure
         raise UserError(
-            f"entry {entry.name}: L: got {entry.L} frames, expected at most {checked.max_frames}, the longest clip "
-            f"{motion.path.name} was trained on: use L={checked.max_frames}, or max_frames={entry.L} at your own risk"
+            f"{where} is a {motion.version} module, but the entry says `version: {entry.version}`: remove it"
+        )
+    checked.inference.check_version(MOTION_VERSIONS[checked.version or motion.version or ""])
+    with naming(where):
+        longest = checked.max_frames
+    if longest is not None and entry.L > longest:
+        raise UserError(
+            f"entry {entry.name}: L: got {entry.L} frames, expected at most {longest}, the longest clip "
+            f"{motion.path.name} was trained on: use L={longest}, or max_frames={entry.L} at your own risk"
         )

@@ -144,17 +144,25 @@ def test_an_object_of_an_unknown_class_is_refused_by_name(tmp_path):
         read_state_dict(tmp_path / "x.ckpt")
 
 
+def safetensors(header: str) -> bytes:
+    """A file of this header and four bytes of weights."""
+    return len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+
+
 SAFE = b"\x10\0\0\0\0\0\0\0"
 BAD_FILES = {
     "empty": (b"", "the file is empty"),
     "html": (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "an HTML page"),
     "html2": (b"<html>404</html>", "an HTML page"),
+    "html3": ("\ufeff<!-- Überlastet -->\n<html>".encode(), "an HTML page"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 42\n", "Git-LFS pointer"),
     "json": (b'{"error": "Repository not found"}', "a JSON document"),
     "text": (b"Invalid username or password.", "plain text .*Invalid username"),
     "noise": (bytes(range(7, 200)) * 9, "damaged"),
     "no header": (SAFE + b"{not json at all", "damaged safetensors header"),
     "odd header": (SAFE + b'{"a":[1,2,3] }  ', "damaged safetensors header"),
+    "odd type": (safetensors('{"a":{"dtype":"X9","data_offsets":[0,4],"shape":[1]}}'), "damaged safetensors.*X9"),
+    "odd shape": (safetensors('{"a":{"dtype":"F32","data_offsets":[0,4],"shape":[2]}}'), "damaged safetensors file"),
     "short header": (b"\xff\xff\0\0\0\0\0\0{", "truncated safetensors file.*at least 65543 bytes announced, 9 there"),
 }
 

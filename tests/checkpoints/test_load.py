@@ -78,6 +78,7 @@ def with_bookkeeping(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "cond_stage_model.logit_scale": torch.zeros(()),
         "cond_stage_model.text_projection": torch.zeros(4, 4),
         "first_stage_model.loss.logvar": torch.zeros(()),
+        "embedding_manager.embedder.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
     }
     return tensors | {key: torch.zeros(1) for key in extra} | ema | unused_text
 
@@ -115,7 +116,7 @@ def test_every_spelling_gives_the_same_model(tmp_path, base, name):
     model = load_base(write(tmp_path / "x.safetensors", tensors, **METADATA))
     assert equal(weights(model), weights(base))
     if name == "bookkeeping":
-        assert len(model.report.unused) == 12 and "EMA copies not used" in model.report.notes
+        assert len(model.report.unused) == 13 and "EMA copies not used" in model.report.notes
 
 
 def test_a_training_pickle_gives_the_same_model(tmp_path, base):
@@ -137,6 +138,13 @@ def test_heads_come_from_the_metadata(tmp_path):
     model = load_base(path)
     assert (model.unet.config.num_heads, model.text_encoder.config.num_heads) == (4, 2)
     assert model.schedule.prediction_type == "sample"
+
+
+@pytest.mark.parametrize("name", ["num_heads", "text_num_heads", "vae_scaling_factor", "prediction_type"])
+def test_impossible_metadata_is_named_with_its_file(tmp_path, name):
+    path = write(tmp_path / "x.safetensors", ldm_tensors(), **METADATA | {name: "few"})
+    with pytest.raises(UserError, match=f"{path}: got {name} 'few' in the metadata"):
+        load_base(path)
 
 
 def test_a_file_without_a_vae_or_text_encoder(tmp_path, base):

@@ -61,6 +61,11 @@ def test_convert_there_and_back(tmp_path, ldm_file, convert):
     assert equal(read_state_dict(tmp_path / "back.safetensors").tensors, ldm_tensors())
 
 
+@pytest.mark.parametrize("name", ["inspect.py", "convert.py"])
+def test_a_mistyped_option_is_told_in_one_line(tmp_path, name):
+    assert failed_cleanly(run(name, "a", "b", "--too", cwd=tmp_path), "--help")
+
+
 def test_convert_refuses_the_wrong_kind_in_one_line(tmp_path):
     motion = write(tmp_path / "mm.safetensors", motion_tensors("v2"))
     result = run("convert.py", motion, "out.safetensors", "--to", "ldm", cwd=tmp_path)

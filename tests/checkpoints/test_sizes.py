@@ -145,6 +145,11 @@ def test_impossible_scaling_factors_are_named(text):
         sizes.vae_config(on_meta(VAE, VAEConfig()), {"vae_scaling_factor": text})
 
 
+def test_unknown_text_activations_are_named():
+    with pytest.raises(UserError, match="text_activation 'swish' in the metadata, expected one of quick_gelu, gelu"):
+        sizes.text_config(on_meta(TextEncoder, TEXT), {"text_activation": "swish"})
+
+
 def test_prediction_types():
     assert sizes.prediction_type({}) is None
     assert sizes.prediction_type({"prediction_type": "v_prediction"}) == "v_prediction"

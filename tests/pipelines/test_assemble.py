@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from animatediff.checkpoints.files import read_state_dict
 from animatediff.model_config import MOTION_VERSIONS
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.weights import SOURCES, check_entries, find_file
@@ -68,6 +69,20 @@ def test_reports_and_scales(make_entry, loras):
     assert components.loras.merged and not same(weights_of(components), merged)
 
 
+def test_the_official_rule_ignores_the_alpha_of_a_lora_file(nano, make_entry):
+    """A file with alpha = rank / 2, at full scale and without its alpha at half of it, changes the weights equally."""
+    halved = {
+        k: t / 2 if k.endswith(".alpha") else t for k, t in read_state_dict(nano / "kohya.safetensors").tensors.items()
+    }
+    path = str(write(nano / "halved.safetensors", halved))
+    entries = [
+        make_entry(lora_model_path=path, lora_alpha=1.0),
+        make_entry(lora_model_path=path, lora_alpha=0.5, lora_alpha_rule="official"),
+    ]
+    one, other = (Assembler(torch.device("cpu"), torch.float32).assemble(c) for c in check_entries(entries))
+    assert same(weights_of(one), weights_of(other))
+
+
 def test_no_motion_module_is_the_image_model(make_entry):
     components = Assembler(torch.device("cpu"), torch.float32).assemble(
         check_entries([make_entry(motion_module="")])[0]
@@ -93,6 +108,14 @@ def test_a_base_without_vae(nano, make_entry):
     assert "no VAE in it: the base model's is used" in components.reports[0]
 
 
+def test_a_text_encoder_of_another_vocabulary(nano, make_entry):
+    key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    tensors = ldm_tensors() | {key: ldm_tensors()[key][:100]}
+    (checked,) = check_entries([make_entry(pretrained_model_path=str(write(nano / "few.safetensors", tensors)))])
+    with pytest.raises(UserError, match="few.safetensors whose text encoder knows 100 tokens, expected .* 49408"):
+        Assembler(torch.device("cpu"), torch.float32).assemble(checked)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -108,16 +131,26 @@ def test_a_base_without_vae(nano, make_entry):
             {"motion_module_lora_configs": [{"path": "{nano}/kohya.safetensors"}]},
             r"motion_module_lora_configs\[0\].path: .*not a MotionLoRA",
         ),
+        ({"motion_module": "{nano}"}, "entry second: motion_module: got the folder .* expected a diffusers model"),
+        (
+            {"motion_module": "", "motion_module_lora_configs": [{"path": "{nano}/motion_lora.safetensors"}]},
+            "entry second: got motion_module_lora_configs without a motion_module",
+        ),
         ({"inference_config": "configs/inference/inference-v1.yaml"}, "describes a v1 module .* motion module is v3"),
         ({"inference_config": "configs/inference/inference-v2.yaml"}, "describes a v2 module .* motion module is v3"),
+        ({"inference_config": "{nano}/cosine.yaml"}, "cosine.yaml: got beta_schedule 'cosine', expected one of linear"),
         ({"L": 33}, "L: got 33 frames, expected at most 32, .* use L=32, or max_frames=33 at your own risk"),
         ({"L": 25, "motion_module": "{nano}/mm_v1.safetensors"}, "expected at most 24"),
         ({"steps": 1001}, "steps: got 1001, expected at most 1000"),
         ({"controlnet_path": "nowhere.ckpt"}, "SparseCtrl is not available yet"),
-        ({"version": "v2"}, "got a v3 module .* with a v2 config"),
+        ({"version": "v2"}, "mm_v3.safetensors is a v3 module, but the entry says `version: v2`"),
+        ({"motion_module": "{nano}/odd.safetensors"}, "motion_module: .*odd.safetensors: got max_frames 'many'"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_sampled(nano, make_entry, values, message):
+    (nano / "cosine.yaml").write_text("noise_scheduler_kwargs: {beta_schedule: cosine}")
+    write(nano / "odd.safetensors", motion_tensors("v3"), version="v3", max_frames="many")
+
     def place(value):
         if isinstance(value, list):
             return [{key: place(v) for key, v in item.items()} for item in value]

@@ -131,6 +131,16 @@ def test_an_interrupted_run_goes_on(config, finished, tmp_path, monkeypatch, cap
     assert len(calls) == 4 and {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_too_large_a_clip_is_told_in_one_line(config, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    monkeypatch.setattr(run.AnimateDiffPipeline, "__call__", full)
+    with pytest.raises(UserError, match="entry 1: got 2 frames of 16x16, more than the device's memory") as error:
+        animate(config, output_dir=tmp_path / "out", device="cpu")
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_of_another_run_is_refused(config, finished, tmp_path):
     out = finished
     changed = replace(config, entries=(replace(config.entries[0], steps=3), config.entries[1]))

@@ -113,6 +113,7 @@ def test_as_a_module_with_the_official_options(tmp_path):
         (["--config", "fox.yaml", "steps=0"], "steps: got 0, expected at least 1"),
         (["--config", "fox.yaml", "guidance_scale=-3"], "guidance_scale: got -3"),
         (["--config", "fox.yaml", "motion_module=models/Motion_Module/v3_sd15_mm.ckpt"], "https://huggingface.co/guoyww"),
+        (["--config", "fox.yaml", "--output-dir", "x" * 300], "File name too long"),
         (["--config", "fox.yaml", "L=64"], "L: got 64 frames, expected at most 32"),
     ],
 )  # fmt: skip

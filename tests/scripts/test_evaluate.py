@@ -44,6 +44,8 @@ def test_the_config_names_the_motion_module(config, tmp_path):
 def test_mistakes(config, tmp_path):
     with pytest.raises(UserError, match="--captions 0"):
         evaluate.main(["--captions", "0"])
+    with pytest.raises(UserError, match="argument --captions: invalid int value: 'many'"):
+        evaluate.main(["--captions", "many"])
     with pytest.raises(UserError, match="there is no nowhere.safetensors"):
         evaluate.main(["--config", str(config), "--motion", "nowhere.safetensors", "--output-dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
