@@ -180,6 +180,15 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     return RunConfig(path.stem, tuple(entries), provenance)
 
 
+def config_of(values: Mapping[str, Any], *, name: str) -> RunConfig:
+    """A config of one entry, from raw values as of `parse_overrides` alone.
+
+    Raises:
+        UserError: an unknown, missing, mistyped or out-of-range value.
+    """
+    return RunConfig(name, (build_dataclass(AnimateEntry, {"name": name, **values}, where="command line"),))
+
+
 def _named_entries(raw: Any, path: Path) -> list[tuple[Any, Any]]:
     """The entries of either grammar as (name, values)."""
     known = {f.name for f in dataclasses.fields(AnimateEntry)} | {"path", "base", "domain_lora_scale"}

@@ -11,7 +11,7 @@ if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py m
 import argparse
 from typing import Any
 
-from animatediff.config import AnimateEntry, load_config
+from animatediff.config import AnimateEntry, config_of, load_config
 from animatediff.dataclass_io import parse_overrides
 from animatediff.utils import Parser, UserError, run_main
 
@@ -33,7 +33,7 @@ FLAGS = (  # command-line spelling, key of a config's entry, type, help
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. What it sets goes before what the config says, for every entry of the config."""
     parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", help="prompt config (YAML); by default the bundled model's")
+    parser.add_argument("--config", help="prompt config (YAML); without it the bundled model, or the base given")
     for flag, key, kind, text in FLAGS:
         action = "append" if key in ("prompt", "n_prompt", "seed") else "store"
         parser.add_argument(flag, dest=key, type=kind, action=action, help=text)
@@ -62,7 +62,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if args.config is None and args.prompt is None and not any(a.startswith("prompt=") for a in args.overrides):
         raise UserError('got nothing to animate, expected --prompt "…" or --config FILE (--help lists all options)')
-    config = load_config(args.config or BUNDLED, collect_overrides(args))
+    overrides = collect_overrides(args)
+    if args.config is None and "pretrained_model_path" in overrides:  # nothing of the bundled model fits another one
+        config = config_of(overrides, name="sample")
+    else:
+        config = load_config(args.config or BUNDLED, overrides)
     if args.without_xformers:
         print("--without-xformers has no effect: xformers is never used here", file=sys.stderr)
     from animatediff.pipelines.run import animate  # here, because it imports torch: mistakes above are told at once

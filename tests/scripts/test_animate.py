@@ -141,6 +141,29 @@ def test_mistakes_that_are_found_with_torch_at_hand(config, tmp_path, monkeypatc
     assert "\n" not in str(error.value) and not (tmp_path / "samples").exists()
 
 
+def test_another_base_takes_nothing_from_the_bundled_config(nano, tmp_path, monkeypatch, capsys):
+    """Its size, guidance and motion module belong to the bundled model."""
+    monkeypatch.chdir(tmp_path)
+    base = entry(nano)["pretrained_model_path"]
+    main(
+        [
+            "--prompt",
+            "a fox",
+            "--pretrained-model-path",
+            str(base),
+            "H=16",
+            "W=16",
+            "L=1",
+            "steps=1",
+            "--format",
+            "webp",
+        ]
+    )
+    clip = tmp_path / capsys.readouterr().out.split()[0]
+    settings = read_metadata(clip)
+    assert settings["guidance_scale"] == 7.5 and "motion_module" not in settings
+
+
 def test_options_become_overrides():
     line = ["--prompt", "a", "--prompt", "b", "steps=3", "--n-prompt", "c", "--fps", "12", "eta=0.5"]
     assert collect_overrides(parse(line)) == {
