@@ -47,6 +47,7 @@ MOTIONS: dict[str, tuple[str, ...]] = {
     "shrink": ("shrinking", "getting smaller", "contracting"),
     "bounce": ("bouncing", "bouncing up and down", "hopping"),
 }
+SPINS = ("clockwise", "counter-clockwise")  # of large shapes, from upright on: sixteen poses that can be drawn well
 TEMPLATES = (
     "a {size} {color} {shape} {motion} on a {background} background",
     "{size} {color} {shape}, {motion}, {background} background",
@@ -94,10 +95,10 @@ def make_scene(
 
     shape, color = pick(SHAPES, shape), pick(COLORS, color)
     background, motion = pick(BACKGROUNDS, background), pick(MOTIONS, motion)
-    size = "" if motion in ("grow", "shrink") else pick(SIZES)
+    size = "" if motion in ("grow", "shrink") else pick(SIZES, "large" if motion in SPINS else None)
     x = rng.uniform(29.0, 35.0) if motion in ("left", "right") else rng.uniform(21.0, 43.0)
     y = rng.uniform(29.0, 35.0) if motion in ("up", "down") else rng.uniform(21.0, 43.0)
-    angle = rng.uniform(-0.15, 0.15)
+    angle = rng.uniform(-0.15, 0.15) * (motion not in SPINS)
     words = {"size": size, "color": color, "shape": shape, "background": background, "motion": pick(MOTIONS[motion])}
     caption = " ".join(pick(TEMPLATES).format(**words).split())
     return Scene(shape, color, size, background, motion, float(x), float(y), float(angle), caption)

@@ -44,7 +44,7 @@ class ImageStage:
         return nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder})
 
     def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        which = torch.randint(len(self.clips), (batch_size,), generator=generator)
+        which = self.clips.draw(batch_size, generator)
         frame = torch.randint(FRAMES, (batch_size,), generator=generator)
         x0 = self.clips.latents[which, frame].float()[:, None]
         context = self.text_encoder(self.clips.captions(which, generator, dropout=CAPTION_DROPOUT))
@@ -76,7 +76,7 @@ class MotionStage:
         return self.unet
 
     def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        which = torch.randint(len(self.clips), (batch_size,), generator=generator)
+        which = self.clips.draw(batch_size, generator)
         x0 = self.clips.latents[which].float()
         with torch.no_grad():
             context = self.text_encoder(self.clips.captions(which, generator, dropout=CAPTION_DROPOUT))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module
+from animatediff.data.shapes import MOTIONS
 from animatediff.dataclass_io import build_dataclass, parse_overrides, read_yaml
 from animatediff.model_config import MotionConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from animatediff.models.vae import VAE
@@ -33,6 +34,7 @@ class ShapesImage:
     text: TextConfig
     autoencoder: LoopConfig
     image: LoopConfig
+    favoured: tuple[str, ...] = ()  # motions to draw more often than others
     prediction_type: str = "epsilon"  # what the UNet learns to predict: epsilon, v_prediction or sample
     init_from: str = ""  # an image model to start from, of these sizes; its VAE is kept
     seed: int = 0
@@ -47,7 +49,9 @@ class ShapesImage:
         vae = base.vae if base else self._autoencoder(folder / "vae", log)
         vae.to(memory_format=torch.channels_last).requires_grad_(False)
         folder.mkdir(parents=True, exist_ok=True)
-        clips = encode_clips(folder / "clips.pt", vae, count=self.clips, seed=self.seed, log=log)
+        clips = encode_clips(
+            folder / "clips.pt", vae, count=self.clips, seed=self.seed, favoured=self.favoured, log=log
+        )
         torch.manual_seed(self.seed)
         schedule = ScheduleConfig(prediction_type=self.prediction_type)
         stage = ImageStage(self.unet, self.text, schedule, vae, clips)
@@ -80,6 +84,7 @@ class ShapesMotion:
     clips: int
     motion: MotionConfig
     loop: LoopConfig
+    favoured: tuple[str, ...] = ()  # motions to draw more often than others
     init_from: str = ""  # a motion module to start from; its own sizes count, not `motion`
     seed: int = 0
 
@@ -90,7 +95,7 @@ class ShapesMotion:
         folder.mkdir(parents=True, exist_ok=True)
         beside = Path(self.image_model).parent / "clips.pt"  # the image stage encoded the same clips
         cache = beside if beside.exists() else folder / "clips.pt"
-        clips = encode_clips(cache, base.vae, count=self.clips, seed=self.seed, log=log)
+        clips = encode_clips(cache, base.vae, count=self.clips, seed=self.seed, favoured=self.favoured, log=log)
         torch.manual_seed(self.seed)
         if self.init_from:
             unet, _ = load_motion_module(base.unet, self.init_from)
@@ -100,10 +105,15 @@ class ShapesMotion:
         train(MotionStage(unet, base.text_encoder, schedule, clips), self.loop, folder, log=log)
 
 
-def encode_clips(path: Path, vae: VAE, *, count: int, seed: int, log: Log) -> LatentClips:
-    """`LatentClips.build`, once for all processes."""
+def encode_clips(path: Path, vae: VAE, *, favoured: Sequence[str], **series: Any) -> LatentClips:
+    """`LatentClips.build`, once for all processes.
+
+    Raises: UserError where `favoured` names no motion of the world.
+    """
+    if unknown := set(favoured) - set(MOTIONS):
+        raise UserError(f"favoured: got {min(unknown)!r}, expected motions of the world: {', '.join(MOTIONS)}")
     with first_process_first():
-        return LatentClips.build(path, vae, count=count, seed=seed, log=log)
+        return LatentClips.build(path, vae, favoured=favoured, **series)
 
 
 def load_complete(path: str) -> ImageModel:
