@@ -168,7 +168,7 @@ class Clips:
         frames = frames[:, top : top + box[0], left : left + box[1]]
         if config.flip and rng.random() < 0.5:
             frames = frames.flip(2)
-        pixels = rearrange(frames, "f h w c -> f c h w").float() / 127.5 - 1
+        pixels = rearrange(frames, "f h w c -> f c h w").contiguous().float() / 127.5 - 1
         return move_camera(pixels, config.camera, (h, w)) if config.camera else pixels
 
     @staticmethod
