@@ -73,7 +73,7 @@ class ScanReport:
     """What can be used of a set of videos."""
 
     total: int
-    unusable: dict[Path, UnusableVideo]
+    unusable: list[tuple[Path, UnusableVideo]]
     variable_rate: list[Path]  # usable: resampled to their average rate
 
     @property
@@ -82,10 +82,10 @@ class ScanReport:
 
     def __str__(self) -> str:
         lines = [f"{self.usable} of {self.total} videos can be used"]
-        for reason in sorted({problem.reason for problem in self.unusable.values()}):
-            named = {path: problem for path, problem in self.unusable.items() if problem.reason == reason}
+        for reason in sorted({problem.reason for _, problem in self.unusable}):
+            named = [(path, problem) for path, problem in self.unusable if problem.reason == reason]
             lines.append(f"{reason}: {len(named)}")
-            lines += [f"  {path}" + (f" ({p.detail})" if p.detail else "") for path, p in named.items()]
+            lines += [f"  {path}" + (f" ({p.detail})" if p.detail else "") for path, p in named]
         if self.variable_rate:
             lines.append(f"used, resampled from a variable frame rate: {len(self.variable_rate)}")
             lines += [f"  {path}" for path in self.variable_rate]
@@ -146,11 +146,11 @@ class Clips:
             except UnusableVideo as problem:
                 return problem
 
-        unusable, variable = {}, []
+        unusable, variable = [], []
         with ThreadPoolExecutor(threads) as pool:
             for i, (video, result) in enumerate(zip(self.videos, pool.map(look, self.videos), strict=True)):
                 if isinstance(result, UnusableVideo):
-                    unusable[video.path] = result
+                    unusable.append((video.path, result))
                 elif result.variable_rate:
                     variable.append(video.path)
                 if i and i % 1000 == 0:

@@ -153,7 +153,7 @@ def test_a_camera_zooms_into_the_middle(folder):
 def test_the_report_counts_and_names(broken):
     folder, reasons = broken
     report = Clips(config(folder, sample_n_frames=16)).scan(threads=2)
-    assert {path.name: problem.reason for path, problem in report.unusable.items()} == reasons
+    assert {path.name: problem.reason for path, problem in report.unusable} == reasons
     assert report.usable == 1 and report.total == len(reasons) + 1
     text = str(report)
     assert text.startswith("1 of 9 videos can be used")
