@@ -13,26 +13,54 @@ if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py m
 
 import argparse
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from animatediff.training.stages import load_train_config
-from animatediff.utils import run_main
+from animatediff.pipelines.components import pick_device
+from animatediff.training.stages import VideoMotion, load_train_config
+from animatediff.utils import Parser, UserError, run_main
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML of configs/train")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: CUDA where it is")
+    parser.add_argument("--check-data", action="store_true", help="look at every video, report, and do nothing else")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change top-level values of the YAML")
-    args = parser.parse_args()
-    torch.set_flush_denormal(True)  # denormal numbers make CPU training many times slower
+    args = parser.parse_args(argv)
     config = load_train_config(args.config, args.overrides)
+    if args.check_data:
+        if not isinstance(config, VideoMotion):
+            raise UserError(
+                f"got --check-data for {args.config}, which draws its own clips, expected a stage of videos"
+            )
+        return config.check_data(log)
+    torch.set_flush_denormal(True)  # denormal numbers make CPU training many times slower
+    device = training_device(args.device)
     if "WORLD_SIZE" in os.environ:  # set by torchrun
-        dist.init_process_group("gloo")
-    config.run(lambda line: print(line, flush=True))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may encode all clips meanwhile
+    config.run(log, device)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def training_device(name: str) -> torch.device:
+    """The device of this process: with several on a machine, each has a GPU of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def log(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

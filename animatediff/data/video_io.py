@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -218,7 +219,7 @@ def _write_png(frames: np.ndarray, path: Path, fps: float, comment: str) -> None
 
 
 def _write_mp4(frames: np.ndarray, path: Path, fps: float, comment: str) -> None:
-    ffmpeg = _ffmpeg()
+    ffmpeg = require_ffmpeg()
     _, height, width, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     writer = ffmpeg.write_frames(
@@ -243,7 +244,7 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: float, comment: str) -> None
 def _read_mp4(path: Path) -> tuple[Tensor, float]:
     _require_file(path)
     try:
-        reader = _ffmpeg().read_frames(str(path))
+        reader = require_ffmpeg().read_frames(str(path))
         info = next(reader)
         width, height = info["size"]
         frames = [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader]
@@ -255,7 +256,7 @@ def _read_mp4(path: Path) -> tuple[Tensor, float]:
 def _mp4_comment(path: Path) -> str:
     """The comment among ffmpeg's `key=value` lines, its escapes (a backslash before = ; # \\ and newline) undone."""
     _require_file(path)
-    command = [_ffmpeg().get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    command = [require_ffmpeg().get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise UserError(f"got {path}, which ffmpeg cannot read: {result.stderr.strip().splitlines()[-1]}")
@@ -266,7 +267,12 @@ def _mp4_comment(path: Path) -> str:
     return ""
 
 
-def _ffmpeg():
+def require_ffmpeg() -> ModuleType:
+    """imageio-ffmpeg, whose ffmpeg is there to be run.
+
+    Raises:
+        UserError: it is not installed, or has no ffmpeg for this system.
+    """
     try:
         import imageio_ffmpeg
 

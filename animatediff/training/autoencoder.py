@@ -34,8 +34,9 @@ class AutoencoderStage:
         scenes = [make_scene(index * batch_size + i, seed=self.data_seed) for i in range(batch_size)]
         which = torch.randint(FRAMES, (batch_size, 1), generator=generator).numpy()
         image = render(scenes, only_frames=which)[:, 0].contiguous(memory_format=torch.channels_last)
+        image = image.to(self.vae.quant_conv.weight.device)
         mean, logvar = self.vae.encode(image)
-        noise = torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
         output = self.vae.decode(mean + (0.5 * logvar.detach()).exp() * noise)
         mse = F.mse_loss(output, image)
         edges = sum(F.l1_loss(output.diff(dim=d), image.diff(dim=d)) for d in (2, 3))
@@ -44,7 +45,7 @@ class AutoencoderStage:
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
         normalise_latents(self.vae, data_seed=self.data_seed)
-        torch.save(self.vae.state_dict(), folder / "vae.pt")
+        torch.save(self.vae.cpu().state_dict(), folder / "vae.pt")
 
 
 @torch.no_grad()
@@ -53,7 +54,8 @@ def normalise_latents(vae: VAE, *, samples: int = 512, data_seed: int = 0) -> No
     scenes = [make_scene(i, seed=data_seed) for i in range(samples)]
     which = torch.randint(FRAMES, (samples, 1), generator=torch.Generator().manual_seed(0)).numpy()
     images = render(scenes, only_frames=which)[:, 0].contiguous(memory_format=torch.channels_last)
-    means = torch.cat([vae.encode(chunk)[0] for chunk in images.split(64)])
+    device = vae.quant_conv.weight.device
+    means = torch.cat([vae.encode(chunk.to(device))[0] for chunk in images.split(64)])
     shift = means.mean(dim=(0, 2, 3))
     scale = means.std(dim=(0, 2, 3)) * vae.config.scaling_factor  # new latent = (latent - shift) / scale
     c = vae.config.latent_channels

@@ -1,75 +1,167 @@
-"""Clips of the built-in world as latents and tokens, encoded once and read from memory by every later step."""
+"""Clips as latents and tokens: encoded once and kept in a file, or read from videos and encoded as they are needed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from animatediff.data.clips import Clips
 from animatediff.data.shapes import make_scene, render
 from animatediff.models.text import Tokenizer
 from animatediff.models.vae import VAE
+from animatediff.training.loop import world
 
+CAPTION_DROPOUT = 0.1  # share of empty captions, which teaches the unconditional half of guidance
 CHUNK = 16  # clips rendered and encoded at a time
-FAVOUR = 4.0
+FAVOUR = 4.0  # how many times as often a favoured motion is drawn
+
+Log = Callable[[str], None]
+Batch = tuple[Tensor, list[str]]  # clips (b, f, 3, H, W) in [-1, 1] and their captions
 
 
 class LatentClips:
-    """`count` clips of a series: latents (n, 16, c, h, w) float16, scaled, and caption tokens (n, 77) int32."""
+    """Latents (n, f, c, h, w) float16, scaled, and caption tokens (n, 77) int32 of clips, read from memory."""
 
-    def __init__(self, latents: Tensor, tokens: Tensor, empty: Tensor, weights: Tensor | None = None):
+    def __init__(self, latents: Tensor, tokens: Tensor, empty: Tensor):
         self.latents, self.tokens, self.empty = latents, tokens, empty
-        self.weights = torch.ones(len(latents)) if weights is None else weights  # (n,): how often each is drawn
+        self.weights = torch.ones(len(latents))  # how often each is drawn, relative to the others
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Indices (count,) of clips, drawn by their weights."""
+        """Indices (count,) of clips, by their weights."""
         return torch.multinomial(self.weights, count, replacement=True, generator=generator)
 
-    def captions(self, index: Tensor, generator: torch.Generator, *, dropout: float) -> Tensor:
-        """Tokens (b, 77) of clips `index` (b,), a share `dropout` of them replaced by those of the empty caption."""
-        dropped = torch.rand(len(index), 1, generator=generator) < dropout
-        return torch.where(dropped, self.empty, self.tokens[index]).long()
+    def captions(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Tokens (b, 77) of clips `index` (b,), some replaced by those of the empty caption."""
+        return drop_captions(self.tokens[index], self.empty, generator)
+
+    def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Clips drawn by `generator`: a `ClipSource`."""
+        which = self.draw(batch_size, generator)
+        return self.latents[which].float(), self.captions(which, generator)
+
+    @classmethod
+    def of_shapes(
+        cls, path: Path, vae: VAE, *, count: int, seed: int = 0, favoured: Sequence[str] = (), log: Log = print
+    ) -> LatentClips:
+        """The first `count` clips of the built-in world's series `seed`; `favoured` motions are drawn more often."""
+
+        def batches() -> Iterator[Batch]:
+            for start in range(0, count, CHUNK):
+                scenes = [make_scene(i, seed=seed) for i in range(start, min(start + CHUNK, count))]
+                yield render(scenes), [scene.caption for scene in scenes]
+
+        key = {"count": count, "seed": seed}
+        clips = cls.build(path, key, batches(), vae, Tokenizer(), count=count, chunk_frames=64, log=log)
+        motions = (make_scene(i, seed=seed).motion for i in range(count))
+        clips.weights = torch.tensor([FAVOUR if motion in favoured else 1.0 for motion in motions])
+        return clips
 
     @classmethod
     @torch.no_grad()
     def build(
         cls,
         path: Path,
+        key: dict[str, Any],
+        batches: Iterable[Batch],
         vae: VAE,
+        tokenizer: Tokenizer,
         *,
         count: int,
-        seed: int = 0,
-        favoured: Sequence[str] = (),
-        max_length: int = 77,
-        log: Callable[[str], None] = print,
+        chunk_frames: int = 16,
+        log: Log = print,
     ) -> LatentClips:
-        """Read the clips at `path`, or render and encode them and write that file.
+        """Read the clips at `path`, or encode `batches` and write that file.
 
-        Clips of the `favoured` motions are drawn `FAVOUR` times as often as others.
+        Args:
+            path: the file.
+            key: what the clips were made from; a file of another key is replaced.
+            batches: `count` clips in all.
+            vae, tokenizer: of the image model.
+            chunk_frames: pictures encoded at a time.
+            log: told how far it is.
         """
-        tokenizer = Tokenizer()
-        scenes = [make_scene(i, seed=seed) for i in range(count)]
-        weights = torch.tensor([FAVOUR if scene.motion in favoured else 1.0 for scene in scenes])
-        empty = tokenizer([""], max_length=max_length)[0, 0].int()
+        empty = tokenize(tokenizer, [""])[0]
         if path.exists():
             state = torch.load(path, weights_only=True, mmap=True)
-            if state["count"] == count and state["seed"] == seed:
-                return cls(state["latents"], state["tokens"], empty, weights)
-        tokens = tokenizer([s.caption for s in scenes], max_length=max_length)[:, 0].int()
-        parts = []
-        for start in range(0, count, CHUNK):
-            video = render(scenes[start : start + CHUNK])
-            parts.append(vae.encode_video(video, chunk_frames=64).half())
-            if start % (CHUNK * 32) == 0:
-                log(f"encoded {start}/{count} clips")
-        latents = torch.cat(parts)
+            if all(state.get(name) == value for name, value in key.items()):
+                return cls(state["latents"], state["tokens"], empty)
+        latents, tokens, done = [], [], 0
+        for number, (video, captions) in enumerate(batches):
+            latents.append(encode(vae, video, chunk_frames=chunk_frames).half().cpu())
+            tokens.append(tokenize(tokenizer, captions))
+            done += len(captions)
+            if number % 32 == 0 or done == count:
+                log(f"encoded {done}/{count} clips")
+        clips = cls(torch.cat(latents), torch.cat(tokens), empty)
         temporary = path.with_suffix(".tmp")
-        torch.save({"count": count, "seed": seed, "latents": latents, "tokens": tokens}, temporary)
+        torch.save({**key, "latents": clips.latents, "tokens": clips.tokens}, temporary)
         os.replace(temporary, path)
-        return cls(latents, tokens, empty, weights)
+        return clips
+
+
+class ClipReader:
+    """Reads clips in threads, each of which waits for a process of ffmpeg's."""
+
+    def __init__(self, clips: Clips, *, threads: int):
+        self.clips = clips
+        self._pool = ThreadPoolExecutor(threads)
+        self._reads: dict[int, Future[tuple[Tensor, str]]] = {}
+
+    def read(self, wanted: range, following: range) -> Batch:
+        """The clips with the numbers `wanted`; `following` are read meanwhile, and are what is wanted next."""
+        for number in (*wanted, *following):
+            if number not in self._reads:
+                self._reads[number] = self._pool.submit(self.clips.clip, number)
+        videos, captions = zip(*(self._reads.pop(number).result() for number in wanted), strict=True)
+        return torch.stack(videos), list(captions)
+
+    def batches(self, count: int) -> Iterator[Batch]:
+        """The first `count` clips of the series."""
+        for start in range(0, count, CHUNK):
+            middle, end = min(start + CHUNK, count), min(start + 2 * CHUNK, count)
+            yield self.read(range(start, middle), range(middle, end))
+
+
+class StreamedClips:
+    """Clips of video files, encoded as they are needed: micro-batch `index` of size b begins with clip b * index."""
+
+    def __init__(self, reader: ClipReader, vae: VAE, tokenizer: Tokenizer):
+        self.reader, self.vae, self.tokenizer = reader, vae, tokenizer
+        self.empty = tokenize(tokenizer, [""])[0]
+
+    def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Clips of the series: a `ClipSource`."""
+        start, after = index * batch_size, (index + world()[1]) * batch_size  # what this process is asked for next
+        video, captions = self.reader.read(range(start, start + batch_size), range(after, after + batch_size))
+        with torch.no_grad():
+            latents = encode(self.vae, video).float()
+        return latents, drop_captions(tokenize(self.tokenizer, captions), self.empty, generator)
+
+
+def encode(vae: VAE, video: Tensor, *, chunk_frames: int = 16) -> Tensor:
+    """Scaled latents (b, f, c, h, w) of a video (b, f, 3, H, W), on the VAE's device: the posterior's mean.
+
+    Their layout is torch's default, which activations then follow: in channels_last, torch 2.13's GroupNorm crashes on
+    the CPU in the backward pass of the first layer that trains, whose input needs no gradient.
+    """
+    return vae.encode_video(video.to(vae.quant_conv.weight.device), chunk_frames=chunk_frames).contiguous()
+
+
+def tokenize(tokenizer: Tokenizer, captions: list[str]) -> Tensor:
+    """Tokens (n, 77) int32 of captions; what goes beyond 75 tokens is cut off, as SD 1.x was trained."""
+    return tokenizer(captions)[:, 0].int()
+
+
+def drop_captions(tokens: Tensor, empty: Tensor, generator: torch.Generator) -> Tensor:
+    """Tokens (b, l) int64, a share CAPTION_DROPOUT of the rows replaced by `empty` (l,)."""
+    dropped = torch.rand(len(tokens), 1, generator=generator) < CAPTION_DROPOUT
+    return torch.where(dropped, empty, tokens).long()

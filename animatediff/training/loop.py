@@ -45,7 +45,7 @@ class Stage(Protocol):
     name: str
 
     def modules(self) -> nn.Module:
-        """The module whose parameters with `requires_grad` are trained and averaged."""
+        """The module, on its device, whose parameters with `requires_grad` are trained and averaged."""
         ...
 
     def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -122,7 +122,7 @@ def train(stage: Stage, config: LoopConfig, folder: Path, *, log: Callable[[str]
         lr = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        total, numbers = torch.zeros(()), {}
+        total, numbers = torch.zeros((), device=parameters[0].device), {}
         for micro in range(rank, config.micro_batches, processes):
             index = step * config.micro_batches + micro
             loss, numbers = stage.loss(index, config.batch_size, batch_generator(config.seed, index))

@@ -13,6 +13,8 @@ import yaml
 
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module
+from animatediff.data.shapes import make_scene
+from animatediff.training.latents import FAVOUR, LatentClips
 from animatediff.training.loop import LoopConfig, learning_rate, train
 from animatediff.training.stages import load_train_config
 from animatediff.utils import UserError
@@ -128,6 +130,21 @@ def test_words_the_world_never_says_stay_zero(trained):
         "text_model.embeddings.token_embedding.weight"
     ]
     assert 5 < (table.abs().sum(1) > 0).sum() < 200
+
+
+def test_favoured_motions_are_drawn_more_often(trained):
+    motions = [make_scene(i).motion for i in range(4)]
+    file, vae = trained / "image/clips.pt", load_base(trained / "image/image.safetensors").vae
+    clips = LatentClips.of_shapes(file, vae, count=4, favoured=[motions[0]])
+    wanted = torch.tensor([FAVOUR if motion == motions[0] else 1.0 for motion in motions])
+    drawn = clips.draw(2000, torch.Generator().manual_seed(0)).bincount(minlength=4) / 2000
+    assert wanted.min() < wanted.max() and torch.allclose(drawn, wanted / wanted.sum(), atol=0.04)
+
+
+def test_a_favoured_motion_that_does_not_exist_is_refused(tmp_path):
+    path = write(tmp_path / "image.yaml", IMAGE | {"output_dir": str(tmp_path / "out"), "favoured": ["spin"]})
+    with pytest.raises(UserError, match="favoured: got 'spin', expected motions of the world: still"):
+        load_train_config(path).run(lambda line: None)
 
 
 def test_latents_are_normalised(trained):
