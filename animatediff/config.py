@@ -41,8 +41,12 @@ class AnimateEntry:
     n_prompt: tuple[str, ...] = ("",)
     seed: tuple[int, ...] = (-1,)  # 0 … 2^64 - 1; -1 draws one and records it
     random_seed: tuple[int, ...] = ()  # seeds that an earlier run drew; they take the place of -1
-    steps: int = 25
-    guidance_scale: float = 7.5  # 1 and below: no unconditional pass
+    # Of these five, what is not said is what a distilled motion module needs, else as the comments say.
+    steps: int | None = None  # 25
+    guidance_scale: float | None = None  # 7.5; 1 and below: no unconditional pass
+    sampler: str = ""  # ddim
+    timestep_spacing: str = ""  # as the inference config has it, else leading (lcm: lcm)
+    timesteps: tuple[float, ...] = ()  # these, from noisy to clean, in place of timestep_spacing and steps
     eta: float = 0.0  # 0 is deterministic DDIM, 1 has DDPM's variance
     L: int = 16  # frames
     H: int = 512  # pixels
@@ -73,12 +77,12 @@ class AnimateEntry:
     def __post_init__(self) -> None:
         _check_prompts(self)
         for key in ("steps", "L", "H", "W"):
-            if (value := getattr(self, key)) < 1:
+            if (value := getattr(self, key)) is not None and value < 1:
                 raise UserError(f"{key}: got {value}, expected at least 1")
         for key in ("H", "W"):
             if (value := getattr(self, key)) % 8:
                 raise UserError(f"{key}: got {value}, expected a multiple of 8: use {value - value % 8 or 8}")
-        if self.guidance_scale < 0:
+        if self.guidance_scale is not None and self.guidance_scale < 0:
             raise UserError(f"guidance_scale: got {self.guidance_scale:g}, expected 0 or more (1 turns guidance off)")
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta: got {self.eta:g}, expected 0 (deterministic) to 1")

@@ -68,6 +68,7 @@ def animate(
     target = pick_device(device)
     weights_dtype = pick_dtype(dtype, target)
     checked = check_entries(config.entries)
+    config = replace(config, entries=tuple(entry.entry for entry in checked))  # nothing is left open in them
     provenance = {"device": str(target), "dtype": str(weights_dtype).removeprefix("torch."), **_versions()}
     folder, config = _open_folder(config, output_dir, provenance)
     jobs = plan(config, folder)
@@ -75,7 +76,7 @@ def animate(
     if done := len(jobs) - len(waiting):
         _say(f"{done} of {len(jobs)} prompts are there already")
     clips: dict[Path, np.ndarray] = {}
-    with _progress(config, jobs, waiting) as bar, _hint_on_interrupt(folder, jobs):
+    with _progress(checked, jobs, waiting) as bar, _hint_on_interrupt(folder, jobs):
         assembler = Assembler(target, weights_dtype)
         for index, entry in enumerate(checked):
             todo = [job for job in waiting if job.entry == index]
@@ -118,20 +119,23 @@ def _run(
     pipeline: AnimateDiffPipeline, checked: CheckedEntry, job: Job, hashes: dict[str, str], bar: tqdm
 ) -> np.ndarray:
     """Make one clip and write it; returns its frames, uint8 (f, H, W, 3)."""
-    entry = checked.entry
+    entry, sampling = checked.entry, checked.sampling
     (videos,) = pipeline(
         job.prompt,
         entry.L,
         entry.H,
         entry.W,
-        entry.steps,
-        entry.guidance_scale,
+        sampling.steps,
+        sampling.guidance_scale,
         job.negative_prompt,
-        eta=entry.eta,
+        eta=sampling.eta,
         generator=seeded(job.seed),
         output_type="pt",
         return_dict=False,
         callback_on_step_end=advance(bar),
+        sampler=sampling.sampler,
+        timestep_spacing=sampling.timestep_spacing,
+        timesteps=sampling.timesteps,
     )
     frames = to_uint8(videos[0])
     save_video(frames, job.path, entry.fps, metadata=_settings(checked, job, hashes))
@@ -144,8 +148,8 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     """What made a clip, for the clip's own file."""
     entry = checked.entry
     settings: dict[str, Any] = {"prompt": job.prompt, "negative_prompt": job.negative_prompt, "seed": job.seed}
-    settings |= {key: getattr(entry, key) for key in ("steps", "guidance_scale", "eta", "L", "H", "W")}
-    settings["sampler"] = "ddim"
+    settings |= {key: value for key, value in asdict(checked.sampling).items() if value != ()}
+    settings |= {key: getattr(entry, key) for key in ("L", "H", "W")}
     for key, path in entry.weight_paths().items():
         settings[key] = {"path": path, "sha256": hashes[str(checked.files[key])]}
     if entry.lora_model_path:
@@ -273,9 +277,9 @@ def _say(line: str) -> None:
 
 
 @contextmanager
-def _progress(config: RunConfig, jobs: list[Job], waiting: list[Job]) -> Iterator[tqdm]:
+def _progress(checked: list[CheckedEntry], jobs: list[Job], waiting: list[Job]) -> Iterator[tqdm]:
     """One bar for all steps of all prompts that are to be done."""
-    total = sum(config.entries[job.entry].steps for job in waiting)
+    total = sum(checked[job.entry].sampling.steps for job in waiting)
     first = jobs.index(waiting[0]) + 1 if waiting else len(jobs)
     description = f"prompt {first}/{len(jobs)}"
     with tqdm(total=total, desc=description, unit="step", file=sys.stderr, disable=not waiting) as bar:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import animatediff
 from animatediff.checkpoints.identify import FileInfo, identify, refusal
 from animatediff.config import AnimateEntry
+from animatediff.diffusion.samplers import find_sampler
 from animatediff.inference_config import InferenceConfig, load_inference_config
-from animatediff.model_config import MOTION_VERSIONS
+from animatediff.model_config import ANIMATE_LCM, MOTION_VERSIONS, Distillation
+from animatediff.pipelines.sampling import Sampling, complete_sampling
 from animatediff.utils import UserError
 
 REPOSITORY = Path(animatediff.__file__).resolve().parents[1]
@@ -27,6 +29,8 @@ EXPECTED = {
 
 MOTION_FILES = "https://huggingface.co/guoyww/animatediff"
 IMAGE_MODELS = "https://huggingface.co/guoyww/animatediff_t2i_backups"
+ANIMATE_LCM_FILES = "https://huggingface.co/wangfuyun/AnimateLCM"
+LIGHTNING_FILES = "https://huggingface.co/ByteDance/AnimateDiff-Lightning"
 SD15 = "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5"
 # where a file of this name is published
 SOURCES = {
@@ -53,6 +57,8 @@ SOURCES = {
         ),
         IMAGE_MODELS,
     ),
+    **dict.fromkeys(("AnimateLCM_sd15_t2v.ckpt", "AnimateLCM_sd15_t2v_lora.safetensors"), ANIMATE_LCM_FILES),
+    **{f"animatediff_lightning_{n}step_comfyui.safetensors": LIGHTNING_FILES for n in (1, 2, 4, 8)},
     "stable-diffusion-v1-5": SD15,
     "v1-5-pruned-emaonly.safetensors": SD15,
     "v1-5-pruned.safetensors": SD15,
@@ -61,12 +67,16 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class CheckedEntry:
-    """An entry whose files are all there: their places by key, and what the motion module is."""
+    """An entry whose files are all there: their places by key, what the motion module is, how it is sampled.
+
+    The entry's own sampling keys say what `sampling` says, so that nothing in it is left open.
+    """
 
     entry: AnimateEntry
     files: dict[str, Path]
     inference: InferenceConfig
     motion: FileInfo | None
+    sampling: Sampling
 
     @property
     def version(self) -> str | None:
@@ -75,6 +85,11 @@ class CheckedEntry:
             return self.entry.version
         undecided = self.motion is not None and self.motion.version is None
         return self.inference.version or None if undecided else None
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """What a distilled motion module needs; None for others, and where the entry says it is another version."""
+        return _distillation(self.entry, self.motion)
 
     @property
     def max_frames(self) -> int | None:
@@ -100,6 +115,8 @@ def check_entries(entries: Iterable[AnimateEntry]) -> list[CheckedEntry]:
             raise UserError(
                 f"entry {entry.name}: SparseCtrl is not available yet: remove the controlnet_ keys to animate without"
             )
+        if entry.sampler:
+            find_sampler(entry.sampler)
     found = [_find_all(entry) for entry in entries]  # every file of every entry, before the first is opened
     infos = {path: identify(path) for files in found for key, path in files.items() if key != "inference_config"}
     return [_check(entry, files, infos) for entry, files in zip(entries, found, strict=True)]
@@ -141,12 +158,32 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
         if kinds and infos[path].kind not in kinds:
             raise UserError(f"entry {entry.name}: {key}: {refusal(infos[path], what)}")
     motion = infos[files["motion_module"]] if "motion_module" in files else None
-    checked = CheckedEntry(entry, files, inference, motion)
-    if entry.steps > (most := inference.build_schedule().num_train_timesteps):
-        raise UserError(f"entry {entry.name}: steps: got {entry.steps}, expected at most {most}")
+    try:
+        sampling = _sampling(entry, inference, _distillation(entry, motion))
+    except UserError as error:
+        raise UserError(f"entry {entry.name}: {error}") from None
+    checked = CheckedEntry(replace(entry, **asdict(sampling)), files, inference, motion, sampling)
     if motion is not None:
         _check_motion(checked)
     return checked
+
+
+def _distillation(entry: AnimateEntry, motion: FileInfo | None) -> Distillation | None:
+    """A `version` in the entry has the last word."""
+    if entry.version == "animatelcm":
+        return ANIMATE_LCM
+    return None if motion is None or entry.version else motion.distillation
+
+
+def _sampling(entry: AnimateEntry, inference: InferenceConfig, distilled: Distillation | None) -> Sampling:
+    asked = {key: getattr(entry, key) for key in asdict(Sampling())}
+    asked["timestep_spacing"] = entry.timestep_spacing or inference.schedule.get("timestep_spacing")
+    sampling = complete_sampling(asked, Sampling(), distilled)
+    schedule = inference.build_schedule("v_prediction")  # what the base model predicts is of no interest yet
+    if sampling.steps > (most := schedule.num_train_timesteps):
+        raise UserError(f"steps: got {sampling.steps}, expected at most {most}")
+    sampling.plan(schedule)
+    return sampling
 
 
 def _check_motion(checked: CheckedEntry) -> None:

@@ -94,6 +94,8 @@ def test_files_of_a_run(nano, config, tmp_path, capsys, monkeypatch):
     settings = read_metadata(folder / "sample" / names[0])
     assert settings["prompt"] == 'a "red"/fox: 2' and settings["negative_prompt"] == "bad"
     assert settings["seed"] == seeds[0] and settings["steps"] == 2 and settings["frames"] == 2
+    assert (settings["sampler"], settings["timestep_spacing"]) == ("ddim", "leading")
+    assert (saved["entries"][0]["sampler"], saved["entries"][0]["guidance_scale"]) == ("ddim", 7.5)
     assert settings["motion_module"] == {
         "path": str(nano / "mm_v3.safetensors"),
         "sha256": hashes[str(nano / "mm_v3.safetensors")],
