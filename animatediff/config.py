@@ -51,6 +51,11 @@ class AnimateEntry:
     L: int = 16  # frames
     H: int = 512  # pixels
     W: int = 512
+    window_schedule: str = ""  # open, closed, static, uniform: overlapping windows of frames; "": the clip at once
+    window_length: int = 0  # frames; 0: 16, or as many as the motion module was trained on, if less
+    window_overlap: int | None = None  # frames; a quarter of window_length
+    window_fuse: str = "pyramid"  # or flat, overlap-linear, gaussian
+    window_stride: int = 1  # of uniform: levels of windows of every 1st, 2nd, 4th … frame
     fps: float = 8.0
     format: Format = "gif"
     name: str = ""  # how messages and metadata call this entry

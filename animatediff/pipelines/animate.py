@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange, repeat
 from PIL import Image
@@ -17,6 +18,7 @@ from animatediff.config import load_config
 from animatediff.data.video_io import to_uint8
 from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
+from animatediff.diffusion.windows import Windows
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import Components, draw_noise, draw_seed, pick_device, pick_dtype, place, seeded
 from animatediff.pipelines.denoiser import make_denoiser
@@ -116,12 +118,13 @@ class AnimateDiffPipeline:
         timestep_spacing: str | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        windows: Windows | None = None,
     ) -> AnimateDiffOutput | tuple[Any]:
         """Animate prompts; arguments, defaults and layouts are those of diffusers' AnimateDiffPipeline.
 
         Args:
             prompt: a text or several (b of them); of any length, none is cut.
-            num_frames: of every clip (f), at most what the motion module was trained on.
+            num_frames: of every clip (f), without `windows` at most what the motion module was trained on.
             height, width: pixels, multiples of the VAE's down-sampling (8).
             num_inference_steps: 1 to 1000; by default 50, or what a distilled motion module needs.
             guidance_scale: 0 or more, 7.5 by default or as above; at 1 and below the negative prompt does nothing.
@@ -143,6 +146,7 @@ class AnimateDiffPipeline:
             timestep_spacing: one of SPACINGS; by default the config's, else the sampler's own.
             timesteps: those to visit, falling, instead of `num_inference_steps` of them; may be fractional.
             sigmas: the same as noise levels sqrt((1 - abar) / abar); a final 0 may be there.
+            windows: the overlapping windows of frames that a long clip is animated in; by default the config's.
 
         Raises:
             UserError: an argument is out of range, or two do not fit together.
@@ -162,7 +166,8 @@ class AnimateDiffPipeline:
             timesteps=tuple(timesteps or ()),
         )
         guidance_scale = sampling.guidance_scale
-        self._check(num_frames, height, width, sampling, num_videos_per_prompt)
+        windows = windows or c.windows
+        self._check(num_frames, height, width, sampling, num_videos_per_prompt, windows)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"got output_type {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
         context, negative = self._encode(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
@@ -187,8 +192,15 @@ class AnimateDiffPipeline:
                 x.copy_(_given_latents(wanted, tuple(seen.shape)))
 
         schedule, levels = sampling.plan(c.schedule)
+        denoise = make_denoiser(
+            c.unet,
+            context,
+            negative_context=negative,
+            guidance_scale=guidance_scale,
+            windows=(windows, levels) if windows else None,
+        )
         x = find_sampler(sampling.sampler, eta=eta)(
-            make_denoiser(c.unet, context, negative_context=negative, guidance_scale=guidance_scale),
+            denoise,
             x.to(c.device),
             schedule=schedule,
             timesteps=levels,
@@ -259,7 +271,9 @@ class AnimateDiffPipeline:
         defaults = Sampling(c.sampler, c.schedule.timestep_spacing, steps=50)
         return complete_sampling(asked, defaults, c.distillation)
 
-    def _check(self, frames: int, height: int, width: int, sampling: Sampling, videos: int) -> None:
+    def _check(
+        self, frames: int, height: int, width: int, sampling: Sampling, videos: int, windows: Windows | None
+    ) -> None:
         for name, value in (
             ("num_frames", frames),
             ("height", height),
@@ -274,10 +288,12 @@ class AnimateDiffPipeline:
             if value % c.vae.config.downsampling:
                 raise UserError(f"{name}: got {value} pixels, expected a multiple of {c.vae.config.downsampling}")
         motion = c.unet.config.motion
-        if motion and frames > motion.max_frames:
+        if motion and (seen := min(frames, windows.length) if windows else frames) > motion.max_frames:
+            what, longest = "window length" if windows else "num_frames", motion.max_frames
             raise UserError(
-                f"num_frames: got {frames}, expected at most {motion.max_frames}, the longest clip the "
-                f"{motion.version} motion module was trained on: make a shorter clip, or set max_frames in the config"
+                f"{what}: got {seen}, expected at most {longest}, the longest clip the {motion.version} motion module "
+                f"was trained on: animate in overlapping windows by windows=Windows(length={min(16, longest)}), make a "
+                "shorter clip, or set max_frames in the config"
             )
         if sampling.steps > (most := c.schedule.num_train_timesteps):
             raise UserError(f"num_inference_steps: got {sampling.steps}, expected at most {most}")
@@ -326,6 +342,16 @@ class AnimateDiffPipeline:
         c = self.components
         ids = c.tokenizer(texts, max_length=c.text_encoder.config.max_length)
         return c.text_encoder.encode(ids.to(c.device))
+
+    @torch.no_grad()
+    def decode_frames(self, latents: Tensor, *, chunk: int = 8) -> Iterator[np.ndarray]:
+        """The frames of one clip, uint8 (H, W, 3), one after the other: only `chunk` of them are there at a time.
+
+        Args:
+            latents: (1, c, f, h, w), as the output type "latent" gives them.
+        """
+        for part in latents.split(chunk, dim=2):
+            yield from to_uint8(self._decode(rearrange(part, "b c f h w -> b f c h w"), "pt", chunk)[0])
 
     def _decode(self, latents: Tensor, output_type: str, chunk_frames: int) -> Any:
         if output_type == "latent":

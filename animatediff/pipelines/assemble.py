@@ -69,6 +69,7 @@ class Assembler:
             loras=loras,
             reports=tuple(reports),
             sampler=checked.sampling.sampler,
+            windows=checked.windows,
             distillation=checked.distillation,
         )
 

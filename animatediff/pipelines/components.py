@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from animatediff.diffusion.windows import Windows
 from animatediff.model_config import Distillation, ScheduleConfig
 from animatediff.models.lora import LoRAStack
 from animatediff.models.text import TextEncoder, Tokenizer
@@ -35,6 +36,7 @@ class Components:
     loras: LoRAStack
     reports: tuple[str, ...] = ()  # one line for each file that was loaded
     sampler: str = "ddim"  # where a call does not say
+    windows: Windows | None = None  # where a call does not say
     distillation: Distillation | None = None  # what the motion module needs, if it was distilled to few steps
 
     @property

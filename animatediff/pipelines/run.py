@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from tqdm import tqdm
 import animatediff
 from animatediff.checkpoints.files import file_sha256
 from animatediff.config import AnimateEntry, RunConfig, dump_config, load_config
-from animatediff.data.video_io import read_video, save_video, tile, to_uint8
+from animatediff.data.video_io import STREAMED, FrameStream, read_video, replacing, save_video, tile
 from animatediff.pipelines.animate import AnimateDiffPipeline, advance
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import draw_seed, pick_device, pick_dtype, seeded
@@ -91,7 +92,8 @@ def animate(
             bar.unpause()  # loading is no part of a step
             for job in todo:
                 bar.set_description(f"prompt {jobs.index(job) + 1}/{len(jobs)}")
-                clips[job.path] = _run(pipeline, entry, job, hashes, bar)
+                if (frames := _run(pipeline, entry, job, hashes, bar)) is not None:
+                    clips[job.path] = frames
             del pipeline, components
     grid = folder / ("sample-grid" if config.entries[0].format == "png" else f"sample.{config.entries[0].format}")
     if waiting or not grid.exists():
@@ -117,10 +119,10 @@ def file_words(prompt: str) -> str:
 
 def _run(
     pipeline: AnimateDiffPipeline, checked: CheckedEntry, job: Job, hashes: dict[str, str], bar: tqdm
-) -> np.ndarray:
-    """Make one clip and write it; returns its frames, uint8 (f, H, W, 3)."""
+) -> np.ndarray | None:
+    """Make one clip and write it; returns its frames, uint8 (f, H, W, 3), where they are not written as a stream."""
     entry, sampling = checked.entry, checked.sampling
-    (videos,) = pipeline(
+    (latents,) = pipeline(
         job.prompt,
         entry.L,
         entry.H,
@@ -130,15 +132,17 @@ def _run(
         job.negative_prompt,
         eta=sampling.eta,
         generator=seeded(job.seed),
-        output_type="pt",
+        output_type="latent",
         return_dict=False,
         callback_on_step_end=advance(bar),
         sampler=sampling.sampler,
         timestep_spacing=sampling.timestep_spacing,
         timesteps=sampling.timesteps,
     )
-    frames = to_uint8(videos[0])
-    save_video(frames, job.path, entry.fps, metadata=_settings(checked, job, hashes))
+    stream = pipeline.decode_frames(latents)
+    frames = None if job.path.suffix in STREAMED else np.stack(list(stream))
+    clip = FrameStream(entry.L, stream) if frames is None else frames
+    save_video(clip, job.path, entry.fps, metadata=_settings(checked, job, hashes))
     with tqdm.external_write_mode(file=sys.stdout):
         print(job.path, flush=True)
     return frames
@@ -150,6 +154,8 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     settings: dict[str, Any] = {"prompt": job.prompt, "negative_prompt": job.negative_prompt, "seed": job.seed}
     settings |= {key: value for key, value in asdict(checked.sampling).items() if value != ()}
     settings |= {key: getattr(entry, key) for key in ("L", "H", "W")}
+    if checked.windows:
+        settings |= {f"window_{key}": value for key, value in asdict(checked.windows).items()}
     for key, path in entry.weight_paths().items():
         settings[key] = {"path": path, "sha256": hashes[str(checked.files[key])]}
     if entry.lora_model_path:
@@ -162,7 +168,15 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
 
 
 def _write_grid(path: Path, config: RunConfig, jobs: list[Job], clips: dict[Path, np.ndarray]) -> None:
-    """All clips side by side, in the first entry's format and speed; clips of an earlier start are read back."""
+    """All clips side by side, in the first entry's format and speed; a single clip is copied.
+
+    Clips of an earlier start, and those written as a stream, are read back.
+    """
+    if len(jobs) == 1:
+        with replacing(path) as temporary:
+            (shutil.copytree if jobs[0].path.is_dir() else shutil.copyfile)(jobs[0].path, temporary)
+        print(path)
+        return
     videos = [clips[job.path] if job.path in clips else read_video(job.path)[0].numpy() for job in jobs]
     save_video(
         tile(videos, GRID_COLUMNS), path, config.entries[0].fps, metadata={"prompts": [job.prompt for job in jobs]}

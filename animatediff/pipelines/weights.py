@@ -10,11 +10,13 @@ import animatediff
 from animatediff.checkpoints.identify import FileInfo, identify, refusal
 from animatediff.config import AnimateEntry
 from animatediff.diffusion.samplers import find_sampler
+from animatediff.diffusion.windows import Windows
 from animatediff.inference_config import InferenceConfig, load_inference_config
 from animatediff.model_config import ANIMATE_LCM, MOTION_VERSIONS, Distillation
 from animatediff.pipelines.sampling import Sampling, complete_sampling
 from animatediff.utils import UserError
 
+DEFAULT_WINDOW = 16  # frames: what all motion modules were trained on
 REPOSITORY = Path(animatediff.__file__).resolve().parents[1]
 
 # key of a prompt config -> (what belongs there, the kinds of file that are it)
@@ -69,7 +71,7 @@ SOURCES = {
 class CheckedEntry:
     """An entry whose files are all there: their places by key, what the motion module is, how it is sampled.
 
-    The entry's own sampling keys say what `sampling` says, so that nothing in it is left open.
+    The entry's own keys say what `sampling` and `windows` say, so that nothing in it is left open.
     """
 
     entry: AnimateEntry
@@ -77,6 +79,7 @@ class CheckedEntry:
     inference: InferenceConfig
     motion: FileInfo | None
     sampling: Sampling
+    windows: Windows | None = None
 
     @property
     def version(self) -> str | None:
@@ -160,12 +163,16 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
     motion = infos[files["motion_module"]] if "motion_module" in files else None
     try:
         sampling = _sampling(entry, inference, _distillation(entry, motion))
+        checked = CheckedEntry(replace(entry, **asdict(sampling)), files, inference, motion, sampling)
+        if motion is not None:
+            _check_version(checked)
+        windows = _windows(entry, checked.max_frames)
     except UserError as error:
         raise UserError(f"entry {entry.name}: {error}") from None
-    checked = CheckedEntry(replace(entry, **asdict(sampling)), files, inference, motion, sampling)
-    if motion is not None:
-        _check_motion(checked)
-    return checked
+    if windows is None:
+        return checked
+    said = {f"window_{key}": value for key, value in asdict(windows).items()}
+    return replace(checked, entry=replace(checked.entry, **said), windows=windows)
 
 
 def _distillation(entry: AnimateEntry, motion: FileInfo | None) -> Distillation | None:
@@ -186,18 +193,45 @@ def _sampling(entry: AnimateEntry, inference: InferenceConfig, distilled: Distil
     return sampling
 
 
-def _check_motion(checked: CheckedEntry) -> None:
-    entry, motion = checked.entry, checked.motion
+def _windows(entry: AnimateEntry, longest: int | None) -> Windows | None:
+    """The windows an entry asks for, if it does; `longest` is the longest clip that its motion module takes."""
+    keys = ("length", "overlap", "fuse", "stride")
+    said = {
+        key: value
+        for key in keys
+        if (value := getattr(entry, f"window_{key}")) != getattr(AnimateEntry, f"window_{key}")
+    }
+    if entry.window_schedule:
+        length = entry.window_length or min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
+        windows = Windows(entry.window_schedule, **{"length": length, "overlap": length // 4} | said)
+        if longest is not None and min(length, entry.L) > longest:
+            raise UserError(f"window_length: got {length} frames, expected at most {longest}, {_trained(entry)}")
+        return windows
+    if said:
+        key = f"window_{min(said)}"
+        raise UserError(
+            f"{key}: got {getattr(entry, key)} without a window_schedule: add window_schedule=open, or remove it"
+        )
+    if longest is not None and entry.L > longest:
+        raise UserError(
+            f"L: got {entry.L} frames, expected at most {longest}, {_trained(entry)}: animate it in overlapping "
+            f"windows by window_schedule=open (closed: a loop), use L={longest}, or max_frames={entry.L} at your "
+            "own risk"
+        )
+    return None
+
+
+def _trained(entry: AnimateEntry) -> str:
+    return f"the longest clip {Path(entry.motion_module).name} was trained on"
+
+
+def _check_version(checked: CheckedEntry) -> None:
+    motion = checked.motion
     assert motion is not None
-    where = f"entry {entry.name}: motion_module: {motion.path}"
+    where = f"motion_module: {motion.path}"
     if motion.version is None and checked.version is None:
         raise UserError(
             f"{where}: v1 and v3 modules look the same without their positional encoding: add `version: v1` or "
             "`version: v3` to the entry"
         )
     checked.inference.check_version(MOTION_VERSIONS[checked.version or motion.version or ""])
-    if checked.max_frames is not None and entry.L > checked.max_frames:
-        raise UserError(
-            f"entry {entry.name}: L: got {entry.L} frames, expected at most {checked.max_frames}, the longest clip "
-            f"{motion.path.name} was trained on: use L={checked.max_frames}, or max_frames={entry.L} at your own risk"
-        )
