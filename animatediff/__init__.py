@@ -17,6 +17,7 @@ _PUBLIC = {
     "AnimateDiffOutput": "animatediff.pipelines.animate",
     "AnimateDiffPipeline": "animatediff.pipelines.animate",
     "UserError": "animatediff.utils",
+    "Windows": "animatediff.diffusion.windows",
     "animate": "animatediff.pipelines.run",
     "load_config": "animatediff.config",
     "read_metadata": "animatediff.data.video_io",

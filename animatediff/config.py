@@ -42,12 +42,21 @@ class AnimateEntry:
     n_prompt: tuple[str, ...] = ("",)
     seed: tuple[int, ...] = (-1,)  # 0 … 2^64 - 1; -1 draws one and records it
     random_seed: tuple[int, ...] = ()  # seeds that an earlier run drew; they take the place of -1
-    steps: int = 25
-    guidance_scale: float = 7.5  # 1 and below: no unconditional pass
+    # Of these five, what is not said is what a distilled motion module needs, else as the comments say.
+    steps: int | None = None  # 25
+    guidance_scale: float | None = None  # 7.5; 1 and below: no unconditional pass
+    sampler: str = ""  # ddim
+    timestep_spacing: str = ""  # as the inference config has it, else leading (lcm: lcm)
+    timesteps: tuple[float, ...] = ()  # these, from noisy to clean, in place of timestep_spacing and steps
     eta: float = 0.0  # 0 is deterministic DDIM, 1 has DDPM's variance
     L: int = 16  # frames
     H: int = 512  # pixels
     W: int = 512
+    window_schedule: str = ""  # open, closed, static, uniform: overlapping windows of frames; "": the clip at once
+    window_length: int = 0  # frames; 0: 16, or as many as the motion module was trained on, if less
+    window_overlap: int | None = None  # frames; a quarter of window_length
+    window_fuse: str = "pyramid"  # or flat, overlap-linear, gaussian
+    window_stride: int = 1  # of uniform: levels of windows of every 1st, 2nd, 4th … frame
     fps: float = 8.0
     format: Format = "gif"
     name: str = ""  # how messages and metadata call this entry
@@ -77,12 +86,12 @@ class AnimateEntry:
         if not self.pretrained_model_path:
             raise UserError("pretrained_model_path: got none, expected the base model: a diffusers folder or a file")
         for key in ("steps", "L", "H", "W"):
-            if (value := getattr(self, key)) < 1:
+            if (value := getattr(self, key)) is not None and value < 1:
                 raise UserError(f"{key}: got {value}, expected at least 1")
         for key in ("H", "W"):
             if (value := getattr(self, key)) % 8:
                 raise UserError(f"{key}: got {value}, expected a multiple of 8: use {value - value % 8 or 8}")
-        if self.guidance_scale < 0:
+        if self.guidance_scale is not None and self.guidance_scale < 0:
             raise UserError(f"guidance_scale: got {self.guidance_scale:g}, expected 0 or more (1 turns guidance off)")
         if not 0 <= self.eta <= 1:
             raise UserError(f"eta: got {self.eta:g}, expected 0 (deterministic) to 1")

@@ -168,7 +168,7 @@ def describe(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def unknown_key(key: Any, known: list[str]) -> str:
+def unknown_key(key: Any, known: list[str], *, what: str = "key") -> str:
     lowered = {name.lower(): name for name in known}
     nearest = difflib.get_close_matches(str(key).lower(), lowered, n=1, cutoff=0.0)[0]
-    return f"unknown key {str(key)!r}, the nearest known one is {lowered[nearest]!r}: correct or remove it"
+    return f"unknown {what} {str(key)!r}, the nearest known one is {lowered[nearest]!r}: correct or remove it"

@@ -98,3 +98,34 @@ class ScheduleConfig:
     timestep_spacing: str = "leading"
     set_alpha_to_one: bool = True
     clip_sample: bool = False
+    rescale_betas_zero_snr: bool = False  # the last timestep is pure noise; for v_prediction and sample
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a motion module that was distilled to few steps has to be sampled."""
+
+    name: str
+    sampler: str
+    timestep_spacing: str
+    steps: int  # where nobody says
+    possible_steps: tuple[int, ...]
+    guidance_scale: float  # where nobody says
+    max_guidance_scale: float = 2.0  # above, the contrast burns out
+
+
+ANIMATE_LCM = Distillation(  # arXiv 2402.00769; made for 4 to 8 steps, more than 16 only cost time
+    "AnimateLCM", "lcm", "lcm", steps=6, possible_steps=tuple(range(1, 17)), guidance_scale=2.0
+)
+
+
+def lightning(steps: int) -> Distillation:
+    """AnimateDiff-Lightning (arXiv 2403.12706): each file is for one number of steps."""
+    return Distillation(
+        f"AnimateDiff-Lightning of {steps} steps",
+        "euler",
+        "trailing",
+        steps,
+        possible_steps=(steps,),
+        guidance_scale=1.0,
+    )

@@ -41,7 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--motion", metavar="FILE", help="another motion module; none: every frame on its own")
     parser.add_argument("--captions", type=int, help="clips to make and score (200)")
     parser.add_argument("--batch", type=int, help="clips made at a time (8)")
-    parser.add_argument("--steps", type=int, help="DDIM steps; by default the config's")
+    parser.add_argument("--steps", type=int, help="by default the config's")
     parser.add_argument("--guidance-scale", type=float, help="by default the config's")
     parser.add_argument("--seed", type=int, help="of the series of captions; the model was trained on 0 (1)")
     parser.add_argument("--output-dir", help="by default samples/evaluation-<time>")
@@ -91,18 +91,25 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
     from animatediff.evaluation.shapes_report import format_table
     from animatediff.pipelines.animate import AnimateDiffPipeline
     from animatediff.pipelines.components import seeded
+    from animatediff.pipelines.weights import check_entries
 
     pipeline = AnimateDiffPipeline.from_config(args.config, device=args.device, dtype=args.dtype, **overrides)
     for line in pipeline.components.reports:
         print(line, file=sys.stderr)
 
+    (checked,) = check_entries([entry])
+    sampling = checked.sampling
+
     def generate(captions: list[str], seeds: list[int]):
         clips = pipeline(
             captions,
             num_frames=entry.L,
-            num_inference_steps=entry.steps,
-            guidance_scale=entry.guidance_scale,
-            eta=entry.eta,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            eta=sampling.eta,
+            sampler=sampling.sampler,
+            timestep_spacing=sampling.timestep_spacing,
+            timesteps=sampling.timesteps,
             negative_prompt=entry.n_prompt[0],
             generator=[seeded(seed) for seed in seeds],
             output_type="pt",
@@ -112,8 +119,9 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
     settings = {
         "model": entry.pretrained_model_path,
         "motion_module": entry.motion_module or "none",
-        "steps": entry.steps,
-        "guidance_scale": entry.guidance_scale,
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
     }
     result = evaluate_shapes(
         generate, captions=args.captions, seed=args.seed, batch=args.batch, output_dir=folder, settings=settings

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from animatediff.checkpoints.files import file_sha256, read_state_dict
 from animatediff.checkpoints.identify import FileInfo, identify, weight_files
+from animatediff.model_config import Distillation
 from animatediff.utils import Parser, UserError, run_main
 
 
@@ -57,6 +58,11 @@ class Values:
         return total
 
 
+def _sampling(needs: Distillation) -> str:
+    fixed = f"{needs.name}: sampler {needs.sampler}, {needs.timestep_spacing} timestep_spacing, {needs.steps} steps"
+    return f"{fixed}, guidance_scale {needs.guidance_scale:g} (chosen where the config does not say)"
+
+
 def describe(info: FileInfo, values: Values) -> str:
     length = f"{info.positional_length} frames" if info.positional_length else "none in the file"
     rows = [
@@ -70,6 +76,7 @@ def describe(info: FileInfo, values: Values) -> str:
         ("positions", f"positional encoding: {length}"),
         *(("metadata", f"{key} = {value}") for key, value in sorted(info.metadata.items())),
         *(("note", note) for note in info.notes),
+        *([("sampling", _sampling(info.distillation))] if info.distillation else []),
         ("needs", info.needs or "-"),
         *(("config", line) for line in info.config_line.splitlines()),
     ]

@@ -141,7 +141,7 @@ def test_resolved_config_reads_back(read, tmp_path):
         ("- prompt: [a]\n  l: 8", "unknown key 'l', the nearest known one is 'L'"),
         ("- steps: 5", "prompt is missing"),
         ("- prompt: []", "prompt: got an empty list"),
-        ("- prompt: [a]\n  steps:", "steps: got no value, expected a whole number"),
+        ("- prompt: [a]\n  L:", "L: got no value, expected a whole number"),
         ("- prompt: [a]\n  steps: ten", "steps: got 'ten', expected a whole number"),
         ("- prompt: [a]\n  steps: 2.5", "steps: got 2.5, expected a whole number"),
         ("- prompt: [a]\n  steps: true", "steps: got true, expected a whole number"),

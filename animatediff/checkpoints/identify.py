@@ -12,6 +12,7 @@ from animatediff.checkpoints import sizes
 from animatediff.checkpoints.diffusers_json import TEXT_STEMS, UNET_STEM, VAE_STEM, Json, adapter_metadata
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
 from animatediff.checkpoints.keymaps import LDM_TEXT, LDM_UNET, LDM_VAE, MOTION_MARK, motion_to_official
+from animatediff.model_config import ANIMATE_LCM, Distillation, lightning
 from animatediff.utils import UserError, naming
 
 SDXL_MOTION_WIDTHS = {0: 320, 1: 640, 2: 1280}
@@ -104,6 +105,16 @@ class FileInfo:
     @property
     def supported(self) -> bool:
         return bool(KINDS[self.kind].config)
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """How a distilled motion module has to be sampled. Lightning files are v2's network: only their name tells."""
+        if self.kind not in MOTION_KINDS:
+            return None
+        if self.version == "animatelcm" or "animatelcm" in self.path.name.lower():
+            return ANIMATE_LCM
+        steps = re.search(r"lightning.*?(\d+)[-_ ]?step", self.path.name.lower())
+        return lightning(int(steps[1])) if steps else None
 
     @property
     def config_line(self) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,17 +30,28 @@ H264_CRF = "12"  # visually lossless
 WEBP_QUALITY = 95
 
 
+@dataclass(frozen=True)
+class FrameStream:
+    """A clip whose frames are made as they are asked for, once: `frames` of them, each uint8 (H, W, 3)."""
+
+    frames: int
+    source: Iterator[np.ndarray]
+
+
 # ---- public functions -----------------------------------------------------------------------------------------
 
 
 def save_video(
-    video: Tensor | np.ndarray, path: str | Path, fps: float = 8, metadata: Mapping[str, Any] | None = None
+    video: Tensor | np.ndarray | FrameStream,
+    path: str | Path,
+    fps: float = 8,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one clip; the file appears whole or not at all.
 
     Args:
         video: (f, 3, H, W) or (f, H, W, 3); where both fit, the first is meant. Floats in [0, 1], rounded to 8 bits
-            and clipped; uint8 as it is.
+            and clipped; uint8 as it is. MP4s and PNG folders hold no more than a frame of a FrameStream in memory.
         path: ends in .gif, .mp4 or .webp; without an ending it is a folder of PNG frames. Folders above are made.
             An MP4 of odd height or width repeats its last row or column: H.264 players want even sizes.
         fps: frames per second. A GIF's delays are multiples of 10 ms, spread so that the clip's length is right.
@@ -51,7 +64,6 @@ def save_video(
         UserError: another shape or ending, values that are not finite, an fps that the format cannot show.
     """
     path = Path(path)
-    frames = to_uint8(video)
     if not fps > 0:
         raise UserError(f"got fps {fps}, expected a number above 0")
     if (writer := WRITERS.get(path.suffix)) is None:
@@ -59,9 +71,14 @@ def save_video(
             f"got {path}, expected a name ending in {', '.join(s for s in WRITERS if s)}, or without an ending for a "
             "folder of PNG frames: rename it"
         )
-    comment = json.dumps({**(metadata or {}), "frames": len(frames), "fps": float(fps)}, ensure_ascii=True)
+    streamed = isinstance(video, FrameStream)
+    frames = video.source if streamed else to_uint8(video)
+    if streamed and path.suffix not in STREAMED:
+        frames = np.stack(list(frames))
+    count = video.frames if streamed else len(frames)
+    comment = json.dumps({**(metadata or {}), "frames": count, "fps": float(fps)}, ensure_ascii=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         writer(frames, temporary, float(fps), comment)
     return path
 
@@ -210,7 +227,7 @@ def _write_webp(frames: np.ndarray, path: Path, fps: float, comment: str) -> Non
     )
 
 
-def _write_png(frames: np.ndarray, path: Path, fps: float, comment: str) -> None:
+def _write_png(frames: Iterable[np.ndarray], path: Path, fps: float, comment: str) -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", comment)
     path.mkdir()
@@ -218,13 +235,14 @@ def _write_png(frames: np.ndarray, path: Path, fps: float, comment: str) -> None
         Image.fromarray(frame).save(path / f"{i:04d}.png", pnginfo=text)
 
 
-def _write_mp4(frames: np.ndarray, path: Path, fps: float, comment: str) -> None:
+def _write_mp4(frames: Iterable[np.ndarray], path: Path, fps: float, comment: str) -> None:
     ffmpeg = require_ffmpeg()
-    _, height, width, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    frames = iter(frames)
+    first = next(frames)
+    height, width, _ = first.shape
     writer = ffmpeg.write_frames(
         str(path),
-        (frames.shape[2], frames.shape[1]),
+        (width + width % 2, height + height % 2),
         fps=fps,
         codec="libx264",
         quality=None,
@@ -233,10 +251,11 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: float, comment: str) -> None
         output_params=["-metadata", f"comment={comment}", "-crf", H264_CRF, "-movflags", "+faststart", "-f", "mp4"],
     )
     try:
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-        writer.close()
+        with closing(writer):
+            writer.send(None)
+            for frame in itertools.chain([first], frames):
+                even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+                writer.send(np.ascontiguousarray(even))
     except OSError as error:
         raise UserError(f"ffmpeg could not write the MP4 ({str(error).splitlines()[0]}): use gif or webp") from None
 
@@ -283,7 +302,8 @@ def require_ffmpeg() -> ModuleType:
 
 
 # Written under a temporary name that hides the ending, so every writer names its format.
-WRITERS: dict[str, Callable[[np.ndarray, Path, float, str], None]] = {
+STREAMED = (".mp4", "")  # formats that take one frame after the other; a GIF's palette is that of all frames
+WRITERS: dict[str, Callable[[Any, Path, float, str], None]] = {
     ".gif": write_gif,
     ".mp4": _write_mp4,
     ".webp": _write_webp,
@@ -310,7 +330,7 @@ def _open_image(path: Path) -> Image.Image:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name, file or folder, when the block succeeds."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,15 +11,20 @@ from animatediff.model_config import ScheduleConfig
 from animatediff.utils import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SPACINGS = ("leading", "trailing", "linspace")
+SPACINGS = ("leading", "trailing", "linspace", "karras", "lcm")
+KARRAS_RHO = 7.0
+LCM_TIMESTEPS = 100  # of which consistency models for video were distilled on
 
 
 class NoiseSchedule:
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, t = 0 … T - 1 (Ho et al. 2020, arXiv 2006.11239, Eq. 4).
 
+    Timesteps may be fractional: between two, log(sigma), sigma² = (1 - abar)/abar, is linear in t.
+
     Attributes:
         alphas_cumprod: abar, float32 (T,) on the CPU.
-    Raises: UserError for an unknown beta_schedule, prediction_type or timestep_spacing.
+    Raises: UserError for an unknown beta_schedule, prediction_type or timestep_spacing, and for zero terminal SNR
+        where noise is predicted.
     """
 
     def __init__(self, config: ScheduleConfig):
@@ -36,29 +43,94 @@ class NoiseSchedule:
         else:
             betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        if config.rescale_betas_zero_snr:
+            if config.prediction_type == "epsilon":
+                raise UserError(
+                    "got rescale_betas_zero_snr with prediction_type epsilon, expected v_prediction or sample: pure "
+                    "noise does not tell what the clean data is"
+                )
+            self.alphas_cumprod = rescale_zero_snr(self.alphas_cumprod)
         # what comes before t = 0: clean data, or (set_alpha_to_one off) as noisy as t = 0
         self.final_alpha_cumprod = torch.tensor(1.0) if config.set_alpha_to_one else self.alphas_cumprod[0]
 
-    def timesteps(self, steps: int) -> Tensor:
-        """`steps` timesteps, int64, from noisy to clean.
+    @property
+    def sigmas(self) -> Tensor:
+        """sqrt((1 - abar)/abar) of all timesteps, float64 (T,); infinite at the last with zero terminal SNR."""
+        alphas = self.alphas_cumprod.double()
+        return ((1 - alphas) / alphas).sqrt()
 
-        Raises: UserError where `steps` is not within 1 … T.
+    def timesteps(self, steps: int) -> Tensor:
+        """`steps` timesteps from noisy to clean: int64, or float32 with karras spacing.
+
+        leading, trailing and linspace: Lin et al. 2023, arXiv 2305.08891, Table 2. karras: Karras et al. 2022, arXiv
+        2206.00364, Eq. 5. lcm: evenly from the 100 timesteps that the model was distilled on, from T - 1.
+
+        Raises:
+            UserError: more or less steps than there are timesteps.
         """
         config, total = self.config, self.config.num_train_timesteps
-        if not 1 <= steps <= total:
-            raise UserError(f"got {steps} steps, expected 1 to {total}")
+        most = min(LCM_TIMESTEPS, total) if config.timestep_spacing == "lcm" else total
+        if not 1 <= steps <= most:
+            raise UserError(f"got {steps} steps, expected 1 to {most}")
+        if config.timestep_spacing == "karras":
+            return self._karras(steps)
         if config.timestep_spacing == "leading":
             grid = torch.arange(steps).flip(0) * (total // steps) + config.steps_offset
         elif config.timestep_spacing == "trailing":
             grid = (torch.arange(total, 0, -total / steps, dtype=torch.float64).round() - 1).long()[:steps]
-        else:
+        elif config.timestep_spacing == "linspace":
             grid = torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long().flip(0)
+        else:
+            grid = (most - torch.arange(steps) * most // steps) * (total // most) - 1
         return grid.clamp(0, total - 1)
+
+    def _karras(self, steps: int) -> Tensor:
+        low, high = self.sigmas[[0, -1]] ** (1 / KARRAS_RHO)
+        if high.isinf():
+            raise UserError("got karras spacing with zero terminal SNR, whose largest sigma is infinite: use trailing")
+        return self.timesteps_of((high + torch.linspace(0, 1, steps, dtype=torch.float64) * (low - high)) ** KARRAS_RHO)
+
+    def timesteps_of(self, sigmas: Sequence[float] | Tensor) -> Tensor:
+        """The timesteps, float32 (n,), with these noise levels sigma = sqrt((1 - abar)/abar); inverts `alpha_at`.
+
+        Raises:
+            UserError: a sigma that no timestep has.
+        """
+        known, wanted = self.sigmas, torch.as_tensor(sigmas, dtype=torch.float64)
+        low, high = float(known[0]), float(known[-1])
+        if outside := [s for s in wanted.tolist() if not low * (1 - 1e-6) <= s <= high * (1 + 1e-6)]:
+            raise UserError(
+                f"got sigma {outside[0]:g}, expected {low:.4g} to {high:.4g}, as the noise schedule has them"
+            )
+        above = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+        below = above - 1
+        part = (wanted / known[below]).log() / (known[above] / known[below]).log()
+        return (below + part.nan_to_num(1)).clamp(0, len(known) - 1).float()
+
+    def custom_timesteps(self, values: Sequence[float]) -> Tensor:
+        """Timesteps (n,) of a caller's choice, int64 where all are whole.
+
+        Raises:
+            UserError: none, one outside 0 … T - 1, or one that is not below the one before.
+        """
+        most = self.config.num_train_timesteps - 1
+        falling = all(a > b for a, b in zip(values, values[1:], strict=False))
+        if not values or not falling or not 0 <= values[-1] <= values[0] <= most:
+            listed = ", ".join(f"{value:g}" for value in values)
+            raise UserError(f"got timesteps [{listed}], expected falling numbers from at most {most} to at least 0")
+        whole = all(float(value).is_integer() for value in values)
+        return torch.tensor(values).long() if whole else torch.tensor(values, dtype=torch.float32)
 
     def alpha_at(self, t: Tensor) -> Tensor:
         """abar at timesteps t (any shape); `final_alpha_cumprod` where t is negative. CPU float32."""
         t = t.cpu()
-        return torch.where(t >= 0, self.alphas_cumprod[t.clamp(min=0)], self.final_alpha_cumprod)
+        below = t.floor().long().clamp(min=0) if t.is_floating_point() else t.clamp(min=0)
+        alphas = self.alphas_cumprod[below]
+        if t.is_floating_point():
+            logs = self.sigmas.log()
+            between = logs[below].lerp(logs[(below + 1).clamp(max=len(logs) - 1)], (t - below).double())
+            alphas = torch.where(t > below, torch.sigmoid(-2 * between).float(), alphas)
+        return torch.where(t >= 0, alphas, self.final_alpha_cumprod)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of clean x0 (b, …), noise of the same shape and timesteps t (b,)."""
@@ -86,3 +158,9 @@ class NoiseSchedule:
     def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self.alpha_at(t).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
         return alpha.sqrt().to(like.dtype), (1 - alpha).sqrt().to(like.dtype)
+
+
+def rescale_zero_snr(alphas_cumprod: Tensor) -> Tensor:
+    """abar made 0 at the last timestep and left as it is at the first (Lin et al. 2023, arXiv 2305.08891, Alg. 1)."""
+    roots = alphas_cumprod.sqrt()
+    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange, repeat
 from PIL import Image
@@ -15,11 +16,13 @@ from tqdm import tqdm
 
 from animatediff.config import load_config
 from animatediff.data.video_io import to_uint8
-from animatediff.diffusion.samplers import ddim
+from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
+from animatediff.diffusion.windows import Windows
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import Components, draw_noise, draw_seed, pick_device, pick_dtype, place, seeded
 from animatediff.pipelines.denoiser import make_denoiser
+from animatediff.pipelines.sampling import Sampling, complete_sampling
 from animatediff.pipelines.weights import check_entries
 from animatediff.utils import UserError
 
@@ -97,8 +100,8 @@ class AnimateDiffPipeline:
         num_frames: int = 16,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: Prompts = None,
         num_videos_per_prompt: int = 1,
         eta: float = 0.0,
@@ -110,18 +113,24 @@ class AnimateDiffPipeline:
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         decode_chunk_size: int = 16,
+        *,
+        sampler: str | None = None,
+        timestep_spacing: str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        windows: Windows | None = None,
     ) -> AnimateDiffOutput | tuple[Any]:
         """Animate prompts; arguments, defaults and layouts are those of diffusers' AnimateDiffPipeline.
 
         Args:
             prompt: a text or several (b of them); of any length, none is cut.
-            num_frames: of every clip (f), at most what the motion module was trained on.
+            num_frames: of every clip (f), without `windows` at most what the motion module was trained on.
             height, width: pixels, multiples of the VAE's down-sampling (8).
-            num_inference_steps: DDIM steps, 1 to 1000.
-            guidance_scale: 0 or more; at 1 and below the negative prompt does nothing.
+            num_inference_steps: 1 to 1000; by default 50, or what a distilled motion module needs.
+            guidance_scale: 0 or more, 7.5 by default or as above; at 1 and below the negative prompt does nothing.
             negative_prompt: one for all prompts, or one for each; "" by default.
             num_videos_per_prompt: clips of each prompt (v).
-            eta: 0 (deterministic) to 1 (as much noise in every step as DDPM has).
+            eta: of ddim, 0 (deterministic) to 1 (as much noise in every step as DDPM has).
             generator: where the noise comes from: one, drawn from clip by clip, or one per clip. A CPU generator
                 gives the same clips on every device. By default a fresh seed.
             latents: start noise (b v, c, f, h, w), instead of drawing it.
@@ -133,13 +142,32 @@ class AnimateDiffPipeline:
             callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": (b v, c, f, h, w)})`
                 after every step; may return a dict with other latents to go on from.
             decode_chunk_size: frames that the VAE decodes at a time.
+            sampler: a key of SAMPLERS; by default the config's, else ddim.
+            timestep_spacing: one of SPACINGS; by default the config's, else the sampler's own.
+            timesteps: those to visit, falling, instead of `num_inference_steps` of them; may be fractional.
+            sigmas: the same as noise levels sqrt((1 - abar) / abar); a final 0 may be there.
+            windows: the overlapping windows of frames that a long clip is animated in; by default the config's.
 
         Raises:
             UserError: an argument is out of range, or two do not fit together.
         """
         c = self.components
         height, width = height or self.default_size[0], width or self.default_size[1]
-        self._check(num_frames, height, width, num_inference_steps, guidance_scale, num_videos_per_prompt, eta)
+        if sigmas is not None:
+            if timesteps is not None:
+                raise UserError("got both timesteps and sigmas, expected one of them")
+            timesteps = NoiseSchedule(c.schedule).timesteps_of([s for s in sigmas if s]).tolist()
+        sampling = self.complete_sampling(
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            sampler=sampler,
+            timestep_spacing=timestep_spacing,
+            timesteps=tuple(timesteps or ()),
+        )
+        guidance_scale = sampling.guidance_scale
+        windows = windows or c.windows
+        self._check(num_frames, height, width, sampling, num_videos_per_prompt, windows)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"got output_type {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
         context, negative = self._encode(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
@@ -163,13 +191,19 @@ class AnimateDiffPipeline:
             if wanted is not seen:
                 x.copy_(_given_latents(wanted, tuple(seen.shape)))
 
-        schedule = NoiseSchedule(c.schedule)
-        x = ddim(
-            make_denoiser(c.unet, context, negative_context=negative, guidance_scale=guidance_scale),
+        schedule, levels = sampling.plan(c.schedule)
+        denoise = make_denoiser(
+            c.unet,
+            context,
+            negative_context=negative,
+            guidance_scale=guidance_scale,
+            windows=(windows, levels) if windows else None,
+        )
+        x = find_sampler(sampling.sampler, eta=eta)(
+            denoise,
             x.to(c.device),
             schedule=schedule,
-            timesteps=schedule.timesteps(num_inference_steps),
-            eta=eta,
+            timesteps=levels,
             noise=lambda: draw_noise(generators, shape).to(c.device),
             callback=after_step,
         )
@@ -182,8 +216,8 @@ class AnimateDiffPipeline:
         video_length: int = 16,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: Prompts = None,
         num_videos_per_prompt: int = 1,
         eta: float = 0.0,
@@ -211,7 +245,8 @@ class AnimateDiffPipeline:
         """
         if return_type not in RETURN_TYPES:
             raise UserError(f"got return_type {return_type!r}, expected one of {', '.join(RETURN_TYPES)}")
-        with tqdm(total=max(num_inference_steps, 0), disable=not show_progress, desc="animating", unit="step") as bar:
+        steps = self.complete_sampling(steps=num_inference_steps).steps
+        with tqdm(total=max(steps, 0), disable=not show_progress, desc="animating", unit="step") as bar:
             (samples,) = self(
                 prompt,
                 video_length,
@@ -230,14 +265,20 @@ class AnimateDiffPipeline:
             )
         return {"samples": samples.numpy() if return_type == "numpy" else samples}
 
+    def complete_sampling(self, **asked: Any) -> Sampling:
+        """The sampling of a call with these fields of Sampling; raises as `__call__` does."""
+        c = self.components
+        defaults = Sampling(c.sampler, c.schedule.timestep_spacing, steps=50)
+        return complete_sampling(asked, defaults, c.distillation)
+
     def _check(
-        self, frames: int, height: int, width: int, steps: int, guidance_scale: float, videos: int, eta: float
+        self, frames: int, height: int, width: int, sampling: Sampling, videos: int, windows: Windows | None
     ) -> None:
         for name, value in (
             ("num_frames", frames),
             ("height", height),
             ("width", width),
-            ("num_inference_steps", steps),
+            ("num_inference_steps", sampling.steps),
             ("num_videos_per_prompt", videos),
         ):
             if value < 1:
@@ -247,17 +288,19 @@ class AnimateDiffPipeline:
             if value % c.vae.config.downsampling:
                 raise UserError(f"{name}: got {value} pixels, expected a multiple of {c.vae.config.downsampling}")
         motion = c.unet.config.motion
-        if motion and frames > motion.max_frames:
+        if motion and (seen := min(frames, windows.length) if windows else frames) > motion.max_frames:
+            what, longest = "window length" if windows else "num_frames", motion.max_frames
             raise UserError(
-                f"num_frames: got {frames}, expected at most {motion.max_frames}, the longest clip the "
-                f"{motion.version} motion module was trained on: make a shorter clip, or set max_frames in the config"
+                f"{what}: got {seen}, expected at most {longest}, the longest clip the {motion.version} motion module "
+                f"was trained on: animate in overlapping windows by windows=Windows(length={min(16, longest)}), make a "
+                "shorter clip, or set max_frames in the config"
             )
-        if steps > c.schedule.num_train_timesteps:
-            raise UserError(f"num_inference_steps: got {steps}, expected at most {c.schedule.num_train_timesteps}")
-        if guidance_scale < 0:
-            raise UserError(f"guidance_scale: got {guidance_scale:g}, expected 0 or more (1 turns guidance off)")
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta: got {eta:g}, expected 0 (deterministic) to 1")
+        if sampling.steps > (most := c.schedule.num_train_timesteps):
+            raise UserError(f"num_inference_steps: got {sampling.steps}, expected at most {most}")
+        if sampling.guidance_scale < 0:
+            raise UserError(f"guidance_scale: got {sampling.guidance_scale:g}, expected 0 or more (1 is no guidance)")
+        if not 0 <= sampling.eta <= 1:
+            raise UserError(f"eta: got {sampling.eta:g}, expected 0 (deterministic) to 1")
 
     def _encode(
         self,
@@ -299,6 +342,16 @@ class AnimateDiffPipeline:
         c = self.components
         ids = c.tokenizer(texts, max_length=c.text_encoder.config.max_length)
         return c.text_encoder.encode(ids.to(c.device))
+
+    @torch.no_grad()
+    def decode_frames(self, latents: Tensor, *, chunk: int = 8) -> Iterator[np.ndarray]:
+        """The frames of one clip, uint8 (H, W, 3), one after the other: only `chunk` of them are there at a time.
+
+        Args:
+            latents: (1, c, f, h, w), as the output type "latent" gives them.
+        """
+        for part in latents.split(chunk, dim=2):
+            yield from to_uint8(self._decode(rearrange(part, "b c f h w -> b f c h w"), "pt", chunk)[0])
 
     def _decode(self, latents: Tensor, output_type: str, chunk_frames: int) -> Any:
         if output_type == "latent":

@@ -66,14 +66,18 @@ class Assembler:
             lora = read_lora(path, name=_unused_name(path, loras))
             reports.append(str(loras.add(lora, scale, alpha_rule=rule)))
         loras.merge()
+        schedule = checked.inference.build_schedule(image.schedule.prediction_type if image.schedule else None)
         return Components(
             unet=place(unet, self.device, self.dtype),
             vae=place(share_weights(image.vae), self.device, self.dtype),
             text_encoder=place(text_encoder, self.device, self.dtype),
             tokenizer=tokenizer,
-            schedule=checked.inference.build_schedule(image.schedule.prediction_type if image.schedule else None),
+            schedule=replace(schedule, timestep_spacing=checked.sampling.timestep_spacing),
             loras=loras,
             reports=tuple(reports),
+            sampler=checked.sampling.sampler,
+            windows=checked.windows,
+            distillation=checked.distillation,
         )
 
     def _image_model(self, base_path: Path, personal_path: Path | None) -> ImageModel:

@@ -12,7 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from animatediff.model_config import ScheduleConfig
+from animatediff.diffusion.windows import Windows
+from animatediff.model_config import Distillation, ScheduleConfig
 from animatediff.models.lora import LoRAStack
 from animatediff.models.text import TextEncoder, Tokenizer
 from animatediff.models.unet import UNet
@@ -34,6 +35,9 @@ class Components:
     schedule: ScheduleConfig
     loras: LoRAStack
     reports: tuple[str, ...] = ()  # one line for each file that was loaded
+    sampler: str = "ddim"  # where a call does not say
+    windows: Windows | None = None  # where a call does not say
+    distillation: Distillation | None = None  # what the motion module needs, if it was distilled to few steps
 
     @property
     def device(self) -> torch.device:

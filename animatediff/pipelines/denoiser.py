@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from animatediff.diffusion.guidance import Denoise, classifier_free_guidance
+from animatediff.diffusion.windows import Windows, windowed
 from animatediff.models.unet import UNet
 
 
 def make_denoiser(
-    unet: UNet, context: Tensor, *, negative_context: Tensor | None = None, guidance_scale: float = 1.0
+    unet: UNet,
+    context: Tensor,
+    *,
+    negative_context: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    windows: tuple[Windows, Tensor] | None = None,
 ) -> Denoise:
     """The network's prediction for given prompts, guided where the scale is above 1.
 
@@ -21,6 +27,7 @@ def make_denoiser(
         context: text embedding of the prompts (b, l, d).
         negative_context: of the negative prompts (b, l, d); needed for guidance.
         guidance_scale: at 1 and below there is no unconditional pass, and the negative prompts do nothing.
+        windows: the windows of frames that the network sees, and the sampler's timesteps; without, whole clips.
 
     Returns:
         Denoise: x (b, f, c, h, w), t (b,) -> prediction of x's shape and dtype.
@@ -34,4 +41,5 @@ def make_denoiser(
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         return unet(x.to(weight.dtype), t, text).to(x.dtype)
 
-    return classifier_free_guidance(denoise, guidance_scale) if guided else denoise
+    cut = windowed(denoise, *windows) if windows else denoise
+    return classifier_free_guidance(cut, guidance_scale) if guided else cut

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from tqdm import tqdm
 import animatediff
 from animatediff.checkpoints.files import file_sha256
 from animatediff.config import AnimateEntry, RunConfig, dump_config, load_config
-from animatediff.data.video_io import read_video, save_video, tile, to_uint8
+from animatediff.data.video_io import STREAMED, FrameStream, read_video, replacing, save_video, tile
 from animatediff.pipelines.animate import AnimateDiffPipeline, advance
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import draw_seed, pick_device, pick_dtype, seeded
@@ -68,6 +69,7 @@ def animate(
     target = pick_device(device)
     weights_dtype = pick_dtype(dtype, target)
     checked = check_entries(config.entries)
+    config = replace(config, entries=tuple(entry.entry for entry in checked))  # nothing is left open in them
     provenance = {"device": str(target), "dtype": str(weights_dtype).removeprefix("torch."), **_versions()}
     folder, config = _open_folder(config, output_dir, provenance)
     jobs = plan(config, folder)
@@ -75,7 +77,7 @@ def animate(
     if done := len(jobs) - len(waiting):
         _say(f"{done} of {len(jobs)} prompts are there already")
     clips: dict[Path, np.ndarray] = {}
-    with _progress(config, jobs, waiting) as bar, _hint_on_interrupt(folder, jobs):
+    with _progress(checked, jobs, waiting) as bar, _hint_on_interrupt(folder, jobs):
         assembler = Assembler(target, weights_dtype)
         for index, entry in enumerate(checked):
             todo = [job for job in waiting if job.entry == index]
@@ -90,7 +92,8 @@ def animate(
             bar.unpause()  # loading is no part of a step
             for job in todo:
                 bar.set_description(f"prompt {jobs.index(job) + 1}/{len(jobs)}")
-                clips[job.path] = _run(pipeline, entry, job, hashes, bar)
+                if (frames := _run(pipeline, entry, job, hashes, bar)) is not None:
+                    clips[job.path] = frames
             del pipeline, components
     grid = folder / ("sample-grid" if config.entries[0].format == "png" else f"sample.{config.entries[0].format}")
     if waiting or not grid.exists():
@@ -116,31 +119,36 @@ def file_words(prompt: str) -> str:
 
 def _run(
     pipeline: AnimateDiffPipeline, checked: CheckedEntry, job: Job, hashes: dict[str, str], bar: tqdm
-) -> np.ndarray:
-    """Make one clip and write it; returns its frames, uint8 (f, H, W, 3)."""
-    entry = checked.entry
+) -> np.ndarray | None:
+    """Make one clip and write it; returns its frames, uint8 (f, H, W, 3), where they are not written as a stream."""
+    entry, sampling = checked.entry, checked.sampling
     try:
-        (videos,) = pipeline(
+        (latents,) = pipeline(
             job.prompt,
             entry.L,
             entry.H,
             entry.W,
-            entry.steps,
-            entry.guidance_scale,
+            sampling.steps,
+            sampling.guidance_scale,
             job.negative_prompt,
-            eta=entry.eta,
+            eta=sampling.eta,
             generator=seeded(job.seed),
-            output_type="pt",
+            output_type="latent",
             return_dict=False,
             callback_on_step_end=advance(bar),
+            sampler=sampling.sampler,
+            timestep_spacing=sampling.timestep_spacing,
+            timesteps=sampling.timesteps,
         )
+        stream = pipeline.decode_frames(latents)
+        frames = None if job.path.suffix in STREAMED else np.stack(list(stream))
+        clip = FrameStream(entry.L, stream) if frames is None else frames
+        save_video(clip, job.path, entry.fps, metadata=_settings(checked, job, hashes))
     except torch.OutOfMemoryError:
         raise UserError(
             f"entry {entry.name}: got {entry.L} frames of {entry.H}x{entry.W}, more than the device's memory can take: "
             "choose smaller L, H or W, or --dtype float16"
         ) from None
-    frames = to_uint8(videos[0])
-    save_video(frames, job.path, entry.fps, metadata=_settings(checked, job, hashes))
     with tqdm.external_write_mode(file=sys.stdout):
         print(job.path, flush=True)
     return frames
@@ -150,8 +158,10 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     """What made a clip, for the clip's own file."""
     entry = checked.entry
     settings: dict[str, Any] = {"prompt": job.prompt, "negative_prompt": job.negative_prompt, "seed": job.seed}
-    settings |= {key: getattr(entry, key) for key in ("steps", "guidance_scale", "eta", "L", "H", "W")}
-    settings["sampler"] = "ddim"
+    settings |= {key: value for key, value in asdict(checked.sampling).items() if value != ()}
+    settings |= {key: getattr(entry, key) for key in ("L", "H", "W")}
+    if checked.windows:
+        settings |= {f"window_{key}": value for key, value in asdict(checked.windows).items()}
     for key, path in entry.weight_paths().items():
         settings[key] = {"path": path, "sha256": hashes[str(checked.files[key])]}
     if entry.lora_model_path:
@@ -164,7 +174,15 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
 
 
 def _write_grid(path: Path, config: RunConfig, jobs: list[Job], clips: dict[Path, np.ndarray]) -> None:
-    """All clips side by side, in the first entry's format and speed; clips of an earlier start are read back."""
+    """All clips side by side, in the first entry's format and speed; a single clip is copied.
+
+    Clips of an earlier start, and those written as a stream, are read back.
+    """
+    if len(jobs) == 1:
+        with replacing(path) as temporary:
+            (shutil.copytree if jobs[0].path.is_dir() else shutil.copyfile)(jobs[0].path, temporary)
+        print(path)
+        return
     videos = [clips[job.path] if job.path in clips else read_video(job.path)[0].numpy() for job in jobs]
     save_video(
         tile(videos, GRID_COLUMNS), path, config.entries[0].fps, metadata={"prompts": [job.prompt for job in jobs]}
@@ -279,9 +297,9 @@ def _say(line: str) -> None:
 
 
 @contextmanager
-def _progress(config: RunConfig, jobs: list[Job], waiting: list[Job]) -> Iterator[tqdm]:
+def _progress(checked: list[CheckedEntry], jobs: list[Job], waiting: list[Job]) -> Iterator[tqdm]:
     """One bar for all steps of all prompts that are to be done."""
-    total = sum(config.entries[job.entry].steps for job in waiting)
+    total = sum(checked[job.entry].sampling.steps for job in waiting)
     first = jobs.index(waiting[0]) + 1 if waiting else len(jobs)
     description = f"prompt {first}/{len(jobs)}"
     with tqdm(total=total, desc=description, unit="step", file=sys.stderr, disable=not waiting) as bar:

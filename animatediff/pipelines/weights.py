@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import animatediff
 from animatediff.checkpoints.identify import FileInfo, identify, refusal
 from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config import AnimateEntry
+from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
+from animatediff.diffusion.windows import Windows
 from animatediff.inference_config import InferenceConfig, load_inference_config
-from animatediff.model_config import MOTION_VERSIONS
+from animatediff.model_config import ANIMATE_LCM, MOTION_VERSIONS, Distillation
+from animatediff.pipelines.sampling import Sampling, complete_sampling
 from animatediff.utils import UserError, naming
 
+DEFAULT_WINDOW = 16  # frames: what all motion modules were trained on
 REPOSITORY = Path(animatediff.__file__).resolve().parents[1]
 
 # key of a prompt config -> (what belongs there, the kinds of file that are it)
@@ -29,6 +33,8 @@ EXPECTED = {
 
 MOTION_FILES = "https://huggingface.co/guoyww/animatediff"
 IMAGE_MODELS = "https://huggingface.co/guoyww/animatediff_t2i_backups"
+ANIMATE_LCM_FILES = "https://huggingface.co/wangfuyun/AnimateLCM"
+LIGHTNING_FILES = "https://huggingface.co/ByteDance/AnimateDiff-Lightning"
 SD15 = "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5"
 # where a file of this name is published
 SOURCES = {
@@ -55,6 +61,8 @@ SOURCES = {
         ),
         IMAGE_MODELS,
     ),
+    **dict.fromkeys(("AnimateLCM_sd15_t2v.ckpt", "AnimateLCM_sd15_t2v_lora.safetensors"), ANIMATE_LCM_FILES),
+    **{f"animatediff_lightning_{n}step_comfyui.safetensors": LIGHTNING_FILES for n in (1, 2, 4, 8)},
     "stable-diffusion-v1-5": SD15,
     "v1-5-pruned-emaonly.safetensors": SD15,
     "v1-5-pruned.safetensors": SD15,
@@ -63,12 +71,17 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class CheckedEntry:
-    """An entry whose files are all there: their places by key, and what the motion module is."""
+    """An entry whose files are all there: their places by key, what the motion module is, how it is sampled.
+
+    The entry's own keys say what `sampling` and `windows` say, so that nothing in it is left open.
+    """
 
     entry: AnimateEntry
     files: dict[str, Path]
     inference: InferenceConfig
     motion: FileInfo | None
+    sampling: Sampling
+    windows: Windows | None = None
 
     @property
     def version(self) -> str | None:
@@ -79,15 +92,18 @@ class CheckedEntry:
         return self.inference.version or None if undecided else None
 
     @property
+    def distillation(self) -> Distillation | None:
+        """What a distilled motion module needs; None for others, and where the entry says it is another version."""
+        return _distillation(self.entry, self.motion)
+
+    @property
     def max_frames(self) -> int | None:
         """The longest clip its motion module takes; None without one."""
         if self.motion is None:
             return None
-        trained = trained_frames(
-            self.motion.metadata,
-            length=self.motion.positional_length,
-            version=self.version or self.motion.version or "",
-        )
+        version = self.version or self.motion.version or ""
+        with naming(f"motion_module: {self.motion.path}"):
+            trained = trained_frames(self.motion.metadata, length=self.motion.positional_length, version=version)
         asked = self.inference.unet and self.inference.unet.motion_module_kwargs.temporal_position_encoding_max_len
         return max(trained, self.entry.max_frames, asked or 0)
 
@@ -105,6 +121,8 @@ def check_entries(entries: Iterable[AnimateEntry]) -> list[CheckedEntry]:
             raise UserError(
                 f"entry {entry.name}: SparseCtrl is not available yet: remove the controlnet_ keys to animate without"
             )
+        if entry.sampler:
+            find_sampler(entry.sampler)
     found = [_find_all(entry) for entry in entries]  # every file of every entry, before the first is opened
     infos: dict[Path, FileInfo] = {}
     for entry, files in zip(entries, found, strict=True):
@@ -156,35 +174,82 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
             "trained on, v2 for the official ones: add it"
         )
     motion = infos[files["motion_module"]] if "motion_module" in files else None
-    checked = CheckedEntry(entry, files, inference, motion)
-    schedule = inference.build_schedule()
+    with naming(f"entry {entry.name}"):
+        sampling = _sampling(entry, inference, _distillation(entry, motion))
+        checked = CheckedEntry(replace(entry, **asdict(sampling)), files, inference, motion, sampling)
+        if motion is not None:
+            _check_version(checked)
+        windows = _windows(entry, checked.max_frames)
+    if windows is None:
+        return checked
+    said = {f"window_{key}": value for key, value in asdict(windows).items()}
+    return replace(checked, entry=replace(checked.entry, **said), windows=windows)
+
+
+def _distillation(entry: AnimateEntry, motion: FileInfo | None) -> Distillation | None:
+    """A `version` in the entry has the last word."""
+    if entry.version == "animatelcm":
+        return ANIMATE_LCM
+    return None if motion is None or entry.version else motion.distillation
+
+
+def _sampling(entry: AnimateEntry, inference: InferenceConfig, distilled: Distillation | None) -> Sampling:
+    asked = {key: getattr(entry, key) for key in asdict(Sampling())}
+    asked["timestep_spacing"] = entry.timestep_spacing or inference.schedule.get("timestep_spacing")
+    sampling = complete_sampling(asked, Sampling(), distilled)
+    schedule = inference.build_schedule("v_prediction")  # what the base model predicts is of no interest yet
     with naming(inference.path):
         NoiseSchedule(schedule)
-    if entry.steps > (most := schedule.num_train_timesteps):
-        raise UserError(f"entry {entry.name}: steps: got {entry.steps}, expected at most {most}")
-    if motion is not None:
-        _check_motion(checked)
-    return checked
+    if sampling.steps > (most := schedule.num_train_timesteps):
+        raise UserError(f"steps: got {sampling.steps}, expected at most {most}")
+    sampling.plan(schedule)
+    return sampling
 
 
-def _check_motion(checked: CheckedEntry) -> None:
-    entry, motion = checked.entry, checked.motion
+def _windows(entry: AnimateEntry, longest: int | None) -> Windows | None:
+    """The windows an entry asks for, if it does; `longest` is the longest clip that its motion module takes."""
+    keys = ("length", "overlap", "fuse", "stride")
+    said = {
+        key: value
+        for key in keys
+        if (value := getattr(entry, f"window_{key}")) != getattr(AnimateEntry, f"window_{key}")
+    }
+    if entry.window_schedule:
+        length = entry.window_length or min(DEFAULT_WINDOW, longest or DEFAULT_WINDOW)
+        windows = Windows(entry.window_schedule, **{"length": length, "overlap": length // 4} | said)
+        if longest is not None and min(length, entry.L) > longest:
+            raise UserError(f"window_length: got {length} frames, expected at most {longest}, {_trained(entry)}")
+        return windows
+    if said:
+        key = f"window_{min(said)}"
+        raise UserError(
+            f"{key}: got {getattr(entry, key)} without a window_schedule: add window_schedule=open, or remove it"
+        )
+    if longest is not None and entry.L > longest:
+        raise UserError(
+            f"L: got {entry.L} frames, expected at most {longest}, {_trained(entry)}: animate it in overlapping "
+            f"windows by window_schedule=open (closed: a loop), use L={longest}, or max_frames={entry.L} at your "
+            "own risk"
+        )
+    return None
+
+
+def _trained(entry: AnimateEntry) -> str:
+    return f"the longest clip {Path(entry.motion_module).name} was trained on"
+
+
+def _check_version(checked: CheckedEntry) -> None:
+    motion = checked.motion
     assert motion is not None
-    where = f"entry {entry.name}: motion_module: {motion.path}"
+    where = f"motion_module: {motion.path}"
     if motion.version is None and checked.version is None:
         raise UserError(
             f"{where}: v1 and v3 modules look the same without their positional encoding: add `version: v1` or "
             "`version: v3` to the entry"
         )
+    entry = checked.entry
     if entry.version and motion.version not in (entry.version, "animatelcm", None):  # of these two the file is not sure
         raise UserError(
             f"{where} is a {motion.version} module, but the entry says `version: {entry.version}`: remove it"
         )
     checked.inference.check_version(MOTION_VERSIONS[checked.version or motion.version or ""])
-    with naming(where):
-        longest = checked.max_frames
-    if longest is not None and entry.L > longest:
-        raise UserError(
-            f"entry {entry.name}: L: got {entry.L} frames, expected at most {longest}, the longest clip "
-            f"{motion.path.name} was trained on: use L={longest}, or max_frames={entry.L} at your own risk"
-        )

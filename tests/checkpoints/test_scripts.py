@@ -32,8 +32,9 @@ def test_inspect_describes_several_files_and_goes_on_after_a_bad_one(tmp_path):
     tensors = tensors | {name: torch.tensor([float("nan"), float("inf"), -float("inf")] + [0.0] * 29)}
     motion = write(tmp_path / "mm.safetensors", tensors, title="test")
     lora = write(tmp_path / "lora.ckpt", lora_tensors("motion_lora"))
+    lightning = write(tmp_path / "AnimateDiff_Lightning_8step.ckpt", with_positional(motion_tensors("v2"), 32))
     (tmp_path / "page.ckpt").write_text("<html>")
-    result = run("inspect.py", motion, tmp_path / "page.ckpt", lora, cwd=tmp_path)
+    result = run("inspect.py", motion, tmp_path / "page.ckpt", lora, lightning, cwd=tmp_path)
     assert failed_cleanly(result, "an HTML page")
     first, second = result.stdout.split(str(lora) + "\n")
     for text in (
@@ -49,6 +50,8 @@ def test_inspect_describes_several_files_and_goes_on_after_a_bad_one(tmp_path):
         f"motion_module: {motion}",
     ):
         assert text in first, text
+    assert "sampling" not in first
+    assert "AnimateDiff-Lightning of 8 steps: sampler euler, trailing timestep_spacing, 8 steps, guidance" in second
     assert "motion-lora: a MotionLoRA" in second
     assert f"motion_module_lora_configs: [{{path: {lora}, alpha: 1.0}}]" in second
 

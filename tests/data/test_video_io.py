@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from animatediff.data import gif, video_io
-from animatediff.data.video_io import read_metadata, read_video, save_video, save_videos_grid, tile, to_uint8
+from animatediff.data.video_io import (
+    FrameStream,
+    read_metadata,
+    read_video,
+    save_video,
+    save_videos_grid,
+    tile,
+    to_uint8,
+)
 from animatediff.utils import UserError
 
 ENDINGS = (".gif", ".mp4", ".webp", "")
@@ -51,6 +59,37 @@ def test_odd_sizes(tmp_path, ending, shape):
     """Kept as they are; H.264 gets its last row and column twice."""
     frames, _ = read_video(save_video(smooth(3, 33, 47), tmp_path / f"odd{ending}"))
     assert frames.shape == (3, *shape, 3)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_stream_is_the_same_file(tmp_path, ending):
+    frames = to_uint8(smooth(5, 33, 47))
+    whole = save_video(frames, tmp_path / f"whole{ending}", 12, {"seed": 1})
+    stream = save_video(FrameStream(5, iter(frames)), tmp_path / f"stream{ending}", 12, {"seed": 1})
+    assert read_metadata(stream) == read_metadata(whole) and read_metadata(whole)["frames"] == 5
+    assert torch.equal(read_video(stream)[0], read_video(whole)[0])
+
+
+def test_a_stream_is_written_as_it_comes(tmp_path):
+    """Every frame is on disk before the next is asked for, and a stream that breaks off leaves nothing behind."""
+
+    def frames(count):
+        for i in range(4):
+            assert len(list(tmp_path.rglob("*.png"))) == i
+            if i == count:
+                raise KeyboardInterrupt
+            yield np.full((8, 8, 3), i, np.uint8)
+
+    for name in ("clip", "clip.mp4"):
+        with pytest.raises(KeyboardInterrupt):
+            save_video(FrameStream(4, frames(2) if name == "clip" else _broken()), tmp_path / name)
+        assert not list(tmp_path.iterdir())
+    assert len(list(save_video(FrameStream(4, frames(9)), tmp_path / "clip").iterdir())) == 4
+
+
+def _broken():
+    yield np.zeros((8, 8, 3), np.uint8)
+    raise KeyboardInterrupt
 
 
 def test_uint8_is_rounded_and_clipped():

@@ -134,7 +134,7 @@ def test_single_ddim_steps(name, eta, prediction):
             lambda x, t: golden("input.ddim_eps"),
             golden("input.ddim_x"),
             schedule=schedule,
-            timesteps=schedule.timesteps(10)[3:4].expand(10),  # the first step of the run is the fourth of ten
+            timesteps=schedule.timesteps(10)[3:],  # the first step of the run is the fourth of ten
             eta=eta,
             noise=lambda: golden("input.ddim_noise"),
             callback=lambda step, t, x, seen=seen: seen.append(x.clone()),

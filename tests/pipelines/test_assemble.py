@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from animatediff.checkpoints.files import read_state_dict
+from animatediff.diffusion.windows import Windows
 from animatediff.model_config import MOTION_VERSIONS
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.weights import SOURCES, check_entries, find_file
@@ -140,6 +141,14 @@ def test_a_text_encoder_of_another_vocabulary(nano, make_entry):
         ({"inference_config": "configs/inference/inference-v2.yaml"}, "describes a v2 module .* motion module is v3"),
         ({"inference_config": "{nano}/cosine.yaml"}, "cosine.yaml: got beta_schedule 'cosine', expected one of linear"),
         ({"L": 33}, "L: got 33 frames, expected at most 32, .* use L=32, or max_frames=33 at your own risk"),
+        ({"L": 33}, r"in overlapping windows by window_schedule=open \(closed: a loop\)"),
+        ({"L": 40, "window_schedule": "opn"}, "entry second: unknown window schedule 'opn', the nearest .* 'open'"),
+        (
+            {"L": 40, "window_schedule": "open", "window_length": 33},
+            "window_length: got 33 frames, expected at most 32",
+        ),
+        ({"L": 40, "window_schedule": "open", "window_overlap": 16}, "window overlap: got 16, expected 0 to 15"),
+        ({"window_overlap": 2}, "window_overlap: got 2 without a window_schedule: add window_schedule=open"),
         ({"L": 25, "motion_module": "{nano}/mm_v1.safetensors"}, "expected at most 24"),
         ({"steps": 1001}, "steps: got 1001, expected at most 1000"),
         ({"controlnet_path": "nowhere.ckpt"}, "SparseCtrl is not available yet"),
@@ -185,6 +194,23 @@ def test_longer_clips_on_request(nano, make_entry):
     path = str(write(nano / "v1_pe.safetensors", with_positional(motion_tensors("v1"), 24)))
     (checked,) = check_entries([make_entry(motion_module=path, max_frames=30, L=30)])
     assert Assembler(torch.device("cpu"), torch.float32).assemble(checked).unet.config.motion.max_frames == 30
+
+
+def test_windows_are_completed(make_entry):
+    """What the entry leaves open is filled in, and goes into the networks' defaults and the entry itself."""
+    (checked,) = check_entries([make_entry(L=64, window_schedule="closed")])
+    assert checked.windows == Windows("closed", 16, 4, "pyramid")
+    assert (checked.entry.window_length, checked.entry.window_overlap) == (16, 4)
+    (checked,) = check_entries(
+        [
+            make_entry(
+                L=64, window_schedule="uniform", window_length=8, window_overlap=0, window_stride=2, window_fuse="flat"
+            )
+        ]
+    )
+    assert checked.windows == Windows("uniform", 8, 0, "flat", 2)
+    assert Assembler(torch.device("cpu"), torch.float32).assemble(checked).windows == checked.windows
+    assert check_entries([make_entry()])[0].windows is None
 
 
 def test_norm_over_frames(make_entry):

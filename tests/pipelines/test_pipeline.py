@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from animatediff.diffusion.windows import Windows
 from animatediff.pipelines.animate import AnimateDiff, AnimateDiffPipeline
 from animatediff.pipelines.components import make_noise, seeded
 from animatediff.utils import UserError
@@ -112,6 +113,22 @@ def test_one_frame_and_chunks(run):
     assert torch.allclose(small, large, atol=1e-4)
 
 
+def test_long_clips(pipeline, run):
+    """Longer than the module was trained for; a window that holds the whole clip changes nothing."""
+    windows = Windows("open", length=4, overlap=1)
+    sizes = []
+    hook = pipeline.components.unet.conv_in.register_forward_hook(lambda *call: sizes.append(len(call[2])))
+    try:
+        clip = run(num_frames=34, windows=windows, output_type="latent", num_inference_steps=1)
+    finally:
+        hook.remove()
+    assert clip.shape == (1, 4, 34, 2, 2) and clip.isfinite().all()
+    assert set(sizes) == {2 * 4}, "with guidance, two halves of a window at a time"
+    assert torch.equal(run(num_frames=4, windows=windows), run(num_frames=4))
+    looped = run(num_frames=4, windows=Windows("closed", length=4, overlap=1))
+    assert not torch.allclose(looped, run(num_frames=4), atol=1e-3)
+
+
 def test_infer(pipeline, run):
     """mmagic's spelling gives the same clips."""
     assert AnimateDiff is AnimateDiffPipeline
@@ -131,7 +148,8 @@ def test_sizes_default_to_the_config(pipeline):
     ("arguments", "message"),
     [
         ({"num_frames": 0}, "num_frames: got 0"),
-        ({"num_frames": 33}, "num_frames: got 33, expected at most 32"),
+        ({"num_frames": 33}, r"num_frames: got 33, expected at most 32, .*windows=Windows\(length=16\)"),
+        ({"num_frames": 40, "windows": Windows(length=33)}, "window length: got 33, expected at most 32"),
         ({"height": 20}, "height: got 20 pixels, expected a multiple of 8"),
         ({"width": 17}, "width: got 17"),
         ({"num_inference_steps": 0}, "num_inference_steps: got 0"),

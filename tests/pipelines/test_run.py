@@ -62,7 +62,8 @@ def test_official_frames(nano, tmp_path):
 def config(nano, tmp_path_factory):
     """Two entries of different sizes, three prompts, seeds to be drawn."""
     first = entry(nano, prompt=['a "red"/fox: 2', "snow"], seed=-1, n_prompt=["bad"], format="webp")
-    path = write_config(tmp_path_factory.mktemp("config") / "mine.yaml", first, entry(nano, prompt=["tall"], H=24, L=3))
+    tall = entry(nano, prompt=["tall"], H=24, L=3, window_schedule="open", window_length=2)
+    path = write_config(tmp_path_factory.mktemp("config") / "mine.yaml", first, tall)
     return load_config(path)
 
 
@@ -94,10 +95,15 @@ def test_files_of_a_run(nano, config, tmp_path, capsys, monkeypatch):
     settings = read_metadata(folder / "sample" / names[0])
     assert settings["prompt"] == 'a "red"/fox: 2' and settings["negative_prompt"] == "bad"
     assert settings["seed"] == seeds[0] and settings["steps"] == 2 and settings["frames"] == 2
+    assert (settings["sampler"], settings["timestep_spacing"]) == ("ddim", "leading")
+    assert (saved["entries"][0]["sampler"], saved["entries"][0]["guidance_scale"]) == ("ddim", 7.5)
     assert settings["motion_module"] == {
         "path": str(nano / "mm_v3.safetensors"),
         "sha256": hashes[str(nano / "mm_v3.safetensors")],
     }
+    tall = read_metadata(folder / "sample" / names[2])
+    assert (tall["window_schedule"], tall["window_length"], tall["window_overlap"]) == ("open", 2, 0)
+    assert "window_schedule" not in settings and saved["entries"][1]["window_overlap"] == 0
     grid, _ = read_video(folder / "sample.webp")
     assert grid.shape == (3, 24 + 4, 3 * 18 + 2, 3)  # the tallest and the longest decide
 

@@ -1,0 +1,307 @@
+"""Samplers and timesteps against golden numbers and against the exact denoiser of a Gaussian."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from animatediff.diffusion.samplers import SAMPLERS, ddim, dpmpp_2m, euler, euler_ancestral, find_sampler, lcm, pndm
+from animatediff.diffusion.schedule import PREDICTIONS, SPACINGS, NoiseSchedule
+from animatediff.model_config import ScheduleConfig
+from animatediff.utils import UserError
+
+GOLDEN = load_file(Path(__file__).parents[1] / "golden/samplers.safetensors")
+DATA_STD = 0.5
+ONE_STEP = 3e-4  # from sigma 25 to 0, a difference of two almost equal numbers
+NOISY = ("euler_ancestral", "lcm")  # the others are deterministic
+
+
+def video(tensor):
+    return tensor.transpose(-4, -3)  # (b, c, f, h, w), as the golden numbers are, and back
+
+
+def gaussian(schedule, *, std=DATA_STD):
+    """The exact denoiser of N(0, std²), of the schedule's prediction type, at rounded timesteps (as in golden runs)."""
+
+    def denoise(x, t):
+        alpha = schedule.alpha_at(t.round().long()).reshape(-1, 1, 1, 1, 1)
+        clean = alpha.sqrt() * std**2 / (alpha * std**2 + 1 - alpha) * x
+        noise = (1 - alpha).sqrt() / (alpha * std**2 + 1 - alpha) * x
+        kind = schedule.config.prediction_type
+        return {"epsilon": noise, "sample": clean}.get(kind, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean)
+
+    return denoise
+
+
+def spaced(spacing="leading", betas="linear", **values):
+    return NoiseSchedule(ScheduleConfig(timestep_spacing=spacing, beta_schedule=betas, **values))
+
+
+def start(schedule, timesteps, spacing):
+    """Golden starts are scaled by their largest sigma; with leading spacing by sqrt(sigma² + 1), which is 1 here."""
+    x = video(GOLDEN["input.x"])
+    return x if spacing == "leading" else x * (1 - schedule.alpha_at(timesteps[0])).sqrt()
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+EULER_RUNS = [name.split(".")[1:4] for name in GOLDEN if name.startswith("euler.") and name.endswith(".x")]
+
+
+@pytest.mark.parametrize(("betas", "spacing", "steps"), EULER_RUNS)
+def test_euler(betas, spacing, steps):
+    name = f"euler.{betas}.{spacing}.{steps}"
+    schedule = spaced(spacing, betas)
+    timesteps = schedule.timesteps(int(steps))
+    assert timesteps.tolist() == GOLDEN[f"{name}.timesteps"].tolist()
+    assert_close(schedule.sigmas[timesteps], GOLDEN[f"{name}.sigmas"][:-1])
+    assert_close(schedule.timesteps_of(GOLDEN[f"{name}.sigmas"][:-1]), timesteps.float())
+    x = euler(gaussian(schedule), start(schedule, timesteps, spacing), schedule=schedule, timesteps=timesteps)
+    assert_close(video(x), GOLDEN[f"{name}.x"], ONE_STEP if steps == "1" else 1e-5)
+
+
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddim(betas, spacing):
+    schedule = spaced(spacing, betas)
+    timesteps = schedule.timesteps(10)
+    x = ddim(gaussian(schedule), video(GOLDEN["input.x"]), schedule=schedule, timesteps=timesteps)
+    assert_close(video(x), GOLDEN[f"ddim.{betas}.{spacing}.10.x"])
+
+
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
+def test_linspace_ddim_goes_to_the_next_timestep(betas):
+    """diffusers steps T // steps down whatever the next timestep is, and so leaves noise in its linspace clips."""
+    schedule = spaced("linspace", betas)
+    denoise, noise = gaussian(schedule), video(GOLDEN["input.x"])
+    timesteps, x = schedule.timesteps(10), noise
+    for t in timesteps:
+        seen = []
+        down = torch.stack([t, t - 100]) if t >= 100 else t[None]
+        ddim(denoise, x, schedule=schedule, timesteps=down, callback=lambda i, t, x, seen=seen: seen.append(x))
+        x = seen[0]
+    assert_close(video(x), GOLDEN[f"ddim.{betas}.linspace.10.x"])
+    ours = ddim(denoise, noise, schedule=schedule, timesteps=timesteps)
+    assert torch.equal(ours, euler(denoise, noise, schedule=schedule, timesteps=timesteps))
+
+
+def test_dpmpp_2m():
+    schedule = spaced()
+    timesteps = schedule.custom_timesteps(GOLDEN["dpmpp_2m.linear.10.timesteps"].tolist())
+    x = dpmpp_2m(gaussian(schedule), video(GOLDEN["input.x"]), schedule=schedule, timesteps=timesteps)
+    assert_close(video(x), GOLDEN["dpmpp_2m.linear.10.x"])
+
+
+def test_karras_spacing():
+    schedule = spaced("karras")
+    timesteps = schedule.timesteps(10)
+    assert timesteps.round().tolist() == GOLDEN["dpmpp_2m_karras.linear.10.timesteps"].tolist()
+    alpha = schedule.alpha_at(timesteps)
+    assert_close(((1 - alpha) / alpha).sqrt(), GOLDEN["dpmpp_2m_karras.linear.10.sigmas"][:-1])
+    x = dpmpp_2m(gaussian(schedule), video(GOLDEN["input.x"]), schedule=schedule, timesteps=timesteps)
+    assert_close(video(x), GOLDEN["dpmpp_2m_karras.linear.10.x"], 1e-4)
+
+
+def test_pndm():
+    schedule, seen = spaced(set_alpha_to_one=False), []
+    timesteps = schedule.timesteps(10)
+
+    def denoise(x, t):
+        seen.append(float(t[0]))
+        return gaussian(schedule)(x, t)
+
+    x = pndm(denoise, video(GOLDEN["input.x"]), schedule=schedule, timesteps=timesteps)
+    assert seen == GOLDEN["pndm.linear.10.timesteps"].tolist()
+    assert_close(video(x), GOLDEN["pndm.linear.10.x"])
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_lcm(steps):
+    schedule = spaced("lcm")
+    timesteps = schedule.timesteps(steps)
+    assert timesteps.tolist() == GOLDEN[f"lcm.linear.{steps}.timesteps"].tolist()
+    shape = GOLDEN["input.x"].shape
+    draws = iter(torch.randn(shape, generator=torch.Generator().manual_seed(1000 + i)) for i in range(steps))
+    x = lcm(
+        gaussian(schedule),
+        video(GOLDEN["input.x"]),
+        schedule=schedule,
+        timesteps=timesteps,
+        noise=lambda: video(next(draws)),
+    )
+    assert_close(video(x), GOLDEN[f"lcm.linear.{steps}.x"], ONE_STEP if steps == 1 else 1e-5)
+    assert torch.equal(GOLDEN[f"lcm.linear.{steps}.denoised"][-1], GOLDEN[f"lcm.linear.{steps}.x"])
+
+
+def test_zero_terminal_snr():
+    schedule = spaced("trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert schedule.alphas_cumprod[-1] == 0
+    assert (schedule.alphas_cumprod - GOLDEN["zero_snr.linear.alphas_cumprod"]).abs().max() < 1e-6
+    x, timesteps = video(GOLDEN["input.x"]), schedule.timesteps(10)
+    for name in set(SAMPLERS) - {"pndm"}:
+        out = SAMPLERS[name](
+            gaussian(schedule), x, schedule=schedule, timesteps=timesteps, noise=lambda: torch.randn(x.shape)
+        )
+        assert out.isfinite().all() and 0.2 < out.std() < 0.8, name
+    with pytest.raises(UserError, match="from which pndm cannot start: use ddim"):
+        pndm(gaussian(schedule), x, schedule=schedule, timesteps=timesteps)
+    with pytest.raises(UserError, match="largest sigma is infinite: use trailing"):
+        spaced("karras", prediction_type="sample", rescale_betas_zero_snr=True).timesteps(4)
+    with pytest.raises(UserError, match="rescale_betas_zero_snr with prediction_type epsilon, expected v_prediction"):
+        spaced(rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_prediction_types_agree(name):
+    """The same denoiser told as noise, v or clean data gives the same clip."""
+    clips = []
+    for kind in PREDICTIONS:
+        schedule, generator = spaced(prediction_type=kind), torch.Generator().manual_seed(0)
+        x = video(GOLDEN["input.x"])
+        clips.append(
+            SAMPLERS[name](
+                gaussian(schedule),
+                x,
+                schedule=schedule,
+                timesteps=schedule.timesteps(8),
+                noise=lambda x=x, generator=generator: torch.randn(x.shape, generator=generator),
+            )
+        )
+    for other in clips[1:]:
+        assert_close(other, clips[0], 1e-4)
+
+
+def std_at(schedule, t):
+    """Of x_t of N(0, s²) data. The probability flow takes x_t to x_t' in proportion to it."""
+    alpha = schedule.alpha_at(t)
+    return (alpha * DATA_STD**2 + 1 - alpha).sqrt()
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in NOISY])
+def test_deterministic_samplers_converge(name):
+    """To the exact solution of the probability flow, and those of higher order faster."""
+    schedule = spaced("karras", set_alpha_to_one=False)  # up to t = 0: the jump from there is of first order for all
+    x = torch.ones(1, 1, 1, 1, 1)
+
+    def exactly(x, t):  # at fractional timesteps too
+        alpha = schedule.alpha_at(t).reshape(-1, 1, 1, 1, 1)
+        return (1 - alpha).sqrt() / (alpha * DATA_STD**2 + 1 - alpha) * x
+
+    def error(steps):
+        timesteps = schedule.timesteps(steps)
+        out = SAMPLERS[name](exactly, x, schedule=schedule, timesteps=timesteps)
+        exact = std_at(schedule, torch.tensor(0)) / std_at(schedule, timesteps[0])
+        return abs(float(out / exact) - 1)
+
+    assert error(80) < error(40) < error(20)
+    assert error(40) < (0.05 if name in ("ddim", "euler") else 0.005)
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_noisy_samplers_draw_from_the_distribution(name):
+    schedule, generator = spaced("trailing"), torch.Generator().manual_seed(0)
+    x = torch.randn(1, 40_000, 1, 1, 1, generator=generator)
+
+    def noise():
+        return torch.randn(x.shape, generator=generator)
+
+    # A consistency model maps x to the end of its flow; here that is known exactly.
+    def consistent(x, t):
+        return DATA_STD / std_at(schedule, t).reshape(-1, 1, 1, 1, 1) * x
+
+    timesteps = schedule.timesteps(500 if name == "euler_ancestral" else 4)
+    if name == "lcm":
+        schedule = spaced("trailing", prediction_type="sample")
+    denoise = consistent if name == "lcm" else gaussian(schedule)
+    out = SAMPLERS[name](denoise, x, schedule=schedule, timesteps=timesteps, noise=noise)
+    assert abs(out.std() / DATA_STD - 1) < 0.03 and abs(out.mean()) < 0.01
+
+
+def test_euler_ancestral_is_karras_formula():
+    """sigma_up, sigma_down and the step written in x / sqrt(abar), as k-diffusion has them."""
+    schedule = spaced()
+    timesteps, denoise = schedule.timesteps(6), gaussian(schedule)
+    noises = torch.randn(6, *video(GOLDEN["input.x"]).shape, generator=torch.Generator().manual_seed(0))
+    sigmas = [*schedule.sigmas[timesteps].tolist(), 0.0]
+    x = video(GOLDEN["input.x"]) * math.sqrt(sigmas[0] ** 2 + 1)
+    for i, t in enumerate(timesteps):
+        now, after = sigmas[i], sigmas[i + 1]
+        epsilon = denoise(x / math.sqrt(now**2 + 1), t[None])
+        up = min(after, math.sqrt(after**2 * (now**2 - after**2) / now**2))
+        x = x + epsilon * (math.sqrt(after**2 - up**2) - now) + noises[i] * up
+    draws = iter(noises)
+    ours = euler_ancestral(
+        denoise, video(GOLDEN["input.x"]), schedule=schedule, timesteps=timesteps, noise=lambda: next(draws)
+    )
+    assert_close(ours, x)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("dpmpp_2m", "pndm")])
+def test_a_sampler_goes_on_where_it_stopped(name):
+    """From the latents that the callback saw; only the multistep samplers remember more."""
+    schedule = spaced()
+    timesteps, seen = schedule.timesteps(5), []
+    options = {"schedule": schedule, "noise": lambda: torch.full_like(GOLDEN["input.x"], 0.1).transpose(1, 2)}
+    sampler, x = SAMPLERS[name], video(GOLDEN["input.x"])
+    whole = sampler(
+        gaussian(schedule), x, timesteps=timesteps, callback=lambda *step: seen.append((*step[:2], step[2])), **options
+    )
+    assert [step[:2] for step in seen] == list(enumerate(timesteps.tolist()))
+    assert torch.equal(sampler(gaussian(schedule), seen[2][2], timesteps=timesteps[3:], **options), whole)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_clip_sample(name):
+    """Every prediction of clean data is held within [-1, 1]."""
+    schedule = spaced(clip_sample=True)
+    x = 5 * video(GOLDEN["input.x"])
+    out = SAMPLERS[name](
+        gaussian(schedule, std=5.0), x, schedule=schedule, timesteps=schedule.timesteps(5), noise=lambda: 0 * x
+    )
+    assert out.abs().max() < 1.05
+
+
+def test_names_and_noise():
+    with pytest.raises(UserError, match="unknown sampler 'eulr', the nearest known one is 'euler': .*all: ddim, euler"):
+        find_sampler("eulr")
+    with pytest.raises(UserError, match="got eta 0.5 with the sampler pndm, expected 0: only ddim"):
+        find_sampler("pndm", eta=0.5)
+    schedule = spaced()
+    for sampler in (find_sampler("ddim", eta=0.5), euler_ancestral, lcm):
+        with pytest.raises(ValueError, match="give `noise`"):
+            sampler(gaussian(schedule), video(GOLDEN["input.x"]), schedule=schedule, timesteps=schedule.timesteps(2))
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_timesteps_fall_within_the_schedule(spacing):
+    schedule = spaced(spacing)
+    for steps in (1, 2, 3, 7, 30, 50, 100):
+        timesteps = schedule.timesteps(steps)
+        assert len(timesteps) == steps and (timesteps.diff() < 0).all()
+        assert timesteps[-1] >= 0 and timesteps[0] <= 999
+        if spacing != "leading":
+            assert timesteps[0] == 999 or (spacing == "linspace" and steps == 1)
+
+
+def test_custom_timesteps_and_sigmas():
+    schedule = spaced()
+    assert schedule.custom_timesteps([999, 500.0, 1]).tolist() == [999, 500, 1]
+    assert schedule.custom_timesteps([999, 1]).dtype == torch.int64
+    assert schedule.custom_timesteps([10.5, 0]).tolist() == [10.5, 0.0]
+    for wrong in ([], [1, 2], [5, 5], [1000, 3], [3, -1]):
+        with pytest.raises(UserError, match="expected falling numbers from at most 999 to at least 0"):
+            schedule.custom_timesteps(wrong)
+    fractional = torch.tensor([998.25, 500.5, 0.125])
+    alpha = schedule.alpha_at(fractional).double()
+    assert_close(schedule.timesteps_of(((1 - alpha) / alpha).sqrt()), fractional, 1e-5)
+    for sigma in (26.0, 0.02):
+        with pytest.raises(UserError, match=f"got sigma {sigma:g}, expected 0.02917 to 25.15"):
+            schedule.timesteps_of([1.0, sigma])
+    with pytest.raises(UserError, match="got 101 steps, expected 1 to 100"):
+        spaced("lcm").timesteps(101)
+    with pytest.raises(UserError, match="got timestep_spacing 'tailing', expected one of leading"):
+        spaced("tailing")
