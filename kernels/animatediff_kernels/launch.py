@@ -53,9 +53,11 @@ def run(kernel: Any, programs: int, *args: Any, warps: int = 4, stages: int = 1,
     wide = [_widened(a) if isinstance(a, Tensor) and a.dtype == torch.bfloat16 else a for a in args]
     kernel[(programs,)](*wide, **constants, **options)
     for narrow, copy in zip(args, wide, strict=True):
-        if narrow is not copy:
+        if narrow is not copy and 0 not in narrow.stride():  # an expanded tensor is an input
             narrow.copy_(copy)
 
 
 def _widened(x: Tensor) -> Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=torch.float32, device=x.device).copy_(x)
+    """A float32 copy of x with x's strides."""
+    storage = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).float()
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
