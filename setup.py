@@ -8,9 +8,9 @@ setup(
     description="AnimateDiff (arXiv 2307.04725) on plain PyTorch: animate any SD 1.5 model, train every stage",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["animatediff*"]) + ["animatediff_kernels"],
+    packages=find_packages(include=["animatediff*"]) + find_packages("kernels"),
     package_dir={"animatediff_kernels": "kernels/animatediff_kernels"},
-    package_data={"animatediff": ["assets/*"]},
+    package_data={"animatediff": ["assets/*"], "animatediff_kernels": ["measured.csv"]},
     install_requires=[
         "torch>=2.6,<2.14",
         'triton; platform_system == "Linux"',

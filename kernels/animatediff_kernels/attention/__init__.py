@@ -1,26 +1,34 @@
-"""Scaled dot-product attention of token matrices, by torch's own kernels."""
+"""Scaled dot-product attention of token matrices."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from animatediff_kernels.attention.op import attention_op
+from animatediff_kernels.dispatch import Call, choose
+
 MAX_BATCH = 32_768  # rows per call: CUDA attention kernels put the batch on a grid axis that ends at 65,535
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, backend: str | None = None) -> Tensor:
     """softmax(q kᵀ / sqrt(head_dim)) v, heads packed in the last axis, no mask.
 
     Args:
         q: (n, s, num_heads * head_dim). k, v: (n, l, num_heads * head_dim), or (n / r, l, …) where r consecutive
             rows of q share keys and values: the frames of a clip attend to one text without copies of it.
+        backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
     Returns: (n, s, num_heads * head_dim).
+    Raises: ValueError for rows that do not divide, and where "triton" is asked for and cannot be had.
     """
     n, s, width = q.shape
     rows, tokens = k.shape[:2]
     if n % rows:
         raise ValueError(f"got {n} query rows and {rows} key rows, expected a multiple")
     head_dim = width // num_heads
+    call = Call.of("attention", q, k, v, tokens=s, keys=tokens, head_dim=head_dim)
+    if choose(call, backend).backend == "triton":
+        return attention_op(q, k, v, num_heads)[0]
     q = q.reshape(rows, n // rows * s, num_heads, head_dim).transpose(1, 2)
     k = k.reshape(rows, tokens, num_heads, head_dim).transpose(1, 2)
     v = v.reshape(rows, tokens, num_heads, head_dim).transpose(1, 2)

@@ -1,0 +1,199 @@
+"""Which backend computes an operation: torch's own kernels, or the Triton kernels of this package.
+
+A request comes from the argument `backend=`, else from `use_backend`, else from the environment variable
+ANIMATEDIFF_KERNELS, else it is "auto". Under "auto" Triton is chosen only where `measured.csv` has a row that says it
+was faster on this architecture, in this dtype, mode and shape. A request for "triton" that cannot be met raises.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "torch", "triton")
+ENVIRONMENT = "ANIMATEDIFF_KERNELS"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST_SM = 80  # bfloat16 matrix instructions and asynchronous copies begin with Ampere
+LIMITS = {  # what a kernel takes, both ends included; shape entries without a row have no limit
+    "temporal_attention": {"frames": (1, 64), "head_dim": (4, 160)},
+    "attention": {"head_dim": (4, 160)},
+    "layer_norm": {"width": (1, 4096)},
+}
+FLOAT32_FRAMES = 32  # more of them do not fit the registers
+NO_BACKWARD = ("guided_ddim",)
+
+_requested: str | None = None  # of use_backend; one per process, because backward runs in threads of its own
+
+
+class Choice(NamedTuple):
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that a choice depends on.
+
+    Attributes:
+        op: name of the operation.
+        device: "sm_90" and the like for NVIDIA GPUs, "interpreter" for CPU tensors under TRITON_INTERPRET=1, else
+            torch's device type.
+        dtype: of all tensors; None where they differ.
+        grad: whether a backward pass will follow.
+        shape: the sizes that matter to the operation, in its own order.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype | None
+    grad: bool
+    shape: tuple[tuple[str, int], ...]
+
+    @staticmethod
+    def of(op: str, *tensors: Tensor, **shape: int) -> Call:
+        """The call of `op` on these tensors."""
+        first = tensors[0]
+        return Call(
+            op,
+            device_name(first.device),
+            first.dtype if all(t.dtype == first.dtype for t in tensors) else None,
+            torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+            tuple(shape.items()),
+        )
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """The first columns of the call's row in `measured.csv`: op, arch, dtype, mode, shape."""
+        shape = " ".join([f"{name}={size}" for name, size in self.shape])
+        return self.op, self.device, str(self.dtype).removeprefix("torch."), "train" if self.grad else "forward", shape
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run on the CPU, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def device_name(device: torch.device) -> str:
+    """A device as `Call.device` spells it."""
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{10 * major + minor}"
+    return "interpreter" if device.type == "cpu" and interpreting() else device.type
+
+
+def read_measurements(path: Path) -> dict[tuple[str, ...], tuple[float, float]]:
+    """Milliseconds (triton, best of torch) of every measured call, keyed by `Call.row`."""
+    with path.open(newline="", encoding="utf-8") as file:
+        _, *rows = csv.reader(file)
+    return {tuple(row[:5]): (float(row[5]), float(row[6])) for row in rows}
+
+
+MEASURED = read_measurements(Path(__file__).with_name("measured.csv"))
+
+
+def refusal(call: Call) -> str | None:
+    """Why the Triton kernels cannot do this, or None."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if call.device == "cpu":
+        return "the tensors are on the CPU, the kernels run on NVIDIA GPUs (or, for tests, under TRITON_INTERPRET=1)"
+    if call.device != "interpreter" and not call.device.startswith("sm_"):
+        return f"the kernels run on NVIDIA GPUs, not on {call.device}"
+    if call.device.startswith("sm_") and int(call.device[3:]) < OLDEST_SM:
+        return f"{call.device} is older than sm_{OLDEST_SM}"
+    if call.dtype is None:
+        return "the tensors differ in dtype"
+    if call.dtype not in DTYPES:
+        return f"{call.dtype} is none of float32, float16, bfloat16"
+    if call.grad and call.op in NO_BACKWARD:
+        return f"{call.op} has no backward kernel"
+    if call.dtype == torch.float32 and dict(call.shape).get("frames", 0) > FLOAT32_FRAMES:
+        return f"float32 takes at most {FLOAT32_FRAMES} frames"
+    for name, size in call.shape:
+        low, high = LIMITS.get(call.op, {}).get(name, (size, size))
+        if not low <= size <= high:
+            return f"{name} {size} is outside {low} … {high}"
+    return None
+
+
+def auto(call: Call) -> Choice:
+    """What "auto" means for a call."""
+    reason = refusal(call)
+    if reason is not None:
+        return Choice("torch", reason)
+    if call.device == "interpreter":
+        return Choice("torch", "the interpreter is for tests")
+    times = MEASURED.get(call.row)
+    if times is None:
+        return Choice("torch", "no measurement says that triton is faster here")
+    triton, own = times
+    return Choice("triton" if triton < own else "torch", f"measured: triton {triton:g} ms, torch {own:g} ms")
+
+
+def requested() -> str:
+    """The backend asked for by `use_backend` or the environment."""
+    return _requested or _known(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+
+
+def choose(call: Call, backend: str | None = None) -> Choice:
+    """The backend of a call and why. Raises ValueError where "triton" was asked for and cannot be had."""
+    backend = requested() if backend is None else _known(backend, "backend")
+    if backend == "auto":
+        return auto(call)
+    if backend == "triton":
+        reason = refusal(call)
+        if reason is not None:
+            raise ValueError(f'{call.op}: backend "triton" was asked for, but {reason}; ask for "auto" or "torch"')
+    return Choice(backend, "asked for")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within it every operation runs on `backend`: "auto", "torch" or "triton".
+
+    It holds for the whole process. Call `backward` within it too where activations are checkpointed: recomputing a
+    block asks again.
+    """
+    global _requested
+    before, _requested = _requested, _known(backend, "backend")
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def explain(
+    op: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    grad: bool = False,
+    backend: str | None = None,
+    **shape: int,
+) -> Choice:
+    """Print and return which backend such a call would get, and why.
+
+    Args:
+        device: as `Call.device` spells it: "sm_90", "cpu", …
+        shape: the sizes of `Call.shape`, in the operation's order: frames=16, head_dim=40.
+    """
+    call = Call(op, device, dtype, grad, tuple(shape.items()))
+    choice = choose(call, backend)
+    print(f"{' '.join(call.row)}: {choice.backend}, {choice.reason}")
+    return choice
+
+
+def _known(backend: str, name: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"got {name}={backend!r}, expected one of {', '.join(BACKENDS)}")
+    return backend

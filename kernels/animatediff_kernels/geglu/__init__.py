@@ -1,0 +1,24 @@
+"""The gate of the transformers' feed-forward layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from animatediff_kernels.dispatch import Call, choose
+from animatediff_kernels.geglu.op import geglu_op
+
+
+def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """value * gelu(gate), by the exact GELU (Shazeer 2020, arXiv 2002.05202, Eq. 6).
+
+    Args:
+        x: (…, 2 * width), the values before the gates.
+        backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
+    Returns: (…, width).
+    Raises: ValueError where "triton" is asked for and cannot be had.
+    """
+    if choose(Call.of("geglu", x, width=x.shape[-1] // 2), backend).backend == "triton":
+        return geglu_op(x)
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)

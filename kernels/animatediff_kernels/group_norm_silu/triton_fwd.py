@@ -1,0 +1,173 @@
+"""GroupNorm and SiLU: the forward kernels.
+
+Channels of a group are rarely a power of two, so the two kernels that touch the activations work on channels: one
+writes mean and squared deviation of every channel over a chunk of tokens, one normalises. Between them a small kernel
+merges the parts of a group by the formula of Chan, Golub and LeVeque (1983, Eq. 2.1), which does not cancel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from animatediff_kernels import launch
+from animatediff_kernels.launch import blocks, power_of_2
+
+
+@triton.jit
+def parts_kernel(
+    x,
+    means,
+    deviations,
+    image_stride,
+    channel_stride,
+    token_stride,
+    tokens,
+    CHANNELS: tl.constexpr,
+    TOKEN_BLOCK: tl.constexpr,
+    CHANNEL_BLOCK: tl.constexpr,
+):
+    """Mean and sum of squared deviations of each channel over one chunk of tokens, both (images, chunks, channels)."""
+    pid = tl.program_id(0)
+    channel_blocks: tl.constexpr = (CHANNELS + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK
+    chunks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
+    channel = pid % channel_blocks * CHANNEL_BLOCK + tl.arange(0, CHANNEL_BLOCK)
+    chunk = pid // channel_blocks % chunks
+    image = (pid // channel_blocks // chunks).to(tl.int64)
+    token = chunk * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
+    valid = (token < tokens)[:, None] & (channel < CHANNELS)[None, :]
+    at = image * image_stride + token[:, None] * token_stride + channel[None, :] * channel_stride
+    value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+    mean = tl.sum(value, 0) / tl.minimum(TOKEN_BLOCK, tokens - chunk * TOKEN_BLOCK)
+    distance = tl.where(valid, value - mean[None, :], 0.0)
+    at = (image * chunks + chunk) * CHANNELS + channel
+    tl.store(means + at, mean, mask=channel < CHANNELS)
+    tl.store(deviations + at, tl.sum(distance * distance, 0), mask=channel < CHANNELS)
+
+
+@triton.jit
+def merge_kernel(
+    means,
+    deviations,
+    mean,
+    rstd,
+    tokens,
+    eps,
+    GROUPS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of one image
+    PARTS: tl.constexpr,  # chunks of all images of one statistic
+    TOKEN_BLOCK: tl.constexpr,
+    PART_BLOCK: tl.constexpr,
+    CHANNEL_BLOCK: tl.constexpr,
+):
+    """Mean and 1 / standard deviation of one group: M = sum n_i m_i / N, S = sum S_i + sum n_i (m_i - M)^2."""
+    pid = tl.program_id(0)
+    statistic, group = (pid // GROUPS).to(tl.int64), pid % GROUPS
+    channel = tl.arange(0, CHANNEL_BLOCK)[None, :]
+    at = statistic * PARTS * GROUPS * PER_GROUP + group * PER_GROUP + channel
+    number = tokens * (PARTS // CHUNKS * PER_GROUP) * 1.0
+    weighted = tl.zeros([PART_BLOCK, CHANNEL_BLOCK], tl.float32)
+    for start in range(0, PARTS, PART_BLOCK):
+        part = start + tl.arange(0, PART_BLOCK)[:, None]
+        valid = (part < PARTS) & (channel < PER_GROUP)
+        count = tl.minimum(TOKEN_BLOCK, tokens - part % CHUNKS * TOKEN_BLOCK)
+        weighted += tl.load(means + at + part * (GROUPS * PER_GROUP), mask=valid, other=0.0) * count
+    middle = tl.sum(tl.sum(weighted, 1), 0) / number
+    spread = tl.zeros([PART_BLOCK, CHANNEL_BLOCK], tl.float32)
+    for start in range(0, PARTS, PART_BLOCK):
+        part = start + tl.arange(0, PART_BLOCK)[:, None]
+        valid = (part < PARTS) & (channel < PER_GROUP)
+        count = tl.minimum(TOKEN_BLOCK, tokens - part % CHUNKS * TOKEN_BLOCK)
+        distance = tl.load(means + at + part * (GROUPS * PER_GROUP), mask=valid, other=0.0) - middle
+        own = tl.load(deviations + at + part * (GROUPS * PER_GROUP), mask=valid, other=0.0)
+        spread += tl.where(valid, own + count * distance * distance, 0.0)
+    variance = tl.sum(tl.sum(spread, 1), 0) / number
+    tl.store(mean + pid, middle)
+    tl.store(rstd + pid, 1.0 / tl.sqrt(variance + eps))
+
+
+@triton.jit
+def apply_kernel(
+    x,
+    weight,
+    bias,
+    mean,
+    rstd,
+    y,
+    image_stride,
+    channel_stride,
+    token_stride,
+    y_channel_stride,
+    y_token_stride,
+    tokens,
+    frames,
+    CHANNELS: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    SILU: tl.constexpr,
+    TOKEN_BLOCK: tl.constexpr,
+    CHANNEL_BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    channel_blocks: tl.constexpr = (CHANNELS + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK
+    chunks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
+    channel = pid % channel_blocks * CHANNEL_BLOCK + tl.arange(0, CHANNEL_BLOCK)
+    token = (pid // channel_blocks % chunks * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK))[:, None]
+    image = (pid // channel_blocks // chunks).to(tl.int64)
+    there = channel < CHANNELS
+    valid = (token < tokens) & there[None, :]
+    at = image * image_stride + token * token_stride + channel[None, :] * channel_stride
+    group = image // frames * (CHANNELS // PER_GROUP) + channel // PER_GROUP
+    value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
+    scale = tl.load(rstd + group, mask=there, other=0.0) * tl.load(weight + channel, mask=there, other=0.0)
+    middle = tl.load(mean + group, mask=there, other=0.0)
+    shift = tl.load(bias + channel, mask=there, other=0.0)
+    z = (value - middle[None, :]) * scale[None, :] + shift[None, :]
+    if SILU:
+        z = z / (1.0 + tl.exp(-z))
+    at = image * tokens * CHANNELS + token * y_token_stride + channel[None, :] * y_channel_stride
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=valid)
+
+
+def token_and_channel_block(x: Tensor, channels: int, tokens: int) -> dict[str, int]:
+    """The tile of the kernels that touch activations, for every architecture the same."""
+    rows, columns = (4096, 64) if launch.architecture(x) == "interpreter" else (128, 64)
+    return {"TOKEN_BLOCK": min(rows, power_of_2(tokens)), "CHANNEL_BLOCK": min(columns, power_of_2(channels))}
+
+
+def forward(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, frames: int, silu: bool, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Write y (n, c, tokens), a dense tensor; return mean and 1 / standard deviation, (n / frames, groups) float32.
+
+    x: (n, c, tokens), of any strides.
+    """
+    n, channels, tokens = x.shape
+    tile = token_and_channel_block(x, channels, tokens)
+    chunks, per_group = blocks(tokens, tile["TOKEN_BLOCK"]), channels // num_groups
+    programs = n * chunks * blocks(channels, tile["CHANNEL_BLOCK"])
+    means, deviations = x.new_empty(2, n, chunks, channels, dtype=torch.float32)
+    mean = x.new_empty(n // frames, num_groups, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    launch.run(parts_kernel, programs, x, means, deviations, *x.stride(), tokens, CHANNELS=channels, **tile)
+    launch.run(
+        merge_kernel,
+        n // frames * num_groups,
+        means,
+        deviations,
+        mean,
+        rstd,
+        tokens,
+        eps,
+        GROUPS=num_groups,
+        PER_GROUP=per_group,
+        CHUNKS=chunks,
+        PARTS=frames * chunks,
+        TOKEN_BLOCK=tile["TOKEN_BLOCK"],
+        PART_BLOCK=min(32, power_of_2(frames * chunks)),
+        CHANNEL_BLOCK=power_of_2(per_group),
+    )
+    sizes = {"CHANNELS": channels, "PER_GROUP": per_group, "SILU": silu, **tile}
+    strides = (*x.stride(), y.stride(1), y.stride(2))
+    launch.run(apply_kernel, programs, x, weight, bias, mean, rstd, y, *strides, tokens, frames, **sizes)
+    return mean, rstd

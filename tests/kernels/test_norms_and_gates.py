@@ -1,0 +1,135 @@
+"""GroupNorm + SiLU, LayerNorm + frame code, GEGLU and the guided DDIM step, in Triton's interpreter."""
+
+import pytest
+import torch
+from animatediff_kernels import geglu, group_norm_silu, guided_ddim, launch, layer_norm
+from animatediff_kernels.geglu.op import geglu_op
+from animatediff_kernels.geglu.reference import geglu_reference
+from animatediff_kernels.group_norm_silu.op import group_norm_silu_op
+from animatediff_kernels.group_norm_silu.reference import group_norm_silu_reference
+from animatediff_kernels.guided_ddim.op import guided_ddim_op
+from animatediff_kernels.guided_ddim.reference import guided_ddim_reference
+from animatediff_kernels.layer_norm.op import layer_norm_op
+from animatediff_kernels.layer_norm.reference import layer_norm_reference
+
+from tests.kernels.checks import assert_right
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda t: str(t)[6:])
+
+
+def check_group_norm(x, groups, frames, silu=True):
+    weight, bias = torch.randn(2, x.shape[1]).to(x.dtype)
+    assert_right(
+        lambda x, w, b: group_norm_silu(x, groups, w, b, eps=1e-5, frames=frames, silu=silu),
+        lambda x, w, b: group_norm_silu_reference(x, groups, w, b, 1e-5, frames, silu),
+        [x, weight, bias],
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("shape", "groups", "frames", "silu"),
+    [
+        pytest.param((2, 80, 4, 4), 8, 1, True, id="10 channels per group, one image each"),
+        pytest.param((4, 64, 3, 5), 4, 2, True, id="statistics of clips of two frames, odd sizes"),
+        pytest.param((1, 96, 4, 4), 4, 1, False, id="no SiLU, more channels than a tile"),
+        pytest.param((2, 8, 1, 1), 2, 2, True, id="one token"),
+    ],
+)
+def test_group_norm_silu(shape, groups, frames, silu, dtype):
+    x = (3 + torch.randn(shape)).to(dtype)
+    check_group_norm(x.to(memory_format=torch.channels_last), groups, frames, silu)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(lambda x: x, id="contiguous"),
+        pytest.param(lambda x: x.transpose(2, 3), id="transposed"),
+        pytest.param(lambda x: x.repeat(1, 2, 1, 1)[:, : x.shape[1]], id="half of the channels"),
+    ],
+)
+def test_group_norm_of_any_layout(layout):
+    check_group_norm(layout(torch.randn(2, 8, 3, 5)), 4, 1)
+
+
+def test_group_norm_keeps_the_memory_format():
+    x = torch.randn(2, 8, 3, 5).to(memory_format=torch.channels_last)
+    y = group_norm_silu(x, 2, torch.ones(8), torch.zeros(8), eps=1e-5, backend="triton")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_group_norm_of_many_parts_far_from_zero(monkeypatch):
+    """Sum and sum of squares would cancel here; Chan's formula does not. And many chunks of a GPU's size."""
+    monkeypatch.setattr(launch, "architecture", lambda x: "sm_90")
+    check_group_norm(300 + torch.randn(2, 8, 20, 20), 2, 2)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("images", "tokens", "width", "frames"),
+    [
+        pytest.param(4, 9, 40, 2, id="two frames' codes, a masked width"),
+        pytest.param(2, 5, 320, None, id="no code"),
+        pytest.param(1, 1, 64, 1, id="one row"),
+    ],
+)
+def test_layer_norm(images, tokens, width, frames, dtype):
+    inputs = [5 + torch.randn(images, tokens, width), *torch.randn(2, width)]
+    inputs += [torch.randn(frames, width)] if frames else []
+    assert_right(
+        lambda x, w, b, code=None: layer_norm(x, w, b, code=code),
+        lambda x, w, b, code=None: layer_norm_reference(x, w, b, code, 1e-5),
+        [x.to(dtype) for x in inputs],
+    )
+
+
+def test_layer_norm_with_the_launch_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(launch, "architecture", lambda x: "sm_90")
+    assert_right(
+        lambda x, w, b: layer_norm(x, w, b),
+        lambda x, w, b: layer_norm_reference(x, w, b, None, 1e-5),
+        [torch.randn(2, 25, 640).transpose(0, 1), *torch.randn(2, 640)],
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(3, 7, 2 * 1280), (5, 2 * 12), (1, 2)], ids=str)
+def test_geglu(shape, dtype):
+    assert_right(geglu, geglu_reference, [2 * torch.randn(shape).to(dtype)])
+
+
+@DTYPES
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_guided_ddim(prediction, dtype):
+    alphas = torch.tensor([0.3, 0.45])
+    assert_right(
+        lambda x, both: guided_ddim(x, both, alphas, guidance_scale=7.5, prediction_type=prediction),
+        lambda x, both: guided_ddim_reference(x, both, alphas, 7.5, prediction == "v_prediction"),
+        [torch.randn(2, 3, 4, 9, 7).to(dtype), torch.randn(4, 3, 4, 9, 7).to(dtype)],
+        grad=False,
+    )
+
+
+def test_an_unknown_prediction_is_refused():
+    with pytest.raises(ValueError, match="got prediction_type='x0', expected epsilon or v_prediction"):
+        guided_ddim(torch.zeros(1), torch.zeros(2), torch.ones(2), guidance_scale=1.0, prediction_type="x0")
+
+
+CALLS = {
+    "group_norm_silu": lambda x: (group_norm_silu_op, (x, 2, *weights(x.shape[1]), 1e-5, 2, True)),
+    "layer_norm": lambda x: (layer_norm_op, (x[0], *weights(x.shape[3]), torch.randn(2, x.shape[3]), 1e-5)),
+    "geglu": lambda x: (geglu_op, (x,)),
+    "guided_ddim": lambda x: (guided_ddim_op, (x.detach()[:1], x.detach(), torch.rand(2), 7.5, False)),
+}
+
+
+def weights(width):
+    return [torch.randn(width, requires_grad=True) for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_registration(name):
+    x = torch.randn(2, 4, 3, 6, requires_grad=True)
+    torch.library.opcheck(*CALLS[name](x))

@@ -1,0 +1,98 @@
+"""The temporal attention kernels, in Triton's interpreter."""
+
+import pytest
+import torch
+from animatediff_kernels import launch, temporal_attention, temporal_attention_packed, use_backend
+from animatediff_kernels.temporal_attention.op import temporal_attention_op
+from animatediff_kernels.temporal_attention.reference import temporal_attention_reference
+
+from tests.kernels.checks import assert_right
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda t: str(t)[6:])
+
+SHAPES = [  # clips, frames, tokens, heads, head_dim
+    pytest.param(2, 16, 9, 8, 40, id="512x512, level 0: width 32 + 16"),
+    pytest.param(1, 16, 4, 8, 80, id="level 1: width 64 + 16"),
+    pytest.param(1, 16, 3, 8, 160, id="levels 2 and 3: width 128 + 32"),
+    pytest.param(2, 1, 5, 8, 40, id="one frame: an image"),
+    pytest.param(1, 13, 7, 8, 40, id="13 frames: a masked tile"),
+    pytest.param(1, 24, 5, 8, 80, id="24 frames: v1's longest clip"),
+    pytest.param(1, 32, 3, 8, 40, id="32 frames: v2's longest clip"),
+    pytest.param(1, 5, 300, 3, 4, id="the smallest width, an odd number of heads, more pixels than a program takes"),
+    pytest.param(1, 2, 1, 1, 64, id="one head as wide as a tile"),
+]
+
+
+def packed(clips, frames, tokens, heads, dim, dtype):
+    return torch.randn(clips * frames, tokens, 3 * heads * dim).to(dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("clips", "frames", "tokens", "heads", "dim"), SHAPES)
+def test_packed(clips, frames, tokens, heads, dim, dtype):
+    assert_right(
+        lambda qkv: temporal_attention_packed(qkv, frames=frames, num_heads=heads),
+        lambda qkv: temporal_attention_reference(*qkv.chunk(3, -1), frames, heads),
+        [packed(clips, frames, tokens, heads, dim, dtype)],
+    )
+
+
+def test_64_frames_in_half_precision():
+    assert_right(
+        lambda qkv: temporal_attention_packed(qkv, frames=64, num_heads=2),
+        lambda qkv: temporal_attention_reference(*qkv.chunk(3, -1), 64, 2),
+        [packed(1, 64, 2, 2, 40, torch.float16)],
+    )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(lambda x: x, id="contiguous"),
+        pytest.param(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), id="channels not side by side"),
+        pytest.param(lambda x: x.repeat(1, 1, 3)[..., : x.shape[-1]], id="slices of one tensor"),
+        pytest.param(lambda x: x[:1].expand_as(x), id="expanded"),
+    ],
+)
+def test_separate_inputs_of_any_layout(layout):
+    q, k, v = (layout(torch.randn(16, 6, 4 * 20)) for _ in range(3))
+    assert_right(
+        lambda *qkv: temporal_attention(*qkv, frames=8, num_heads=4),
+        lambda *qkv: temporal_attention_reference(*qkv, 8, 4),
+        [q, k, v.contiguous()],  # of another layout than the others
+    )
+
+
+@pytest.mark.parametrize("dim", [40, 80, 160])
+def test_the_launches_of_a_gpu_compute_the_same(monkeypatch, dim):
+    monkeypatch.setattr(launch, "architecture", lambda x: "sm_90")
+    assert_right(
+        lambda qkv: temporal_attention_packed(qkv, frames=3, num_heads=6),
+        lambda qkv: temporal_attention_reference(*qkv.chunk(3, -1), 3, 6),
+        [packed(2, 3, 2, 6, dim, torch.float16)],
+    )
+
+
+def test_more_rows_than_a_grid_axis_takes(monkeypatch):
+    """65,535 ends the second and third axis of a CUDA grid; the kernels use the first alone."""
+    programs = []
+    real = launch.run
+
+    def run(kernel, count, *args, **constants):
+        programs.append(count)
+        real(kernel, count, *args, **constants)
+
+    monkeypatch.setattr(launch, "run", run)
+    tokens, heads = 16_500, 4
+    qkv = packed(1, 2, tokens, heads, 4, torch.float32)
+    with use_backend("triton"):
+        out = temporal_attention_packed(qkv, frames=2, num_heads=heads)
+    assert tokens * heads > 65_535 and programs == [65]  # one axis, so one number
+    assert torch.allclose(out, temporal_attention_reference(*qkv.chunk(3, -1), 2, heads), atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_registration(parts):
+    qkv = [torch.randn(6, 2, 3 // parts * 16, requires_grad=True) for _ in range(parts)]
+    torch.library.opcheck(temporal_attention_op, (qkv, 3, 2))
