@@ -33,7 +33,7 @@ FORWARD = (
     Row("any", 4, 160, 16, 32, 8, 1),
 )
 SINGLE_PASS = (  # keys here is the largest number that the row takes; all of them stay in registers or shared memory
-    Row("interpreter", 4, 160, 64, 256, 1, 1),
+    Row("interpreter", 4, 160, 256, 256, 1, 1),
     Row("any", 2, 64, 64, 128, 4, 1),
     Row("any", 2, 64, 32, 256, 4, 1),
     Row("any", 2, 96, 32, 128, 4, 1),

@@ -14,7 +14,7 @@ from animatediff_kernels import launch
 from animatediff_kernels.attention.launches import FORWARD, SINGLE_PASS, pick, tiles
 from animatediff_kernels.launch import blocks
 
-QUERY_TILES = 4  # per program of the single pass
+MOST_QUERY_TILES = 4  # per program of the single pass
 
 
 @triton.jit
@@ -164,8 +164,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Te
     row = pick(SINGLE_PASS, q, head_dim, keys)
     if n > rows and row is not None:
         sizes = tiles(row, s, keys, head_dim, num_heads)
-        programs = n * num_heads * blocks(s, sizes["QUERY_BLOCK"] * QUERY_TILES)
-        launch.run(single_pass_kernel, programs, *args, QUERY_TILES=QUERY_TILES, **sizes)
+        query_tiles = min(MOST_QUERY_TILES, blocks(s, sizes["QUERY_BLOCK"]))
+        programs = n * num_heads * blocks(s, sizes["QUERY_BLOCK"] * query_tiles)
+        launch.run(single_pass_kernel, programs, *args, QUERY_TILES=query_tiles, **sizes)
     else:
         sizes = tiles(pick(FORWARD, q, head_dim), s, keys, head_dim, num_heads)
         launch.run(flash_kernel, n * num_heads * blocks(s, sizes["QUERY_BLOCK"]), *args, **sizes)

@@ -1,0 +1,65 @@
+"""Calls of every launching function at layers of the SD-1.5-sized network, on tensors whose contents do not matter."""
+
+from collections.abc import Callable
+
+import torch
+
+from animatediff_kernels.attention import op as attention
+from animatediff_kernels.geglu import op as geglu
+from animatediff_kernels.group_norm_silu import op as group_norm_silu
+from animatediff_kernels.guided_ddim import op as guided_ddim
+from animatediff_kernels.layer_norm import op as layer_norm
+from animatediff_kernels.temporal_attention import op as temporal_attention
+
+HEADS = 8
+TOKENS = {40: 4096, 80: 1024, 160: 256}  # of each head width, at 512 x 512
+
+
+def temporal(dim: int, frames: int, dtype: torch.dtype) -> list[Callable]:
+    qkv = torch.empty(frames, 64, 3 * HEADS * dim, dtype=dtype)
+    dout = torch.empty(frames, 64, HEADS * dim, dtype=dtype)
+    return [
+        lambda: temporal_attention._forward([qkv], frames, HEADS),
+        lambda: temporal_attention._backward(dout, [qkv], frames, HEADS),
+    ]
+
+
+def spatial(dim: int, dtype: torch.dtype) -> list[Callable]:
+    tokens = TOKENS[dim]
+    q = torch.empty(1, tokens, HEADS * dim, dtype=dtype)
+    packed = torch.empty(1, tokens, 3 * HEADS * dim, dtype=dtype).chunk(3, -1)
+    return [
+        lambda: attention._forward(*packed, HEADS),
+        lambda: attention._backward(q, *packed, q, torch.empty(1, HEADS, tokens), HEADS),
+    ]
+
+
+def text(dim: int, keys: int, dtype: torch.dtype) -> list[Callable]:
+    q, k = torch.empty(2, 256, HEADS * dim, dtype=dtype), torch.empty(1, keys, HEADS * dim, dtype=dtype)
+    return [lambda: attention._forward(q, k, k, HEADS)]
+
+
+def others(dtype: torch.dtype) -> list[Callable]:
+    x = torch.empty(2, 320, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
+    rows, wide = torch.empty(2, 4096, 320, dtype=dtype), torch.empty(2, 256, 2 * 1280, dtype=dtype)
+    weight, code, statistics = torch.empty(320, dtype=dtype), torch.empty(2, 320, dtype=dtype), torch.empty(1, 32)
+    latents, alphas = torch.empty(1, 16, 4, 64, 64, dtype=dtype), torch.empty(2)
+    return [
+        lambda: group_norm_silu._forward(x, 32, weight, weight, 1e-5, 2, True),
+        lambda: group_norm_silu._backward(x, x, weight, weight, statistics, statistics, 2, True),
+        lambda: layer_norm._forward(rows, weight, weight, code, 1e-5),
+        lambda: layer_norm._backward(rows, rows, weight, weight, 1e-5),
+        lambda: geglu._forward(wide),
+        lambda: geglu._backward(wide[..., :1280], wide),
+        lambda: guided_ddim._forward(latents, torch.cat([latents] * 2), alphas, 7.5, False),
+    ]
+
+
+CASES = {"others": others(torch.bfloat16)}
+for dtype in (torch.bfloat16, torch.float32):
+    for dim in TOKENS:
+        key = f"{dim}-{str(dtype)[6:]}"
+        CASES[f"attention-{key}"] = spatial(dim, dtype)
+        CASES |= {f"text{keys}-{key}": text(dim, keys, dtype) for keys in (77, 154)}
+        CASES |= {f"temporal{frames}-{key}": temporal(dim, frames, dtype) for frames in (16, 32)}
+    CASES |= {f"temporal64-{dim}-bfloat16": temporal(dim, 64, torch.bfloat16) for dim in TOKENS}

@@ -1,0 +1,38 @@
+"""FLOP formulas of the attention operators for torch.utils.flop_counter; importing this module registers them.
+
+It is a module of its own because torch's counter imports triton. As torch does for its own attention, only the matrix
+products are counted, at the true sizes: two of them forward, five backward.
+"""
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+
+def product(queries: int, keys: int, width: int, rows: int) -> int:
+    """Of one (queries x width) by (width x keys) product for each of `rows`, over all heads at once."""
+    return 2 * rows * queries * keys * width
+
+
+def temporal(qkv, frames: int) -> int:
+    n, s, width = qkv[0]
+    return product(frames, frames, width if len(qkv) == 3 else width // 3, n // frames * s)
+
+
+@register_flop_formula(torch.ops.animatediff.temporal_attention)
+def temporal_attention_flops(qkv, frames, num_heads, *args, out_shape=None, **kwargs) -> int:
+    return 2 * temporal(qkv, frames)
+
+
+@register_flop_formula(torch.ops.animatediff.temporal_attention_backward)
+def temporal_attention_backward_flops(dout, qkv, frames, num_heads, *args, out_shape=None, **kwargs) -> int:
+    return 5 * temporal(qkv, frames)
+
+
+@register_flop_formula(torch.ops.animatediff.attention)
+def attention_flops(q, k, v, num_heads, *args, out_shape=None, **kwargs) -> int:
+    return 2 * product(q[1], k[1], q[2], q[0])
+
+
+@register_flop_formula(torch.ops.animatediff.attention_backward)
+def attention_backward_flops(dout, q, k, v, *args, out_shape=None, **kwargs) -> int:
+    return 5 * product(q[1], k[1], q[2], q[0])
