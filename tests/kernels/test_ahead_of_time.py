@@ -10,10 +10,12 @@ from animatediff_kernels.ahead_of_time_cases import CASES
 
 SHARED = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}  # bytes a program may have
 BUDGET = {  # registers per thread, where many programs on a multiprocessor are the point; else what a thread can have
-    "temporal16-40-bfloat16": 80,
-    "text77-40-bfloat16": 128,
-    "attention-40-bfloat16": 176,
-    "others": 168,
+    ("temporal16-40-bfloat16", "forward_kernel"): 80,
+    ("temporal16-40-bfloat16", "backward_kernel"): 96,
+    ("text77-40-bfloat16", "single_pass_kernel"): 144,
+    ("attention-40-bfloat16", "flash_kernel"): 152,
+    ("others", "geglu_kernel"): 48,
+    ("others", "apply_kernel"): 96,
 }
 
 
@@ -31,21 +33,21 @@ def check(reports: list[dict]) -> None:
     for report in reports:
         case = report["case"]
         assert report["stack"] == 0 or case.endswith("-float32"), f"spills: {report}"
-        assert report["registers"] <= BUDGET.get(case, 255), f"registers: {report}"
+        assert report["registers"] <= BUDGET.get((case, report["kernel"]), 255), f"registers: {report}"
         assert report["shared"] <= SHARED[report["arch"]], f"shared memory: {report}"
         assert report["matrix"] > 0 or case == "others", f"no matrix instructions: {report}"
 
 
 def test_the_widest_level():
     pytest.importorskip("triton")
-    reports = compiled("sm_90", "attention-40-bfloat16", "text77-40-bfloat16", "temporal16-40-bfloat16")
-    assert len(reports) == 6
+    reports = compiled("sm_80,sm_90", "attention-40-bfloat16", "text77-40-bfloat16", "temporal16-40-bfloat16")
+    assert len(reports) == 2 * 6
     check(reports)
 
 
 def test_norms_and_gates():
     pytest.importorskip("triton")
-    reports = compiled("sm_80", "others")
+    reports = compiled("sm_89", "others")
     assert len(reports) == 10
     check(reports)
 
