@@ -17,6 +17,7 @@ from animatediff.diffusion.guidance import Denoise
 from animatediff.utils import UserError
 
 Window = tuple[int, ...]  # frame numbers, in the order in which the network sees them
+FrameDenoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (b, w, c, h, w), t (b,), frame numbers (w,) -> like x
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,19 @@ class Windows:
         return FUSIONS[self.fuse](len(window), min(self.overlap, len(window) - 1), not first, not last)
 
 
-def windowed(denoise: Denoise, windows: Windows, timesteps: Tensor) -> Denoise:
+def whole(denoise: FrameDenoise) -> Denoise:
+    """A denoiser of whole clips, all of whose frames go through the network together."""
+    return lambda x, t: denoise(x, t, torch.arange(x.shape[1]))
+
+
+def windowed(denoise: FrameDenoise, windows: Windows, timesteps: Tensor) -> Denoise:
     """A denoiser of whole clips from one of windows; only one window at a time goes through the network.
 
     Every frame's prediction is the mean of those its windows make, weighted by its place in them. It goes around a
     denoiser without guidance, so that conditional and unconditional predictions are averaged apart.
 
     Args:
-        denoise: of x (b, w, c, h, w), t (b,), w frames.
+        denoise: of w frames at a time, told which they are.
         timesteps: (steps,), those of the sampler: they tell which step it is.
 
     Returns:
@@ -88,9 +94,10 @@ def windowed(denoise: Denoise, windows: Windows, timesteps: Tensor) -> Denoise:
         step = int((steps - float(t[0])).abs().argmin())
         out, total = torch.zeros_like(x), x.new_zeros(x.shape[1], 1, 1, 1)
         for window in windows.at(step, x.shape[1]):
-            index = torch.tensor(window, device=x.device)
+            frames = torch.tensor(window)
+            index = frames.to(x.device)
             weight = windows.weights(window, x.shape[1]).to(x).reshape(-1, 1, 1, 1)
-            out.index_add_(1, index, weight * denoise(x[:, index], t))
+            out.index_add_(1, index, weight * denoise(x[:, index], t, frames))
             total.index_add_(0, index, weight)
         return out / total
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from animatediff.diffusion.guidance import Denoise, classifier_free_guidance
-from animatediff.diffusion.windows import Windows, windowed
+from animatediff.diffusion.windows import Windows, whole, windowed
 from animatediff.models.unet import UNet
 
 
@@ -38,8 +38,8 @@ def make_denoiser(
     weight = unet.conv_in.weight
     text = (torch.cat([negative_context, context]) if guided else context).to(weight.device, weight.dtype)
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
+    def denoise(x: Tensor, t: Tensor, frames: Tensor) -> Tensor:
         return unet(x.to(weight.dtype), t, text).to(x.dtype)
 
-    cut = windowed(denoise, *windows) if windows else denoise
+    cut = windowed(denoise, *windows) if windows else whole(denoise)
     return classifier_free_guidance(cut, guidance_scale) if guided else cut

@@ -102,7 +102,7 @@ def test_weights_are_a_partition_of_unity(schedule, fuse):
             weights = windows.weights(window, frames)
             assert weights.shape == (length,) and (weights > 0).all()
         for t in TIMESTEPS[:2]:
-            ones = windowed(lambda x, t: torch.ones_like(x), windows, TIMESTEPS)(
+            ones = windowed(lambda x, t, frames: torch.ones_like(x), windows, TIMESTEPS)(
                 torch.zeros(1, frames, 1, 1, 1), t[None]
             )
             assert torch.allclose(ones, torch.ones_like(ones), atol=1e-6)
@@ -130,7 +130,7 @@ def test_a_frame_wise_denoiser_does_not_notice(schedule):
         return torch.tanh(x) / torch.arange(1, len(x) + 1).reshape(-1, 1, 1, 1, 1)
 
     x = torch.randn(1, 37, 2, 2, 2, generator=torch.Generator().manual_seed(0))
-    cut = windowed(framewise, Windows(schedule), timesteps)
+    cut = windowed(lambda x, t, frames: framewise(x, t), Windows(schedule), timesteps)
     for sampler, scale in itertools.product((ddim, pndm), (0.5, 1.0, 7.5)):
         whole, parts = (
             sampler(classifier_free_guidance(denoise, scale), x, schedule=schedule_, timesteps=timesteps)
@@ -143,8 +143,9 @@ def test_what_the_network_sees():
     """Windows of one length, one at a time, at the step's phase; overlaps are means of what the windows say."""
     seen = []
 
-    def denoise(x, t):
+    def denoise(x, t, frames):
         seen.append(x[0, :, 0, 0, 0].int().tolist())
+        assert frames.tolist() == seen[-1]
         return x * 0 + len(seen)
 
     windows = Windows("open", 8, 4, "flat")
