@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from animatediff.dataclass_io import build_dataclass, convert, describe, dump_yaml, read_yaml, unknown_key
 from animatediff.model_config import MOTION_VERSIONS
+from animatediff.steering import Steering
 from animatediff.utils import UserError
 
 Format = Literal["gif", "mp4", "webp", "png"]
@@ -28,8 +29,8 @@ class MotionLoRAEntry:
 
 
 @dataclass(frozen=True)
-class AnimateEntry:
-    """One model and the prompts it animates. The names are the official prompt YAML's keys.
+class AnimateEntry(Steering):
+    """One model and the prompts it animates. The names are the official prompt YAML's keys, and those of Steering.
 
     A path of "" means: none, which all but the base model's may be. `n_prompt` and `seed` hold one value for all
     prompts, or one per prompt.
@@ -82,6 +83,7 @@ class AnimateEntry:
     normalize_condition_images: bool = False
 
     def __post_init__(self) -> None:
+        self.check(self.L)
         _check_prompts(self)
         if not self.pretrained_model_path:
             raise UserError("pretrained_model_path: got none, expected the base model: a diffusers folder or a file")

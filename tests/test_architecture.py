@@ -12,6 +12,8 @@ FLOORS = {
     "animatediff.config": 1,
     "animatediff.model_config": 1,
     "animatediff.dataclass_io": 1,
+    "animatediff.keyframes": 1,
+    "animatediff.steering": 1,
     "animatediff.models": 2,
     "animatediff.diffusion": 2,
     "animatediff.checkpoints": 3,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from animatediff.config import load_config
 from animatediff.data.video_io import to_uint8
+from animatediff.diffusion.freeinit import free_init
 from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.diffusion.windows import Windows
@@ -24,6 +25,7 @@ from animatediff.pipelines.components import Components, draw_noise, draw_seed, 
 from animatediff.pipelines.denoiser import make_denoiser
 from animatediff.pipelines.sampling import Sampling, complete_sampling
 from animatediff.pipelines.weights import check_entries
+from animatediff.steering import FreeInit
 from animatediff.utils import UserError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tensor", "latent")
@@ -119,6 +121,7 @@ class AnimateDiffPipeline:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         windows: Windows | None = None,
+        freeinit: FreeInit | None = None,
     ) -> AnimateDiffOutput | tuple[Any]:
         """Animate prompts; arguments, defaults and layouts are those of diffusers' AnimateDiffPipeline.
 
@@ -147,6 +150,7 @@ class AnimateDiffPipeline:
             timesteps: those to visit, falling, instead of `num_inference_steps` of them; may be fractional.
             sigmas: the same as noise levels sqrt((1 - abar) / abar); a final 0 may be there.
             windows: the overlapping windows of frames that a long clip is animated in; by default the config's.
+            freeinit: sample several times, each from a better start; by default the config's.
 
         Raises:
             UserError: an argument is out of range, or two do not fit together.
@@ -166,8 +170,10 @@ class AnimateDiffPipeline:
             timesteps=tuple(timesteps or ()),
         )
         guidance_scale = sampling.guidance_scale
-        windows = windows or c.windows
+        windows, steering = windows or c.windows, c.steering.changed(freeinit=freeinit)
         self._check(num_frames, height, width, sampling, num_videos_per_prompt, windows)
+        steering.check(num_frames)
+        sampling.check_steering(steering, c.distillation)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"got output_type {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
         context, negative = self._encode(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
@@ -181,32 +187,39 @@ class AnimateDiffPipeline:
             num_frames,
             *(side // c.vae.config.downsampling for side in (height, width)),
         )
-        x = draw_noise(generators, shape) if latents is None else _given_latents(latents, (len(context), *shape))
 
-        def after_step(step: int, timestep: int, x: Tensor) -> None:
+        def draw() -> Tensor:
+            return draw_noise(generators, shape).to(c.device)
+
+        done = 0
+
+        def after_step(_: int, timestep: int, x: Tensor) -> None:
+            nonlocal done
+            done += 1
             if callback_on_step_end is None:
                 return
             seen = rearrange(x, "b f c h w -> b c f h w")
-            wanted = (callback_on_step_end(self, step, timestep, {"latents": seen}) or {}).get("latents", seen)
+            wanted = (callback_on_step_end(self, done - 1, timestep, {"latents": seen}) or {}).get("latents", seen)
             if wanted is not seen:
                 x.copy_(_given_latents(wanted, tuple(seen.shape)))
 
-        schedule, levels = sampling.plan(c.schedule)
-        denoise = make_denoiser(
-            c.unet,
-            context,
-            negative_context=negative,
-            guidance_scale=guidance_scale,
-            windows=(windows, levels) if windows else None,
-        )
-        x = find_sampler(sampling.sampler, eta=eta)(
-            denoise,
-            x.to(c.device),
-            schedule=schedule,
-            timesteps=levels,
-            noise=lambda: draw_noise(generators, shape).to(c.device),
-            callback=after_step,
-        )
+        def sample(x: Tensor, iteration: int = 0) -> Tensor:
+            schedule, levels = sampling.part(steering.freeinit, iteration).plan(c.schedule)
+            denoise = make_denoiser(
+                c.unet,
+                context,
+                negative_context=negative,
+                guidance_scale=guidance_scale,
+                windows=(windows, levels) if windows else None,
+            )
+            sampler = find_sampler(sampling.sampler, eta=eta)
+            return sampler(denoise, x, schedule=schedule, timesteps=levels, noise=draw, callback=after_step)
+
+        x = draw() if latents is None else _given_latents(latents, (len(context), *shape)).to(c.device)
+        if steering.freeinit:
+            x = free_init(sample, x, steering.freeinit, schedule=NoiseSchedule(c.schedule), noise=draw)
+        else:
+            x = sample(x)
         frames = self._decode(x, output_type, decode_chunk_size)
         return AnimateDiffOutput(frames) if return_dict else (frames,)
 
@@ -245,8 +258,13 @@ class AnimateDiffPipeline:
         """
         if return_type not in RETURN_TYPES:
             raise UserError(f"got return_type {return_type!r}, expected one of {', '.join(RETURN_TYPES)}")
-        steps = self.complete_sampling(steps=num_inference_steps).steps
-        with tqdm(total=max(steps, 0), disable=not show_progress, desc="animating", unit="step") as bar:
+        sampling = self.complete_sampling(steps=num_inference_steps)
+        with tqdm(
+            total=max(sampling.total_steps(self.components.steering.freeinit), 0),
+            disable=not show_progress,
+            desc="animating",
+            unit="step",
+        ) as bar:
             (samples,) = self(
                 prompt,
                 video_length,

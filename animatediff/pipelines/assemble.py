@@ -14,6 +14,7 @@ from animatediff.models.text import Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.pipelines.components import Components, place, share_weights
 from animatediff.pipelines.weights import CheckedEntry
+from animatediff.steering import Steering
 from animatediff.utils import UserError
 
 
@@ -77,6 +78,7 @@ class Assembler:
             reports=tuple(reports),
             sampler=checked.sampling.sampler,
             windows=checked.windows,
+            steering=Steering().changed(**entry.said()),
             distillation=checked.distillation,
         )
 

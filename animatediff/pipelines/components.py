@@ -18,6 +18,7 @@ from animatediff.models.lora import LoRAStack
 from animatediff.models.text import TextEncoder, Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
+from animatediff.steering import Steering
 from animatediff.utils import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,6 +38,7 @@ class Components:
     reports: tuple[str, ...] = ()  # one line for each file that was loaded
     sampler: str = "ddim"  # where a call does not say
     windows: Windows | None = None  # where a call does not say
+    steering: Steering = Steering()  # where a call does not say
     distillation: Distillation | None = None  # what the motion module needs, if it was distilled to few steps
 
     @property

@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,7 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     settings |= {key: getattr(entry, key) for key in ("L", "H", "W")}
     if checked.windows:
         settings |= {f"window_{key}": value for key, value in asdict(checked.windows).items()}
+    settings |= {key: asdict(value) if is_dataclass(value) else value for key, value in entry.said().items()}
     for key, path in entry.weight_paths().items():
         settings[key] = {"path": path, "sha256": hashes[str(checked.files[key])]}
     if entry.lora_model_path:
@@ -299,7 +300,7 @@ def _say(line: str) -> None:
 @contextmanager
 def _progress(checked: list[CheckedEntry], jobs: list[Job], waiting: list[Job]) -> Iterator[tqdm]:
     """One bar for all steps of all prompts that are to be done."""
-    total = sum(checked[job.entry].sampling.steps for job in waiting)
+    total = sum(checked[job.entry].sampling.total_steps(checked[job.entry].entry.freeinit) for job in waiting)
     first = jobs.index(waiting[0]) + 1 if waiting else len(jobs)
     description = f"prompt {first}/{len(jobs)}"
     with tqdm(total=total, desc=description, unit="step", file=sys.stderr, disable=not waiting) as bar:

@@ -11,6 +11,7 @@ from torch import Tensor
 from animatediff.diffusion.samplers import OWN_SPACING, find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.model_config import Distillation, ScheduleConfig
+from animatediff.steering import FreeInit, Steering
 from animatediff.utils import UserError
 
 
@@ -24,6 +25,20 @@ class Sampling:
     guidance_scale: float = 7.5
     eta: float = 0.0
     timesteps: tuple[float, ...] = ()
+
+    def part(self, freeinit: FreeInit | None, iteration: int) -> Sampling:
+        """What one iteration of FreeInit is sampled by."""
+        return replace(self, steps=freeinit.steps(iteration, self.steps)) if freeinit and freeinit.fast else self
+
+    def check_steering(self, steering: Steering, distilled: Distillation | None) -> None:
+        """Raises: UserError for steering that does not go with this sampling."""
+        if steering.freeinit and steering.freeinit.fast and (self.timesteps or distilled):
+            why = distilled.name if distilled else "timesteps of your own"
+            raise UserError(f"freeinit fast: got {why}, whose number of steps is fixed: set fast to false")
+
+    def total_steps(self, freeinit: FreeInit | None) -> int:
+        """Of all iterations of FreeInit."""
+        return sum(freeinit.steps(i, self.steps) for i in range(freeinit.iterations)) if freeinit else self.steps
 
     def plan(self, schedule: ScheduleConfig) -> tuple[NoiseSchedule, Tensor]:
         """The noise schedule, spaced as wanted, and the timesteps (steps,) to visit.

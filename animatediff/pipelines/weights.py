@@ -197,6 +197,7 @@ def _sampling(entry: AnimateEntry, inference: InferenceConfig, distilled: Distil
     asked = {key: getattr(entry, key) for key in asdict(Sampling())}
     asked["timestep_spacing"] = entry.timestep_spacing or inference.schedule.get("timestep_spacing")
     sampling = complete_sampling(asked, Sampling(), distilled)
+    sampling.check_steering(entry, distilled)
     schedule = inference.build_schedule("v_prediction")  # what the base model predicts is of no interest yet
     with naming(inference.path):
         NoiseSchedule(schedule)
