@@ -16,6 +16,8 @@ _PUBLIC = {
     "AnimateDiff": "animatediff.pipelines.animate",
     "AnimateDiffOutput": "animatediff.pipelines.animate",
     "AnimateDiffPipeline": "animatediff.pipelines.animate",
+    "FreeInit": "animatediff.steering",
+    "FreeU": "animatediff.steering",
     "UserError": "animatediff.utils",
     "Windows": "animatediff.diffusion.windows",
     "animate": "animatediff.pipelines.run",

@@ -83,7 +83,9 @@ class AnimateEntry(Steering):
     normalize_condition_images: bool = False
 
     def __post_init__(self) -> None:
-        self.check(self.L)
+        loras = {"lora_model_path": self.lora_model_path, "motion_module_lora_configs": self.motion_module_lora_configs}
+        named = [key for key, given in loras.items() if given]
+        self.check(self.L, windows=bool(self.window_schedule), motion=bool(self.motion_module), loras=named)
         _check_prompts(self)
         if not self.pretrained_model_path:
             raise UserError("pretrained_model_path: got none, expected the base model: a diffusers folder or a file")

@@ -119,7 +119,8 @@ def wants_text(hint: Any) -> bool:
         return True
     if typing.get_origin(hint) is Literal:
         return all(isinstance(choice, str) for choice in typing.get_args(hint))
-    return any(wants_text(arg) for arg in typing.get_args(hint))
+    args = typing.get_args(hint)
+    return any(wants_text(arg) for arg in (args[1:] if typing.get_origin(hint) is dict else args))
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -130,7 +131,12 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else convert(value, next(a for a in args if a is not type(None)), where)
+        options = [a for a in args if a is not type(None)]
+        shape = {list: tuple, tuple: tuple, dict: dict}.get(type(value))
+        option = next((a for a in options if typing.get_origin(a) is shape), options[0])
+        return None if value is None else convert(value, option, where)
+    if origin is dict and isinstance(value, Mapping):
+        return {str(key): convert(v, args[1], f"{where}[{key}]") for key, v in value.items()}
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(convert(v, args[0], f"{where}[{i}]" if len(items) > 1 else where) for i, v in enumerate(items))

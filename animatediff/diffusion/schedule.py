@@ -160,6 +160,11 @@ class NoiseSchedule:
         return alpha.sqrt().to(like.dtype), (1 - alpha).sqrt().to(like.dtype)
 
 
+def step_of(timesteps: Tensor, t: Tensor) -> int:
+    """Which of a sampler's timesteps (steps,) is nearest to t (b,), one for the whole batch."""
+    return int((timesteps.cpu().double() - float(t[0])).abs().argmin())
+
+
 def rescale_zero_snr(alphas_cumprod: Tensor) -> Tensor:
     """abar made 0 at the last timestep and left as it is at the first (Lin et al. 2023, arXiv 2305.08891, Alg. 1)."""
     roots = alphas_cumprod.sqrt()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from animatediff.dataclass_io import unknown_key
 from animatediff.diffusion.guidance import Denoise
+from animatediff.diffusion.schedule import step_of
 from animatediff.utils import UserError
 
 Window = tuple[int, ...]  # frame numbers, in the order in which the network sees them
@@ -75,6 +76,23 @@ def whole(denoise: FrameDenoise) -> Denoise:
     return lambda x, t: denoise(x, t, torch.arange(x.shape[1]))
 
 
+def rotated(denoise: FrameDenoise, timesteps: Tensor) -> Denoise:
+    """A denoiser of clips that loop: all frames together, beginning with another one at every step.
+
+    So the borders of the clip, which positional encodings make differ, never stay in one place.
+
+    Args:
+        timesteps: (steps,), those of the sampler.
+    """
+
+    def denoise_loop(x: Tensor, t: Tensor) -> Tensor:
+        turn = round(x.shape[1] * halving(step_of(timesteps, t)))
+        frames = torch.arange(x.shape[1]).roll(-turn)
+        return denoise(x.roll(-turn, dims=1), t, frames).roll(turn, dims=1)
+
+    return denoise_loop
+
+
 def windowed(denoise: FrameDenoise, windows: Windows, timesteps: Tensor) -> Denoise:
     """A denoiser of whole clips from one of windows; only one window at a time goes through the network.
 
@@ -88,10 +106,9 @@ def windowed(denoise: FrameDenoise, windows: Windows, timesteps: Tensor) -> Deno
     Returns:
         A denoiser of x (b, f, c, h, w), any f, and t (b,).
     """
-    steps = timesteps.cpu().double()
 
     def denoise_clip(x: Tensor, t: Tensor) -> Tensor:
-        step = int((steps - float(t[0])).abs().argmin())
+        step = step_of(timesteps, t)
         out, total = torch.zeros_like(x), x.new_zeros(x.shape[1], 1, 1, 1)
         for window in windows.at(step, x.shape[1]):
             frames = torch.tensor(window)

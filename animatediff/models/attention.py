@@ -28,6 +28,10 @@ class Attention(nn.Module):
         out = attention(self.to_q(x), self.to_k(source), self.to_v(source), num_heads=self.num_heads)
         return self.to_out[0](out)
 
+    def identity(self, x: Tensor) -> Tensor:
+        """Self-attention in which every token sees itself alone."""
+        return self.to_out[0](self.to_v(x))
+
 
 class GEGLU(nn.Module):
     """Linear to twice the width; the second half, through an exact GELU, gates the first (Shazeer 2020)."""

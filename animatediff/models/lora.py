@@ -218,6 +218,16 @@ class LoRAStack(nn.Module):
         total = len(lora.unread) + sum(len(entry.keys or (entry.target,)) for entry in lora.entries)
         return LoRAReport(lora.name, lora.kind, total - len(unused), total, tuple(unused))
 
+    def scale(self, name: str) -> float:
+        """One LoRA's scale. Raises: UserError for an unknown name."""
+        return self._find(name).branches[0].scale
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Stay unmerged for a while, so that scales are cheap to change."""
+        with self._unmerged():
+            yield
+
     def set_scale(self, name: str, scale: float) -> None:
         """Change one LoRA's scale; as cheap as setting numbers, except while merged.
 
@@ -285,9 +295,11 @@ class LoRAStack(nn.Module):
         """Make a change on plain weights, and merge again if they were merged."""
         merged = self.merged
         self.unmerge()
-        yield
-        if merged:
-            self.merge()
+        try:
+            yield
+        finally:
+            if merged:
+                self.merge()
 
     def _find(self, name: str) -> AttachedLoRA:
         for lora in self.loras:

@@ -20,9 +20,14 @@ from animatediff.models.layers import GroupNorm
 
 
 @functools.lru_cache(maxsize=64)
-def positional_encoding(frames: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal encoding (frames, width): sin at even, cos at odd columns (Vaswani et al. 2017, sec. 3.5)."""
-    position = torch.arange(frames, dtype=torch.float32)[:, None]
+def positional_encoding(
+    frames: int, width: int, device: torch.device, dtype: torch.dtype, stretch: float = 1.0
+) -> Tensor:
+    """Sinusoidal encoding (frames, width): sin at even, cos at odd columns (Vaswani et al. 2017, sec. 3.5).
+
+    Frames are 1 / stretch apart.
+    """
+    position = torch.arange(frames, dtype=torch.float32)[:, None] / stretch
     rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10_000.0) / width))
     table = torch.zeros(frames, width)
     table[:, 0::2] = torch.sin(position * rate)
@@ -32,6 +37,8 @@ def positional_encoding(frames: int, width: int, device: torch.device, dtype: to
 
 class TemporalAttention(nn.Module):
     """Self-attention of each pixel along the frames. Queries, keys and values all see the frame's position."""
+
+    stretch = 1.0  # frames per trained frame
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -43,7 +50,7 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """x: ((b f), s, width)."""
-        code = positional_encoding(frames, x.shape[-1], x.device, x.dtype)
+        code = positional_encoding(frames, x.shape[-1], x.device, x.dtype, self.stretch)
         x = (rearrange(x, "(b f) s c -> b f s c", f=frames) + code[:, None]).flatten(0, 1)
         out = temporal_attention(self.to_q(x), self.to_k(x), self.to_v(x), frames=frames, num_heads=self.num_heads)
         return self.to_out[0](out)

@@ -19,13 +19,14 @@ from animatediff.data.video_io import to_uint8
 from animatediff.diffusion.freeinit import free_init
 from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
+from animatediff.diffusion.start_noise import arrange_noise
 from animatediff.diffusion.windows import Windows
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import Components, draw_noise, draw_seed, pick_device, pick_dtype, place, seeded
 from animatediff.pipelines.denoiser import make_denoiser
 from animatediff.pipelines.sampling import Sampling, complete_sampling
+from animatediff.pipelines.steered import steer
 from animatediff.pipelines.weights import check_entries
-from animatediff.steering import FreeInit
 from animatediff.utils import UserError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tensor", "latent")
@@ -121,7 +122,7 @@ class AnimateDiffPipeline:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         windows: Windows | None = None,
-        freeinit: FreeInit | None = None,
+        **steering: Any,
     ) -> AnimateDiffOutput | tuple[Any]:
         """Animate prompts; arguments, defaults and layouts are those of diffusers' AnimateDiffPipeline.
 
@@ -150,7 +151,8 @@ class AnimateDiffPipeline:
             timesteps: those to visit, falling, instead of `num_inference_steps` of them; may be fractional.
             sigmas: the same as noise levels sqrt((1 - abar) / abar); a final 0 may be there.
             windows: the overlapping windows of frames that a long clip is animated in; by default the config's.
-            freeinit: sample several times, each from a better start; by default the config's.
+            steering: fields of `Steering`, such as `motion_scale=0.5` or `freeinit=FreeInit()`; by default the
+                config's.
 
         Raises:
             UserError: an argument is out of range, or two do not fit together.
@@ -170,10 +172,11 @@ class AnimateDiffPipeline:
             timesteps=tuple(timesteps or ()),
         )
         guidance_scale = sampling.guidance_scale
-        windows, steering = windows or c.windows, c.steering.changed(freeinit=freeinit)
-        self._check(num_frames, height, width, sampling, num_videos_per_prompt, windows)
-        steering.check(num_frames)
-        sampling.check_steering(steering, c.distillation)
+        windows, said = windows or c.windows, c.steering.changed(**steering)
+        motion = c.unet.config.motion is not None
+        said.check(num_frames, windows=windows is not None, motion=motion, loras=c.lora_keys.values())
+        sampling.check_steering(said, c.distillation)
+        self._check(num_frames, height, width, sampling, num_videos_per_prompt, windows, said.pe_stretch)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"got output_type {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
         context, negative = self._encode(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
@@ -189,7 +192,9 @@ class AnimateDiffPipeline:
         )
 
         def draw() -> Tensor:
-            return draw_noise(generators, shape).to(c.device)
+            apart = {"length": windows.length, "stride": windows.length - windows.overlap} if windows else {}
+            noise = arrange_noise(draw_noise(generators, shape), said.noise_type, generators, **apart)
+            return noise.to(c.device)
 
         done = 0
 
@@ -204,22 +209,26 @@ class AnimateDiffPipeline:
                 x.copy_(_given_latents(wanted, tuple(seen.shape)))
 
         def sample(x: Tensor, iteration: int = 0) -> Tensor:
-            schedule, levels = sampling.part(steering.freeinit, iteration).plan(c.schedule)
-            denoise = make_denoiser(
-                c.unet,
-                context,
-                negative_context=negative,
-                guidance_scale=guidance_scale,
-                windows=(windows, levels) if windows else None,
-            )
+            schedule, levels = sampling.part(said.freeinit, iteration).plan(c.schedule)
             sampler = find_sampler(sampling.sampler, eta=eta)
-            return sampler(denoise, x, schedule=schedule, timesteps=levels, noise=draw, callback=after_step)
+            with steer(c, said, levels, guided=guidance_scale > 1, size=(height, width)) as steered:
+                denoise = make_denoiser(
+                    c.unet,
+                    context,
+                    negative_context=negative,
+                    guidance_scale=guidance_scale,
+                    windows=(windows, levels) if windows else None,
+                    steered=steered,
+                )
+                return sampler(denoise, x, schedule=schedule, timesteps=levels, noise=draw, callback=after_step)
 
         x = draw() if latents is None else _given_latents(latents, (len(context), *shape)).to(c.device)
-        if steering.freeinit:
-            x = free_init(sample, x, steering.freeinit, schedule=NoiseSchedule(c.schedule), noise=draw)
+        if said.freeinit:
+            x = free_init(sample, x, said.freeinit, schedule=NoiseSchedule(c.schedule), noise=draw)
         else:
             x = sample(x)
+        if said.loop == "pingpong":
+            x = torch.cat([x, x[:, 1:-1].flip(1)], dim=1)
         frames = self._decode(x, output_type, decode_chunk_size)
         return AnimateDiffOutput(frames) if return_dict else (frames,)
 
@@ -290,7 +299,14 @@ class AnimateDiffPipeline:
         return complete_sampling(asked, defaults, c.distillation)
 
     def _check(
-        self, frames: int, height: int, width: int, sampling: Sampling, videos: int, windows: Windows | None
+        self,
+        frames: int,
+        height: int,
+        width: int,
+        sampling: Sampling,
+        videos: int,
+        windows: Windows | None,
+        stretch: float,
     ) -> None:
         for name, value in (
             ("num_frames", frames),
@@ -305,9 +321,9 @@ class AnimateDiffPipeline:
         for name, value in (("height", height), ("width", width)):
             if value % c.vae.config.downsampling:
                 raise UserError(f"{name}: got {value} pixels, expected a multiple of {c.vae.config.downsampling}")
-        motion = c.unet.config.motion
-        if motion and (seen := min(frames, windows.length) if windows else frames) > motion.max_frames:
-            what, longest = "window length" if windows else "num_frames", motion.max_frames
+        motion, seen = c.unet.config.motion, min(frames, windows.length) if windows else frames
+        if motion and seen > (longest := int(motion.max_frames * stretch)):
+            what = "window length" if windows else "num_frames"
             raise UserError(
                 f"{what}: got {seen}, expected at most {longest}, the longest clip the {motion.version} motion module "
                 f"was trained on: animate in overlapping windows by windows=Windows(length={min(16, longest)}), make a "

@@ -63,8 +63,10 @@ class Assembler:
             unet, report = self._with_motion(checked, unet)
             reports.append(report)
         loras = LoRAStack(unet, text_encoder)
-        for path, scale, rule in self._loras(checked):
+        lora_keys = {}
+        for key, path, scale, rule in self._loras(checked):
             lora = read_lora(path, name=_unused_name(path, loras))
+            lora_keys[lora.name] = key.partition("[")[0]
             reports.append(str(loras.add(lora, scale, alpha_rule=rule)))
         loras.merge()
         schedule = checked.inference.build_schedule(image.schedule.prediction_type if image.schedule else None)
@@ -78,6 +80,7 @@ class Assembler:
             reports=tuple(reports),
             sampler=checked.sampling.sampler,
             windows=checked.windows,
+            lora_keys=lora_keys,
             steering=Steering().changed(**entry.said()),
             distillation=checked.distillation,
         )
@@ -111,7 +114,7 @@ class Assembler:
         return unet, str(report)
 
     @staticmethod
-    def _loras(checked: CheckedEntry) -> list[tuple[Path, float, AlphaRule]]:
+    def _loras(checked: CheckedEntry) -> list[tuple[str, Path, float, AlphaRule]]:
         entry, files = checked.entry, checked.files
         scales = {"lora_model_path": entry.lora_alpha, "adapter_lora_path": entry.adapter_lora_scale}
         scales |= {
@@ -119,7 +122,7 @@ class Assembler:
             for i, lora in enumerate(entry.motion_module_lora_configs)
         }
         rules: dict[str, AlphaRule] = {"lora_model_path": entry.lora_alpha_rule}
-        return [(files[key], scale, rules.get(key, "standard")) for key, scale in scales.items() if key in files]
+        return [(key, files[key], scale, rules.get(key, "standard")) for key, scale in scales.items() if key in files]
 
     @staticmethod
     def _tokenizer(files: dict[str, Path]) -> Tokenizer:

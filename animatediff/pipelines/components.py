@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -38,6 +38,7 @@ class Components:
     reports: tuple[str, ...] = ()  # one line for each file that was loaded
     sampler: str = "ddim"  # where a call does not say
     windows: Windows | None = None  # where a call does not say
+    lora_keys: Mapping[str, str] = field(default_factory=dict)  # LoRA's name -> key of the config that named it
     steering: Steering = Steering()  # where a call does not say
     distillation: Distillation | None = None  # what the motion module needs, if it was distilled to few steps
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from animatediff.diffusion.guidance import Denoise, classifier_free_guidance
-from animatediff.diffusion.windows import Windows, whole, windowed
+from animatediff.diffusion.windows import Windows, rotated, whole, windowed
 from animatediff.models.unet import UNet
+from animatediff.pipelines.steered import Steered
 
 
 def make_denoiser(
@@ -17,6 +18,7 @@ def make_denoiser(
     negative_context: Tensor | None = None,
     guidance_scale: float = 1.0,
     windows: tuple[Windows, Tensor] | None = None,
+    steered: Steered | None = None,
 ) -> Denoise:
     """The network's prediction for given prompts, guided where the scale is above 1.
 
@@ -28,6 +30,7 @@ def make_denoiser(
         negative_context: of the negative prompts (b, l, d); needed for guidance.
         guidance_scale: at 1 and below there is no unconditional pass, and the negative prompts do nothing.
         windows: the windows of frames that the network sees, and the sampler's timesteps; without, whole clips.
+        steered: what `steer` made of the rest.
 
     Returns:
         Denoise: x (b, f, c, h, w), t (b,) -> prediction of x's shape and dtype.
@@ -36,10 +39,19 @@ def make_denoiser(
     if guided and negative_context is None:
         raise ValueError("guidance needs negative_context")
     weight = unet.conv_in.weight
-    text = (torch.cat([negative_context, context]) if guided else context).to(weight.device, weight.dtype)
+    perturbed = steered is not None and steered.said.pag_scale != 0
+    parts = [negative_context] * guided + [context] * (1 + perturbed)
+    text = torch.cat(parts).to(weight.device, weight.dtype)  # type: ignore[arg-type]
 
     def denoise(x: Tensor, t: Tensor, frames: Tensor) -> Tensor:
+        if steered is not None:
+            steered.aim(t, frames)
         return unet(x.to(weight.dtype), t, text).to(x.dtype)
 
-    cut = windowed(denoise, *windows) if windows else whole(denoise)
-    return classifier_free_guidance(cut, guidance_scale) if guided else cut
+    if steered is not None and steered.said.loop == "rotate":
+        cut = rotated(denoise, steered.timesteps)
+    else:
+        cut = windowed(denoise, *windows) if windows else whole(denoise)
+    if steered is None:
+        return classifier_free_guidance(cut, guidance_scale) if guided else cut
+    return steered.guided(cut, guidance_scale)

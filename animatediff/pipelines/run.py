@@ -142,7 +142,7 @@ def _run(
         )
         stream = pipeline.decode_frames(latents)
         frames = None if job.path.suffix in STREAMED else np.stack(list(stream))
-        clip = FrameStream(entry.L, stream) if frames is None else frames
+        clip = FrameStream(latents.shape[2], stream) if frames is None else frames
         save_video(clip, job.path, entry.fps, metadata=_settings(checked, job, hashes))
     except torch.OutOfMemoryError:
         raise UserError(

@@ -35,6 +35,11 @@ class Sampling:
         if steering.freeinit and steering.freeinit.fast and (self.timesteps or distilled):
             why = distilled.name if distilled else "timesteps of your own"
             raise UserError(f"freeinit fast: got {why}, whose number of steps is fixed: set fast to false")
+        guided = self.guidance_scale > 1
+        if steering.guidance_schedule is not None and not guided:
+            raise UserError(f"guidance_schedule: got guidance_scale {self.guidance_scale:g}, expected above 1")
+        if steering.guidance_rescale and not guided and not steering.pag_scale:
+            raise UserError("guidance_rescale: got neither a guidance_scale above 1 nor a pag_scale: remove it")
 
     def total_steps(self, freeinit: FreeInit | None) -> int:
         """Of all iterations of FreeInit."""

@@ -10,6 +10,7 @@ import animatediff
 from animatediff.checkpoints.identify import FileInfo, identify, refusal
 from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config import AnimateEntry
+from animatediff.data.mask import read_mask
 from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.diffusion.windows import Windows
@@ -179,7 +180,9 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
         checked = CheckedEntry(replace(entry, **asdict(sampling)), files, inference, motion, sampling)
         if motion is not None:
             _check_version(checked)
-        windows = _windows(entry, checked.max_frames)
+        if entry.motion_mask:
+            read_mask(find_file(entry.motion_mask) or entry.motion_mask, height=entry.H, width=entry.W)
+        windows = _windows(entry, checked.max_frames and int(checked.max_frames * entry.pe_stretch))
     if windows is None:
         return checked
     said = {f"window_{key}": value for key, value in asdict(windows).items()}
