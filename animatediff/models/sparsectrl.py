@@ -80,9 +80,10 @@ class SparseCtrl(nn.Module):
         Args:
             embedded: condition (b, f, c, h, w) of `embed`.
             t: timesteps (b,), 0 … 999.
-            context: text embedding (b, l, context_dim), one row per video.
+            context: text embedding (b, l, context_dim), one row per video, or (b, f, l, context_dim), one per frame.
         """
         frames = embedded.shape[1]
+        context = context.flatten(0, -3)
         time = self.time_embedding(timestep_embedding(t, self.config.unet.block_out_channels[0]).to(embedded.dtype))
         # conv_in of zeros is its bias; its weights are in the official files and have no effect.
         h = rearrange(embedded, "b f c h w -> (b f) c h w") + self.conv_in.bias[:, None, None]

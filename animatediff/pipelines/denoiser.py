@@ -8,6 +8,7 @@ from torch import Tensor
 from animatediff.diffusion.guidance import Denoise, classifier_free_guidance
 from animatediff.diffusion.windows import Windows, whole, windowed
 from animatediff.models.unet import UNet
+from animatediff.pipelines.control import Control
 
 
 def make_denoiser(
@@ -17,6 +18,7 @@ def make_denoiser(
     negative_context: Tensor | None = None,
     guidance_scale: float = 1.0,
     windows: tuple[Windows, Tensor] | None = None,
+    control: Control | None = None,
 ) -> Denoise:
     """The network's prediction for given prompts, guided where the scale is above 1.
 
@@ -28,6 +30,7 @@ def make_denoiser(
         negative_context: of the negative prompts (b, l, d); needed for guidance.
         guidance_scale: at 1 and below there is no unconditional pass, and the negative prompts do nothing.
         windows: the windows of frames that the network sees, and the sampler's timesteps; without, whole clips.
+        control: what given frames add to the network; both halves of guidance get it.
 
     Returns:
         Denoise: x (b, f, c, h, w), t (b,) -> prediction of x's shape and dtype.
@@ -39,7 +42,8 @@ def make_denoiser(
     text = (torch.cat([negative_context, context]) if guided else context).to(weight.device, weight.dtype)
 
     def denoise(x: Tensor, t: Tensor, frames: Tensor) -> Tensor:
-        return unet(x.to(weight.dtype), t, text).to(x.dtype)
+        added = control(t, text, frames) if control else {}
+        return unet(x.to(weight.dtype), t, text, **added).to(x.dtype)
 
     cut = windowed(denoise, *windows) if windows else whole(denoise)
     return classifier_free_guidance(cut, guidance_scale) if guided else cut
