@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from animatediff.control_config import check_scales, condition_frames
 from animatediff.dataclass_io import build_dataclass, convert, describe, dump_yaml, read_yaml, unknown_key
 from animatediff.model_config import MOTION_VERSIONS
 from animatediff.steering import Steering
-from animatediff.utils import UserError
+from animatediff.utils import UserError, naming
 
 Format = Literal["gif", "mp4", "webp", "png"]
 MAX_SEED = 2**64 - 1
@@ -76,11 +77,12 @@ class AnimateEntry(Steering):
     adapter_lora_scale: float = 1.0
     inference_config: str = ""
 
-    controlnet_path: str = ""  # SparseCtrl
-    controlnet_config: str = ""
-    controlnet_images: tuple[str, ...] = ()
-    controlnet_image_indexs: tuple[int, ...] = (0,)
-    normalize_condition_images: bool = False
+    controlnet_path: str = ""  # SparseCtrl encoder
+    controlnet_config: str = ""  # its official config, which the weights make superfluous
+    controlnet_images: tuple[str, ...] = ()  # cut to the clip's shape around their centre
+    controlnet_image_indexs: tuple[int, ...] = (0,)  # the frame of each image; -1 is the last one
+    controlnet_scale: tuple[float, ...] = (1.0,)  # of its effect, one for all frames or one for each; 1 as trained
+    normalize_condition_images: bool = False  # grey, from black to white: scribbles on other grounds
 
     def __post_init__(self) -> None:
         loras = {"lora_model_path": self.lora_model_path, "motion_module_lora_configs": self.motion_module_lora_configs}
@@ -105,6 +107,7 @@ class AnimateEntry(Steering):
         known = [name for name, motion in MOTION_VERSIONS.items() if motion.up_block_modules]
         if self.version and self.version not in known:
             raise UserError(f"version: got {self.version!r}, expected one of {', '.join(known)}")
+        _check_control(self)
 
     def weight_paths(self) -> dict[str, str]:
         """Every weight file this entry names, by the key that names it, in loading order."""
@@ -114,9 +117,16 @@ class AnimateEntry(Steering):
             "dreambooth_path": self.dreambooth_path,
             "lora_model_path": self.lora_model_path,
             "adapter_lora_path": self.adapter_lora_path,
+            "controlnet_path": self.controlnet_path,
         }
         for i, lora in enumerate(self.motion_module_lora_configs):
             paths[f"motion_module_lora_configs[{i}].path"] = lora.path
+        return {key: path for key, path in paths.items() if path}
+
+    def other_paths(self) -> dict[str, str]:
+        """Every file this entry names that holds no weights, by key."""
+        paths = {"inference_config": self.inference_config, "controlnet_config": self.controlnet_config}
+        paths |= {f"controlnet_images[{i}]": path for i, path in enumerate(self.controlnet_images)}
         return {key: path for key, path in paths.items() if path}
 
     def per_prompt(self) -> list[tuple[str, str, int]]:
@@ -143,6 +153,18 @@ def _check_prompts(entry: AnimateEntry) -> None:
     for key in ("seed", "random_seed"):
         if bad := [s for s in getattr(entry, key) if not -1 <= s <= MAX_SEED]:
             raise UserError(f"{key}: got {bad[0]}, expected 0 to 2^64 - 1, or -1 to draw one")
+
+
+def _check_control(entry: AnimateEntry) -> None:
+    images = len(entry.controlnet_images)
+    if bool(images) != bool(entry.controlnet_path):
+        got, missing = ("controlnet_images", "controlnet_path") if images else ("controlnet_path", "controlnet_images")
+        raise UserError(f"got {got} without {missing}, expected both or neither: add it, or remove the other")
+    if images:
+        with naming("controlnet_image_indexs"):
+            condition_frames(entry.controlnet_image_indexs, images=images, frames=entry.L)
+    with naming("controlnet_scale"):
+        check_scales(entry.controlnet_scale, frames=entry.L)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,23 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
+class SparseCtrlConfig:
+    """SparseCtrl (arXiv 2311.16933). `unet` sizes its encoder, which is that of a UNet with motion modules.
+
+    `pixel_channels` are the widths of the CNN that brings pixels to the size of latents, each after the first at half
+    the size; without, the condition is latents.
+    """
+
+    unet: UNetConfig = UNetConfig(motion=MOTION_VERSIONS["sparsectrl"])
+    condition_channels: int = 4  # without the mask
+    pixel_channels: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return "scribble" if self.pixel_channels else "rgb"
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """AutoencoderKL (Rombach et al. 2022); the defaults are SD 1.x."""
 

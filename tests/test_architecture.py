@@ -11,6 +11,7 @@ FLOORS = {
     "animatediff.utils": 1,
     "animatediff.config": 1,
     "animatediff.model_config": 1,
+    "animatediff.control_config": 1,
     "animatediff.dataclass_io": 1,
     "animatediff.keyframes": 1,
     "animatediff.steering": 1,

@@ -29,7 +29,7 @@ OFFICIAL_2024 = """
 
   controlnet_config: "configs/inference/sparsectrl/image_condition.yaml"
   controlnet_path:   "models/SparseCtrl/scribble.ckpt"
-  controlnet_image_indexs: [0, -1]
+  controlnet_image_indexs: [-1]
   controlnet_images: "a.png"
   normalize_condition_images: true
 
@@ -92,7 +92,7 @@ def test_official_list(read):
     assert config.name == "run" and first.name == "1"
     assert first.motion_module_lora_configs == (MotionLoRAEntry("models/MotionLoRA/zoom.ckpt", 1.0),)
     assert first.adapter_lora_scale == 1.0 and isinstance(first.adapter_lora_scale, float)
-    assert first.controlnet_images == ("a.png",) and first.controlnet_image_indexs == (0, -1)
+    assert first.controlnet_images == ("a.png",) and first.controlnet_image_indexs == (-1,)
     assert first.per_prompt() == [
         ("one", "worst quality", 18446744073709551615),
         ("two, with: a colon", "worst quality", 18368660165286593270),

@@ -82,14 +82,19 @@ def read_state_dict(path: str | Path) -> LoadedFile:
 
 
 def write_state_dict(
-    path: str | Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    wrapper: str = "state_dict",
 ) -> Path:
     """Write tensors under a temporary name, then rename: a reader sees the old file or the whole new one.
 
     Args:
-        path: `.safetensors`, or `.ckpt`, `.pt`, `.pth` (a pickle of `{"state_dict": tensors, "metadata": metadata}`).
+        path: `.safetensors`, or `.ckpt`, `.pt`, `.pth` (a pickle of `{wrapper: tensors, "metadata": metadata}`).
         tensors: any device and layout; written contiguous, in their dtype.
         metadata: strings that travel with the file.
+        wrapper: one of WRAPPERS.
 
     Raises:
         UserError: another suffix, or a folder that cannot be written to.
@@ -101,7 +106,7 @@ def write_state_dict(
             save_file(plain, temporary, metadata={"format": "pt", **metadata})
         elif path.suffix in PICKLE_SUFFIXES:
             # Clones: a view into a memory-mapped file would drag the whole file into the pickle.
-            torch.save({"state_dict": {k: t.clone() for k, t in plain.items()}, "metadata": metadata}, temporary)
+            torch.save({wrapper: {k: t.clone() for k, t in plain.items()}, "metadata": metadata}, temporary)
         else:
             suffixes = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
             raise UserError(f"got {path} to write to, expected a name ending in {suffixes}: rename it")

@@ -51,7 +51,11 @@ KINDS: dict[str, Kind] = {
     ),
     "domain-adapter": Kind("a domain adapter", "the v3 motion module it was trained with", "adapter_lora_path: {path}"),
     "lora": Kind("a LoRA of an image model", "an SD 1.x image model", "lora_model_path: {path}"),
-    "sparsectrl": Kind("a SparseCtrl encoder", "a v3 motion module and condition images", "controlnet_path: {path}"),
+    "sparsectrl": Kind(
+        "a SparseCtrl encoder",
+        "a v3 motion module and images of some frames",
+        "controlnet_path: {path}   # and controlnet_images: […], controlnet_image_indexs: […]",
+    ),
     "sd1-unet": Kind(
         "the UNet of an SD 1.x image model", "its folder: give the folder that holds unet/, vae/ and text_encoder/"
     ),
@@ -195,7 +199,8 @@ def refusal(info: FileInfo, expected: str) -> UserError:
     """The error for a file of another kind than `expected` (with its article: "a motion module")."""
     advice = "choose another file"
     if info.supported:
-        advice = f"use it as `{info.config_line.split('   #')[0]}`"
+        lines = [line.split("   #")[0] for line in info.config_line.splitlines()]
+        advice = f"use it as {' and '.join(f'`{line}`' for line in lines)}"
     elif info.kind == "unknown":
         advice = "its keys are of no known format; choose another file"
     elif info.needs:

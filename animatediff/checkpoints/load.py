@@ -130,7 +130,7 @@ def load_motion_module(
         )
     image = {key: tensor for key, tensor in unet.state_dict().items() if MOTION_MARK not in key}
     motion = {key: tensor.to(sample.device, sample.dtype) for key, tensor in parts.tensors.items()}
-    merged = _load_strictly(lambda: UNet(unet.config.with_motion(config)), image | motion, "motion module", parts.path)
+    merged = load_strictly(lambda: UNet(unet.config.with_motion(config)), image | motion, "motion module", parts.path)
     report = LoadReport(
         path=parts.path,
         kind=parts.kind,
@@ -152,7 +152,7 @@ def _build_image_model(
         with naming(parts.path):
             config = sizes(tensors, metadata)
         ready = {key: t.to(device, dtype) for key, t in tensors.items()}
-        return _load_strictly(lambda: module(config), ready, what, parts.path)
+        return load_strictly(lambda: module(config), ready, what, parts.path)
 
     vae, text_encoder = (base.vae, base.text_encoder) if base else (None, None)
     unet = build(UNet, unet_config, parts.unet, "UNet")
@@ -181,7 +181,7 @@ def _build_image_model(
     return ImageModel(unet, vae, text_encoder, schedule, report)
 
 
-def _load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: Path) -> M:
+def load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: Path) -> M:
     """Build on the meta device and assign the tensors themselves as weights: nothing is initialised or copied."""
     with torch.device("meta"):
         module = build()

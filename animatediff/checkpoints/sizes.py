@@ -2,7 +2,8 @@
 
 Metadata names of an image model: `num_heads`, `norm_num_groups`, `prediction_type`, `vae_norm_num_groups`,
 `vae_scaling_factor`, `text_num_heads`, `text_activation`. Of a motion module: `version`, `num_heads`, `max_frames`,
-`norm_over_frames`, `norm_num_groups`. Defaults are Stable Diffusion 1.5's. All keys are in our names (see keymaps.py).
+`norm_over_frames`, `norm_num_groups`. Of a SparseCtrl encoder: `num_heads`, `norm_num_groups`, `motion_num_heads`,
+`max_frames`, `norm_over_frames`. Defaults are Stable Diffusion 1.5's. All keys are in our names (see keymaps.py).
 """
 
 from __future__ import annotations
@@ -12,13 +13,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from animatediff.checkpoints.files import StateDict
-from animatediff.model_config import MOTION_VERSIONS, MotionConfig, TextConfig, UNetConfig, VAEConfig
+from animatediff.checkpoints.keymaps import MOTION_MARK
+from animatediff.model_config import (
+    MOTION_VERSIONS,
+    MotionConfig,
+    SparseCtrlConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+)
 from animatediff.utils import UserError
 
 Metadata = Mapping[str, str]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TEXT_ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's CLIP, OpenCLIP
 HEAD_WIDTH_OF_CLIP = 64
+# Metadata of a SparseCtrl file about its motion modules -> what a motion module's own file calls it.
+SPARSECTRL_MOTION = {
+    "motion_num_heads": "num_heads",
+    "max_frames": "max_frames",
+    "norm_over_frames": "norm_over_frames",
+}
 
 
 def unet_config(tensors: StateDict, metadata: Metadata) -> UNetConfig:
@@ -27,12 +42,16 @@ def unet_config(tensors: StateDict, metadata: Metadata) -> UNetConfig:
     Raises:
         UserError: the heads or norm groups do not divide a width; say which in the metadata.
     """
+    return replace(encoder_config(tensors, metadata), out_channels=_shape(tensors, "conv_out.weight")[0])
+
+
+def encoder_config(tensors: StateDict, metadata: Metadata) -> UNetConfig:
+    """As `unet_config`, of weights that need not hold more than the way down and the middle block."""
     widths = _widths(tensors, "down_blocks.{}.resnets.0.conv1.weight")
     attention = tuple(f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in range(len(widths)))
     mid = "mid_block.attentions.0."
     config = UNetConfig(
         in_channels=_shape(tensors, "conv_in.weight")[1],
-        out_channels=_shape(tensors, "conv_out.weight")[0],
         block_out_channels=widths,
         attention_levels=attention,
         layers_per_block=_count(tensors, "down_blocks.0.resnets."),
@@ -100,6 +119,41 @@ def motion_metadata_of(config: MotionConfig, *, norm_num_groups: int = 32) -> di
     if config.norm_over_frames:
         metadata["norm_over_frames"] = "true"
     return metadata | ({"norm_num_groups": str(norm_num_groups)} if norm_num_groups != 32 else {})
+
+
+def sparsectrl_config(tensors: StateDict, metadata: Metadata, *, length: int | None = None) -> SparseCtrlConfig:
+    """Sizes of a SparseCtrl encoder in official names; `length` is its positional encoding's, where it has one.
+
+    Raises:
+        UserError: as `unet_config` and `motion_config`.
+    """
+    embedding = "controlnet_cond_embedding."
+    pixels = f"{embedding}conv_in.weight" in tensors
+    unet = encoder_config(tensors, metadata)
+    motion = motion_config(
+        {key: t for key, t in tensors.items() if MOTION_MARK in key},
+        {new: metadata[old] for old, new in SPARSECTRL_MOTION.items() if old in metadata},
+        levels=len(unet.block_out_channels),
+        length=length,
+    )
+    widths = [_shape(tensors, f"{embedding}conv_in.weight")[0]] if pixels else []
+    while (key := f"{embedding}blocks.{2 * len(widths) - 1}.weight") in tensors:
+        widths.append(tensors[key].shape[0])
+    return SparseCtrlConfig(
+        unet=unet.with_motion(motion),
+        condition_channels=_shape(tensors, f"{embedding}{'conv_in.' * pixels}weight")[1] - 1,
+        pixel_channels=tuple(widths),
+    )
+
+
+def sparsectrl_metadata_of(config: SparseCtrlConfig) -> dict[str, str]:
+    """What a file of this SparseCtrl encoder has to carry beside its weights."""
+    unet, motion = config.unet, config.unet.motion
+    assert motion is not None
+    facts = motion_metadata_of(motion, norm_num_groups=unet.norm_num_groups)
+    of_motion = {old: facts[new] for old, new in SPARSECTRL_MOTION.items() if new in facts}
+    groups = {"norm_num_groups": facts["norm_num_groups"]} if "norm_num_groups" in facts else {}
+    return {"num_heads": str(unet.num_heads)} | of_motion | groups
 
 
 def motion_norm_groups(metadata: Metadata) -> int:

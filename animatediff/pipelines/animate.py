@@ -23,6 +23,7 @@ from animatediff.diffusion.start_noise import arrange_noise
 from animatediff.diffusion.windows import Windows
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import Components, draw_noise, draw_seed, pick_device, pick_dtype, place, seeded
+from animatediff.pipelines.control import ConditionImages, make_control
 from animatediff.pipelines.denoiser import make_denoiser
 from animatediff.pipelines.sampling import Sampling, complete_sampling
 from animatediff.pipelines.steered import steer
@@ -92,7 +93,7 @@ class AnimateDiffPipeline:
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> AnimateDiffPipeline:
         """Move all networks."""
         c = self.components
-        for module in (c.unet, c.vae, c.text_encoder):
+        for module in (c.unet, c.vae, c.text_encoder, *([c.sparsectrl] if c.sparsectrl else [])):
             place(module, torch.device(device), dtype or c.dtype)
         return self
 
@@ -122,6 +123,9 @@ class AnimateDiffPipeline:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         windows: Windows | None = None,
+        conditioning_frames: ConditionImages | None = None,
+        controlnet_frame_indices: Sequence[int] = (0,),
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
         **steering: Any,
     ) -> AnimateDiffOutput | tuple[Any]:
         """Animate prompts; arguments, defaults and layouts are those of diffusers' AnimateDiffPipeline.
@@ -151,6 +155,10 @@ class AnimateDiffPipeline:
             timesteps: those to visit, falling, instead of `num_inference_steps` of them; may be fractional.
             sigmas: the same as noise levels sqrt((1 - abar) / abar); a final 0 may be there.
             windows: the overlapping windows of frames that a long clip is animated in; by default the config's.
+            conditioning_frames: images of some frames for SparseCtrl: files, PIL images (cut to the clip's shape and
+                resized), or a tensor (n, 3, H, W) in [0, 1].
+            controlnet_frame_indices: the frame of each image, from 0; -1 is the last one.
+            controlnet_conditioning_scale: how much the images count, for all frames or for each; 1 as trained.
             steering: fields of `Steering`, such as `motion_scale=0.5` or `freeinit=FreeInit()`; by default the
                 config's.
 
@@ -179,6 +187,15 @@ class AnimateDiffPipeline:
         self._check(num_frames, height, width, sampling, num_videos_per_prompt, windows, said.pe_stretch)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"got output_type {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
+        control = make_control(
+            c,
+            conditioning_frames,
+            controlnet_frame_indices,
+            controlnet_conditioning_scale,
+            frames=num_frames,
+            window=min(num_frames, windows.length) if windows else num_frames,
+            size=(height, width),
+        )
         context, negative = self._encode(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
         context, negative = (
             repeat(text, "b l d -> (b v) l d", v=num_videos_per_prompt) if text is not None else None
@@ -218,6 +235,7 @@ class AnimateDiffPipeline:
                     negative_context=negative,
                     guidance_scale=guidance_scale,
                     windows=(windows, levels) if windows else None,
+                    control=control,
                     steered=steered,
                 )
                 return sampler(denoise, x, schedule=schedule, timesteps=levels, noise=draw, callback=after_step)

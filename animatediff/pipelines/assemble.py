@@ -9,13 +9,16 @@ import torch
 
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised
 from animatediff.checkpoints.lora_files import read_lora
+from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
 from animatediff.models.lora import AlphaRule, LoRAStack
+from animatediff.models.sparsectrl import SparseCtrl
 from animatediff.models.text import Tokenizer
 from animatediff.models.unet import UNet
+from animatediff.models.vae import VAE
 from animatediff.pipelines.components import Components, place, share_weights
 from animatediff.pipelines.weights import CheckedEntry
 from animatediff.steering import Steering
-from animatediff.utils import UserError
+from animatediff.utils import UserError, naming
 
 
 class Assembler:
@@ -69,6 +72,10 @@ class Assembler:
             lora_keys[lora.name] = key.partition("[")[0]
             reports.append(str(loras.add(lora, scale, alpha_rule=rule)))
         loras.merge()
+        sparsectrl = None
+        if "controlnet_path" in files:
+            sparsectrl, report = self._sparsectrl(checked, image.unet, image.vae)
+            reports.append(report)
         schedule = checked.inference.build_schedule(image.schedule.prediction_type if image.schedule else None)
         return Components(
             unet=place(unet, self.device, self.dtype),
@@ -83,6 +90,7 @@ class Assembler:
             lora_keys=lora_keys,
             steering=Steering().changed(**entry.said()),
             distillation=checked.distillation,
+            sparsectrl=place(sparsectrl, self.device, self.dtype) if sparsectrl else None,
         )
 
     def _image_model(self, base_path: Path, personal_path: Path | None) -> ImageModel:
@@ -112,6 +120,18 @@ class Assembler:
         checked.inference.check(motion)
         unet.config = unet.config.with_motion(replace(motion, max_frames=checked.max_frames or motion.max_frames))
         return unet, str(report)
+
+    @staticmethod
+    def _sparsectrl(checked: CheckedEntry, unet: UNet, vae: VAE) -> tuple[SparseCtrl, str]:
+        encoder, report = load_sparsectrl(checked.files["controlnet_path"], unet, vae)
+        config, motion = encoder.config, encoder.config.unet.motion
+        assert motion is not None
+        if checked.control is not None:
+            with naming(checked.files["controlnet_config"]):
+                checked.control.check(config)
+        longest = max(motion.max_frames, checked.entry.max_frames)
+        encoder.config = replace(config, unet=config.unet.with_motion(replace(motion, max_frames=longest)))
+        return encoder, str(report)
 
     @staticmethod
     def _loras(checked: CheckedEntry) -> list[tuple[str, Path, float, AlphaRule]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from animatediff.diffusion.windows import Windows
 from animatediff.model_config import Distillation, ScheduleConfig
 from animatediff.models.lora import LoRAStack
+from animatediff.models.sparsectrl import SparseCtrl
 from animatediff.models.text import TextEncoder, Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
@@ -41,6 +42,7 @@ class Components:
     lora_keys: Mapping[str, str] = field(default_factory=dict)  # LoRA's name -> key of the config that named it
     steering: Steering = Steering()  # where a call does not say
     distillation: Distillation | None = None  # what the motion module needs, if it was distilled to few steps
+    sparsectrl: SparseCtrl | None = None
 
     @property
     def device(self) -> torch.device:

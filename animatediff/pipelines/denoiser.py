@@ -8,6 +8,7 @@ from torch import Tensor
 from animatediff.diffusion.guidance import Denoise, classifier_free_guidance
 from animatediff.diffusion.windows import Windows, rotated, whole, windowed
 from animatediff.models.unet import UNet
+from animatediff.pipelines.control import Control
 from animatediff.pipelines.steered import Steered
 
 
@@ -19,6 +20,7 @@ def make_denoiser(
     guidance_scale: float = 1.0,
     windows: tuple[Windows, Tensor] | None = None,
     steered: Steered | None = None,
+    control: Control | None = None,
 ) -> Denoise:
     """The network's prediction for given prompts, guided where the scale is above 1.
 
@@ -31,6 +33,7 @@ def make_denoiser(
         guidance_scale: at 1 and below there is no unconditional pass, and the negative prompts do nothing.
         windows: the windows of frames that the network sees, and the sampler's timesteps; without, whole clips.
         steered: what `steer` made of the rest.
+        control: what given frames add to the network; all parts of guidance get it.
 
     Returns:
         Denoise: x (b, f, c, h, w), t (b,) -> prediction of x's shape and dtype.
@@ -46,7 +49,8 @@ def make_denoiser(
     def denoise(x: Tensor, t: Tensor, frames: Tensor) -> Tensor:
         if steered is not None:
             steered.aim(t, frames)
-        return unet(x.to(weight.dtype), t, text).to(x.dtype)
+        added = control(t, text, frames) if control else {}
+        return unet(x.to(weight.dtype), t, text, **added).to(x.dtype)
 
     if steered is not None and steered.said.loop == "rotate":
         cut = rotated(denoise, steered.timesteps)

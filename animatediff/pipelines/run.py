@@ -25,6 +25,7 @@ from animatediff.data.video_io import STREAMED, FrameStream, read_video, replaci
 from animatediff.pipelines.animate import AnimateDiffPipeline, advance
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import draw_seed, pick_device, pick_dtype, seeded
+from animatediff.pipelines.control import read_condition_images
 from animatediff.pipelines.weights import CheckedEntry, check_entries
 from animatediff.utils import UserError
 
@@ -139,6 +140,7 @@ def _run(
             sampler=sampling.sampler,
             timestep_spacing=sampling.timestep_spacing,
             timesteps=sampling.timesteps,
+            **_condition(checked),
         )
         stream = pipeline.decode_frames(latents)
         frames = None if job.path.suffix in STREAMED else np.stack(list(stream))
@@ -154,6 +156,20 @@ def _run(
     return frames
 
 
+def _condition(checked: CheckedEntry) -> dict[str, Any]:
+    """Arguments of the pipeline for the images of an entry."""
+    entry = checked.entry
+    if not entry.controlnet_images:
+        return {}
+    files = [checked.files[f"controlnet_images[{i}]"] for i in range(len(entry.controlnet_images))]
+    images = read_condition_images(files, (entry.H, entry.W), normalize=entry.normalize_condition_images)
+    return {
+        "conditioning_frames": images,
+        "controlnet_frame_indices": entry.controlnet_image_indexs,
+        "controlnet_conditioning_scale": entry.controlnet_scale,
+    }
+
+
 def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[str, Any]:
     """What made a clip, for the clip's own file."""
     entry = checked.entry
@@ -163,7 +179,8 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     if checked.windows:
         settings |= {f"window_{key}": value for key, value in asdict(checked.windows).items()}
     settings |= {key: asdict(value) if is_dataclass(value) else value for key, value in entry.said().items()}
-    for key, path in entry.weight_paths().items():
+    images = {key: path for key, path in entry.other_paths().items() if key.startswith("controlnet_images")}
+    for key, path in (entry.weight_paths() | images).items():
         settings[key] = {"path": path, "sha256": hashes[str(checked.files[key])]}
     if entry.lora_model_path:
         settings |= {"lora_alpha": entry.lora_alpha, "lora_alpha_rule": entry.lora_alpha_rule}
@@ -171,6 +188,9 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
         settings["adapter_lora_scale"] = entry.adapter_lora_scale
     if entry.motion_module_lora_configs:
         settings["motion_lora_alphas"] = [lora.alpha for lora in entry.motion_module_lora_configs]
+    if images:
+        keys = ("controlnet_image_indexs", "controlnet_scale", "normalize_condition_images")
+        settings |= {key: getattr(entry, key) for key in keys}
     return settings | {"animatediff": animatediff.__version__}
 
 

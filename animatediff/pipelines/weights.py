@@ -10,12 +10,14 @@ import animatediff
 from animatediff.checkpoints.identify import FileInfo, identify, refusal
 from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config import AnimateEntry
+from animatediff.control_config import ControlKwargs, load_control_config
 from animatediff.data.mask import read_mask
 from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.diffusion.windows import Windows
 from animatediff.inference_config import InferenceConfig, load_inference_config
 from animatediff.model_config import ANIMATE_LCM, MOTION_VERSIONS, Distillation
+from animatediff.pipelines.control import read_condition_images
 from animatediff.pipelines.sampling import Sampling, complete_sampling
 from animatediff.utils import UserError, naming
 
@@ -30,6 +32,7 @@ EXPECTED = {
     "lora_model_path": ("a LoRA of an image model", ("lora",)),
     "adapter_lora_path": ("a domain adapter", ("domain-adapter", "lora")),
     "motion_module_lora_configs": ("a MotionLoRA", ("motion-lora",)),
+    "controlnet_path": ("a SparseCtrl encoder", ("sparsectrl",)),
 }
 
 MOTION_FILES = "https://huggingface.co/guoyww/animatediff"
@@ -41,6 +44,7 @@ SD15 = "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5"
 SOURCES = {
     **dict.fromkeys(("mm_sd_v14.ckpt", "mm_sd_v15.ckpt", "mm_sd_v15_v2.ckpt", "v3_sd15_mm.ckpt"), MOTION_FILES),
     **dict.fromkeys(("v3_sd15_adapter.ckpt",), MOTION_FILES),
+    **dict.fromkeys(("v3_sd15_sparsectrl_rgb.ckpt", "v3_sd15_sparsectrl_scribble.ckpt"), MOTION_FILES),
     **{
         f"v2_lora_{move}.ckpt": MOTION_FILES
         for move in (
@@ -83,6 +87,7 @@ class CheckedEntry:
     motion: FileInfo | None
     sampling: Sampling
     windows: Windows | None = None
+    control: ControlKwargs | None = None  # what the entry's controlnet_config says
 
     @property
     def version(self) -> str | None:
@@ -114,21 +119,17 @@ def check_entries(entries: Iterable[AnimateEntry]) -> list[CheckedEntry]:
 
     Raises:
         UserError: a file is missing, broken, or something else than its key says; the motion module contradicts the
-            inference config or was not trained for as many frames; SparseCtrl is asked for.
+            inference config or was not trained for as many frames; a condition image cannot be read.
     """
     entries = list(entries)
     for entry in entries:
-        if entry.controlnet_path:
-            raise UserError(
-                f"entry {entry.name}: SparseCtrl is not available yet: remove the controlnet_ keys to animate without"
-            )
         if entry.sampler:
             find_sampler(entry.sampler)
     found = [_find_all(entry) for entry in entries]  # every file of every entry, before the first is opened
     infos: dict[Path, FileInfo] = {}
     for entry, files in zip(entries, found, strict=True):
         for key, path in files.items():
-            if key != "inference_config" and path not in infos:
+            if key not in entry.other_paths() and path not in infos:
                 with naming(f"entry {entry.name}: {key}"):
                     infos[path] = identify(path)
     return [_check(entry, files, infos) for entry, files in zip(entries, found, strict=True)]
@@ -141,11 +142,8 @@ def find_file(path: str) -> Path | None:
 
 
 def _find_all(entry: AnimateEntry) -> dict[str, Path]:
-    paths = entry.weight_paths()
-    if entry.inference_config:
-        paths["inference_config"] = entry.inference_config
     files = {}
-    for key, path in paths.items():
+    for key, path in (entry.weight_paths() | entry.other_paths()).items():
         file = find_file(path)
         if file is None:
             other = " (or give another SD 1.x model by --pretrained-model-path)" * (key == "pretrained_model_path")
@@ -183,6 +181,8 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
         if entry.motion_mask:
             read_mask(find_file(entry.motion_mask) or entry.motion_mask, height=entry.H, width=entry.W)
         windows = _windows(entry, checked.max_frames and int(checked.max_frames * entry.pe_stretch))
+        if "controlnet_path" in files:
+            checked = replace(checked, control=_control(entry, files, infos[files["controlnet_path"]], windows))
     if windows is None:
         return checked
     said = {f"window_{key}": value for key, value in asdict(windows).items()}
@@ -236,6 +236,26 @@ def _windows(entry: AnimateEntry, longest: int | None) -> Windows | None:
             "own risk"
         )
     return None
+
+
+def _control(
+    entry: AnimateEntry, files: dict[str, Path], encoder: FileInfo, windows: Windows | None
+) -> ControlKwargs | None:
+    """What the entry's controlnet_config says; raises where encoder, config and images do not fit the clip."""
+    with naming(f"controlnet_path: {encoder.path}"):
+        trained = trained_frames(encoder.metadata, length=encoder.positional_length, version="sparsectrl")
+    longest, seen = max(trained, entry.max_frames), min(entry.L, windows.length) if windows else entry.L
+    if seen > longest:
+        raise UserError(
+            f"L: got {seen} frames at a time, expected at most {longest}, the longest clip {encoder.path.name} was "
+            f"trained on: set window_schedule and window_length={longest}, or max_frames={seen} at your own risk"
+        )
+    for i in range(len(entry.controlnet_images)):
+        with naming(f"controlnet_images[{i}]"):
+            read_condition_images([files[f"controlnet_images[{i}]"]], (entry.H, entry.W))
+    if "controlnet_config" not in files:
+        return None
+    return load_control_config(files["controlnet_config"], kind=encoder.version)
 
 
 def _trained(entry: AnimateEntry) -> str:

@@ -151,7 +151,6 @@ def test_a_text_encoder_of_another_vocabulary(nano, make_entry):
         ({"window_overlap": 2}, "window_overlap: got 2 without a window_schedule: add window_schedule=open"),
         ({"L": 25, "motion_module": "{nano}/mm_v1.safetensors"}, "expected at most 24"),
         ({"steps": 1001}, "steps: got 1001, expected at most 1000"),
-        ({"controlnet_path": "nowhere.ckpt"}, "SparseCtrl is not available yet"),
         ({"version": "v2"}, "mm_v3.safetensors is a v3 module, but the entry says `version: v2`"),
         ({"motion_module": "{nano}/odd.safetensors"}, "motion_module: .*odd.safetensors: got max_frames 'many'"),
     ],

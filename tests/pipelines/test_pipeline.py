@@ -74,9 +74,10 @@ def test_guidance_and_negative_prompt(run):
 
 def test_embeddings_stand_for_prompts(pipeline, run):
     context, negative = pipeline._encode(FOX, NEGATIVE, None, None, 7.5)
-    expected = run(negative_prompt=NEGATIVE)
-    assert torch.equal(run(None, prompt_embeds=context, negative_prompt_embeds=negative), expected)
-    assert torch.equal(run(None, prompt_embeds=context, negative_prompt=NEGATIVE), expected)
+    expected = run(negative_prompt=NEGATIVE, **WELL_SIZED)
+    assert torch.equal(run(None, prompt_embeds=context, negative_prompt_embeds=negative, **WELL_SIZED), expected)
+    encoded_alone = run(None, prompt_embeds=context, negative_prompt=NEGATIVE, **WELL_SIZED)
+    assert torch.allclose(encoded_alone, expected, atol=1e-4)
 
 
 def test_long_prompts_are_not_cut(run):

@@ -1,0 +1,100 @@
+"""SparseCtrl encoders: official files, diffusers' SparseControlNet files and folders, and our own <-> modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from animatediff.checkpoints.diffusers_json import UNET_STEM
+from animatediff.checkpoints.files import file_sha256, find_weights, read_state_dict, write_state_dict
+from animatediff.checkpoints.identify import identify_tensors, refusal
+from animatediff.checkpoints.keymaps import MOTION_MARK, motion_to_official
+from animatediff.checkpoints.load import LoadReport, load_strictly
+from animatediff.checkpoints.parts import PE_ENDINGS
+from animatediff.checkpoints.sizes import sparsectrl_config, sparsectrl_metadata_of
+from animatediff.model_config import SparseCtrlConfig
+from animatediff.models.sparsectrl import SparseCtrl
+from animatediff.models.unet import UNet
+from animatediff.models.vae import VAE
+from animatediff.utils import UserError, naming
+
+
+def load_sparsectrl(path: str | Path, unet: UNet, vae: VAE) -> tuple[SparseCtrl, LoadReport]:
+    """Load a SparseCtrl encoder for an image model, in the UNet's dtype and on its device, in evaluation mode.
+
+    Args:
+        path: an official file or one of diffusers' SparseControlNet (file or folder).
+        unet, vae: what it has to fit. Heads and norm groups are the UNet's where the file does not say.
+
+    Raises:
+        UserError: the file is something else, incomplete, or made for another model.
+    """
+    path = Path(path)
+    weights = find_weights(path, UNET_STEM, UNET_STEM) if path.is_dir() else path
+    if weights is None:
+        raise UserError(f"got the folder {path}, expected a SparseCtrl encoder: it has no {UNET_STEM} file")
+    file = read_state_dict(weights)
+    info = identify_tensors(file.tensors, file.metadata, path=path)
+    if info.kind != "sparsectrl":
+        raise refusal(info, "a SparseCtrl encoder")
+    tensors = {
+        motion_to_official(key) if MOTION_MARK in key else key: t
+        for key, t in file.tensors.items()
+        if not key.endswith(PE_ENDINGS)
+    }
+    base = {"num_heads": str(unet.config.num_heads), "norm_num_groups": str(unet.config.norm_num_groups)}
+    with naming(path):
+        config = sparsectrl_config(tensors, base | file.metadata, length=info.positional_length)
+    check_fits(config, unet, vae, path)
+    sample = next(unet.parameters())
+    ready = {key: t.to(sample.device, sample.dtype) for key, t in tensors.items()}
+    encoder = load_strictly(lambda: SparseCtrl(config), ready, "SparseCtrl encoder", path)
+    notes = list(file.notes)
+    if len(tensors) < len(file.tensors):
+        notes.append("positional encodings are computed, the file's were not loaded")
+    report = LoadReport(path, info.kind, info.version, file_sha256(path), applied=len(ready), notes=notes)
+    return encoder, report
+
+
+def save_sparsectrl(
+    encoder: SparseCtrl,
+    path: str | Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a SparseCtrl encoder in official keys; `load_sparsectrl` reads it back by itself.
+
+    Args:
+        path: `.safetensors`, or `.ckpt`, `.pt`, `.pth`.
+        metadata: strings to add; heads, norm groups and trained length are written by themselves.
+        dtype: to store the weights in, their own by default.
+    """
+    tensors = {key: t.to(dtype or t.dtype) for key, t in encoder.state_dict().items()}
+    facts = sparsectrl_metadata_of(encoder.config)
+    return write_state_dict(path, tensors, metadata={**(metadata or {}), **facts}, wrapper="controlnet")
+
+
+def check_fits(config: SparseCtrlConfig, unet: UNet, vae: VAE, path: Path) -> None:
+    """Compare with the model that it is to steer.
+
+    Raises:
+        UserError: a size differs, which is named.
+    """
+    ours = replace(config.unet, motion=None)
+    theirs = replace(unet.config, motion=None, out_channels=ours.out_channels)
+    advice = "choose a SparseCtrl encoder made for this base"
+    for name in vars(ours):
+        if (got := getattr(ours, name)) != (expected := getattr(theirs, name)):
+            raise UserError(
+                f"{path}: got a SparseCtrl encoder of {name} {got}, expected the base's {expected}: {advice}"
+            )
+    if config.pixel_channels:
+        name, got, expected = "pixels per latent", 2 ** (len(config.pixel_channels) - 1), vae.config.downsampling
+    else:
+        name, got, expected = "latent channels", config.condition_channels, vae.config.latent_channels
+    if got != expected:
+        raise UserError(f"{path}: got a SparseCtrl encoder for {got} {name}, expected the VAE's {expected}: {advice}")
