@@ -18,14 +18,15 @@ from animatediff.pipelines.components import Components
 from animatediff.utils import UserError, naming
 
 ConditionImages = Sequence[str | Path | Image.Image] | Tensor
-KEPT_BYTES = 2**29  # of residuals; those of one window of SD 1.5 at 512x512 are about 400 MB in half precision
+KEPT_BYTES = 2**28  # of residuals: enough for small models; one guided window of SD 1.5 takes more, see `Control`
 
 
 class Control:
     """What the network is told about a clip's given frames, window by window.
 
     It depends on the timestep, the text and the window alone, so that it is computed once for each of them: clips of
-    one prompt share it, and it is kept for samplers and iterations that come back to a timestep, in `KEPT_BYTES`.
+    one prompt share it, the last one is remembered, and others for when a timestep comes again, while they fit into
+    `KEPT_BYTES` (16 guided frames of SD 1.5 at 512x512 take 430 MB in half precision).
 
     Args:
         encoder: on its device, in its dtype.

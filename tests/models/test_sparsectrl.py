@@ -53,6 +53,8 @@ def test_official_numbers(base, tmp_path, kind):
     assert_close(down[0], frames_first(f"sparsectrl.{kind}.down0"))
     assert_close(down[-1], frames_first(f"sparsectrl.{kind}.down_last"))
     assert_close(mid, frames_first(f"sparsectrl.{kind}.mid"))
+    alike = encoder(encoder.embed(*condition(kind))[None], T, text[:, None].expand(-1, 5, -1, -1))
+    assert_close(0.8 * alike[1], mid)  # one text for each frame
     steered = video(golden("input.latents")[:1], T, text, down_residuals=down, mid_residual=mid)
     assert_close(steered, golden(f"sparsectrl.{kind}.unet_v3"))
 
