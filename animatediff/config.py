@@ -13,6 +13,7 @@ from animatediff.dataclass_io import build_dataclass, convert, describe, dump_ya
 from animatediff.model_config import MOTION_VERSIONS
 from animatediff.utils import UserError
 
+Prompt = str | dict[int, str]  # a text, or keyframes: frame -> text
 Format = Literal["gif", "mp4", "webp", "png"]
 MAX_SEED = 2**64 - 1
 MAX_FPS = {"gif": 50, "mp4": 1000, "webp": 1000, "png": 1000}  # GIF counts 1/100 s and viewers want two of them
@@ -32,14 +33,19 @@ class AnimateEntry:
     """One model and the prompts it animates. The names are the official prompt YAML's keys.
 
     A path of "" means: none, which all but the base model's may be. `n_prompt` and `seed` hold one value for all
-    prompts, or one per prompt.
+    prompts, or one per prompt. A prompt is a text, or keyframes {frame: text, …} between which it travels.
 
     Raises:
         UserError: a value is out of its range, or two lists do not fit together.
     """
 
-    prompt: tuple[str, ...]
-    n_prompt: tuple[str, ...] = ("",)
+    prompt: tuple[Prompt, ...]
+    n_prompt: tuple[Prompt, ...] = ("",)
+    head_prompt: str = ""  # before every text of `prompt`, with a comma
+    tail_prompt: str = ""  # after every text of `prompt`
+    prompt_interpolation: Literal["lerp", "slerp"] = "lerp"  # between keyframes
+    prompt_loop: bool | None = None  # the last keyframe goes on to the first; where window_schedule loops
+    prompt_fixed_ratio: float = 0.0  # of every interval between keyframes: as long the first text stays
     seed: tuple[int, ...] = (-1,)  # 0 … 2^64 - 1; -1 draws one and records it
     random_seed: tuple[int, ...] = ()  # seeds that an earlier run drew; they take the place of -1
     # Of these five, what is not said is what a distilled motion module needs, else as the comments say.
@@ -115,14 +121,23 @@ class AnimateEntry:
             paths[f"motion_module_lora_configs[{i}].path"] = lora.path
         return {key: path for key, path in paths.items() if path}
 
-    def per_prompt(self) -> list[tuple[str, str, int]]:
+    def per_prompt(self) -> list[tuple[Prompt, Prompt, int]]:
         """(prompt, negative prompt, seed) of every prompt; recorded seeds take the place of -1."""
         n = len(self.prompt)
+        prompts = [
+            {frame: self._framed(text) for frame, text in prompt.items()}
+            if isinstance(prompt, dict)
+            else self._framed(prompt)
+            for prompt in self.prompt
+        ]
         negatives = self.n_prompt * n if len(self.n_prompt) == 1 else self.n_prompt
         seeds = self.seed * n if len(self.seed) == 1 else self.seed
         drawn = self.random_seed or seeds
         seeds = tuple(b if a == -1 else a for a, b in zip(seeds, drawn, strict=True))
-        return list(zip(self.prompt, negatives, seeds, strict=True))
+        return list(zip(prompts, negatives, seeds, strict=True))
+
+    def _framed(self, text: str) -> str:
+        return ", ".join(part for part in (self.head_prompt, text, self.tail_prompt) if part.strip())
 
 
 def _check_prompts(entry: AnimateEntry) -> None:
@@ -136,9 +151,24 @@ def _check_prompts(entry: AnimateEntry) -> None:
                 f"expected {' or '.join(str(a) for a in sorted(set(allowed)) if a)}: "
                 "give one for all prompts, or one per prompt"
             )
+    for key in ("prompt", "n_prompt"):
+        for prompt in getattr(entry, key):
+            if isinstance(prompt, dict):
+                check_keyframes(key, prompt, entry.L)
     for key in ("seed", "random_seed"):
         if bad := [s for s in getattr(entry, key) if not -1 <= s <= MAX_SEED]:
             raise UserError(f"{key}: got {bad[0]}, expected 0 to 2^64 - 1, or -1 to draw one")
+
+
+def check_keyframes(where: str, keyframes: Mapping[int, Any], frames: int) -> None:
+    """Raises UserError unless there are keyframes, all within a clip of so many frames."""
+    if not keyframes:
+        raise UserError(f"{where}: got no keyframes, expected at least one, such as 0")
+    if outside := [frame for frame in keyframes if not 0 <= frame < frames]:
+        raise UserError(
+            f"{where}: got a keyframe at {outside[0]}, expected 0 to {frames - 1}, as the clip has {frames} frames: "
+            "move it, or make the clip longer by L"
+        )
 
 
 @dataclass(frozen=True)

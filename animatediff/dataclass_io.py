@@ -61,7 +61,8 @@ def build_dataclass(cls: type[T], values: Any, *, where: str) -> T:
     A single value stands for a list of one; an integer is a float; nothing else is converted.
 
     Args:
-        cls: a dataclass with fields of str, int, float, bool, Literal, tuple[…, ...], `X | None` or dataclasses.
+        cls: a dataclass with fields of str, int, float, bool, Literal, tuple[…, ...], dict[…, …], unions of these or
+            dataclasses. In a union a list or a mapping chooses its type, anything else the first.
         values: key -> raw value.
         where: starts every message, e.g. the file and the entry.
 
@@ -130,7 +131,15 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else convert(value, next(a for a in args if a is not type(None)), where)
+        options = [a for a in args if a is not type(None)]
+        by_value = {dict: Mapping, tuple: (list, tuple)}
+        fits = (a for a in options if isinstance(value, by_value.get(typing.get_origin(a) or a, ())))
+        return None if value is None else convert(value, next(fits, options[0]), where)
+    if origin is dict and isinstance(value, Mapping):
+        numbered = {
+            int(k) if args[0] is int and isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()
+        }
+        return {convert(k, args[0], f"{where}: key"): convert(v, args[1], f"{where}[{k}]") for k, v in numbered.items()}
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(convert(v, args[0], f"{where}[{i}]" if len(items) > 1 else where) for i, v in enumerate(items))

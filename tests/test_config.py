@@ -173,6 +173,12 @@ def test_resolved_config_reads_back(read, tmp_path):
         ('- prompt: [a]\n  pretrained_model_path: ""', "pretrained_model_path: got none"),
         ("- prompt: [a]\n  prompt: [b]", "the key 'prompt' occurs twice"),
         ("- prompt: [a", "not valid YAML"),
+        ("- prompt: {0: a, 16: b}", "prompt: got a keyframe at 16, expected 0 to 15, as the clip has 16 frames"),
+        ("- prompt: {-1: a}", "prompt: got a keyframe at -1"),
+        ("- prompt: {}", "prompt: got no keyframes"),
+        ("- prompt: {first: a}", "prompt: key: got 'first', expected a whole number"),
+        ("- prompt: {0: 5}", r"prompt\[0\]: got 5, expected text"),
+        ("- prompt: 5", "prompt: got 5, expected text"),
         ("- prompt: 2024-13-01", "not valid YAML: month must be"),
         ("[]", "got no entries"),
         ("- just text", "entry 1: got 'just text'"),
@@ -232,6 +238,18 @@ def test_a_new_prompt_takes_the_first_of_the_old_lists(read):
 def test_bad_overrides(item, message):
     with pytest.raises(UserError, match=message):
         parse_overrides(AnimateEntry, [item])
+
+
+def test_prompts_with_keyframes(read):
+    """Frames may be written as text, and the frame around every text is added where prompts are taken one by one."""
+    text = "prompt:\n- {0: red, '12': blue}\n- still\nhead_prompt: a\ntail_prompt: b\nn_prompt: {0: x, 15: y}"
+    (entry,) = read(text).entries
+    assert entry.prompt == ({0: "red", 12: "blue"}, "still") and (entry.prompt_loop, entry.L) == (None, 16)
+    travel, still = entry.per_prompt()
+    assert travel == ({0: "a, red, b", 12: "a, blue, b"}, {0: "x", 15: "y"}, -1) and still[0] == "a, still, b"
+    (entry,) = read("prompt: {0: red, 16: blue}", L=17).entries
+    assert entry.prompt == ({0: "red", 16: "blue"},)
+    assert parse_overrides(AnimateEntry, ["prompt=[{0: a, 8: b}]"]) == {"prompt": [{0: "a", 8: "b"}]}
 
 
 def test_override_of_a_wrong_type(read):

@@ -77,6 +77,7 @@ class Assembler:
             reports=tuple(reports),
             sampler=checked.sampling.sampler,
             windows=checked.windows,
+            travel=checked.travel,
             distillation=checked.distillation,
         )
 

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from animatediff.diffusion.prompt_travel import Travel
 from animatediff.diffusion.windows import Windows
 from animatediff.model_config import Distillation, ScheduleConfig
 from animatediff.models.lora import LoRAStack
@@ -37,6 +38,7 @@ class Components:
     reports: tuple[str, ...] = ()  # one line for each file that was loaded
     sampler: str = "ddim"  # where a call does not say
     windows: Windows | None = None  # where a call does not say
+    travel: Travel = Travel()  # where a call does not say
     distillation: Distillation | None = None  # what the motion module needs, if it was distilled to few steps
 
     @property

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from animatediff.diffusion.guidance import Denoise, classifier_free_guidance
+from animatediff.diffusion.prompt_travel import Context, text_of_frames
 from animatediff.diffusion.windows import Windows, whole, windowed
 from animatediff.models.unet import UNet
 
 
 def make_denoiser(
     unet: UNet,
-    context: Tensor,
+    context: Context,
     *,
-    negative_context: Tensor | None = None,
+    negative_context: Context | None = None,
     guidance_scale: float = 1.0,
     windows: tuple[Windows, Tensor] | None = None,
 ) -> Denoise:
@@ -24,8 +24,8 @@ def make_denoiser(
 
     Args:
         unet: image or video model.
-        context: text embedding of the prompts (b, l, d).
-        negative_context: of the negative prompts (b, l, d); needed for guidance.
+        context: text embedding of the prompts (b, l, d), or one that differs from frame to frame.
+        negative_context: of the negative prompts, of the same kind; needed for guidance.
         guidance_scale: at 1 and below there is no unconditional pass, and the negative prompts do nothing.
         windows: the windows of frames that the network sees, and the sampler's timesteps; without, whole clips.
 
@@ -36,10 +36,11 @@ def make_denoiser(
     if guided and negative_context is None:
         raise ValueError("guidance needs negative_context")
     weight = unet.conv_in.weight
-    text = (torch.cat([negative_context, context]) if guided else context).to(weight.device, weight.dtype)
+    texts = [negative_context, context] if guided and negative_context is not None else [context]
+    text_of = text_of_frames(texts, like=weight)
 
     def denoise(x: Tensor, t: Tensor, frames: Tensor) -> Tensor:
-        return unet(x.to(weight.dtype), t, text).to(x.dtype)
+        return unet(x.to(weight.dtype), t, text_of(frames)).to(x.dtype)
 
     cut = windowed(denoise, *windows) if windows else whole(denoise)
     return classifier_free_guidance(cut, guidance_scale) if guided else cut

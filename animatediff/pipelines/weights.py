@@ -10,6 +10,7 @@ import animatediff
 from animatediff.checkpoints.identify import FileInfo, identify, refusal
 from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config import AnimateEntry
+from animatediff.diffusion.prompt_travel import Travel
 from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.diffusion.windows import Windows
@@ -82,6 +83,7 @@ class CheckedEntry:
     motion: FileInfo | None
     sampling: Sampling
     windows: Windows | None = None
+    travel: Travel = Travel()
 
     @property
     def version(self) -> str | None:
@@ -176,7 +178,8 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
     motion = infos[files["motion_module"]] if "motion_module" in files else None
     with naming(f"entry {entry.name}"):
         sampling = _sampling(entry, inference, _distillation(entry, motion))
-        checked = CheckedEntry(replace(entry, **asdict(sampling)), files, inference, motion, sampling)
+        travel = Travel(entry.prompt_interpolation, entry.prompt_loop, entry.prompt_fixed_ratio)
+        checked = CheckedEntry(replace(entry, **asdict(sampling)), files, inference, motion, sampling, travel=travel)
         if motion is not None:
             _check_version(checked)
         windows = _windows(entry, checked.max_frames)
