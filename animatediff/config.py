@@ -46,6 +46,8 @@ class AnimateEntry:
     prompt_interpolation: Literal["lerp", "slerp"] = "lerp"  # between keyframes
     prompt_loop: bool | None = None  # the last keyframe goes on to the first; where window_schedule loops
     prompt_fixed_ratio: float = 0.0  # of every interval between keyframes: as long the first text stays
+    prompt_weighting: bool = False  # read (word:1.2), [word] and BREAK in prompts; else brackets are text, as official
+    clip_skip: int = 1  # layer of the text encoder, from the end: 1 the last, 2 the one before it, …
     seed: tuple[int, ...] = (-1,)  # 0 … 2^64 - 1; -1 draws one and records it
     random_seed: tuple[int, ...] = ()  # seeds that an earlier run drew; they take the place of -1
     # Of these five, what is not said is what a distilled motion module needs, else as the comments say.
@@ -91,7 +93,7 @@ class AnimateEntry:
         _check_prompts(self)
         if not self.pretrained_model_path:
             raise UserError("pretrained_model_path: got none, expected the base model: a diffusers folder or a file")
-        for key in ("steps", "L", "H", "W"):
+        for key in ("steps", "L", "H", "W", "clip_skip"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise UserError(f"{key}: got {value}, expected at least 1")
         for key in ("H", "W"):

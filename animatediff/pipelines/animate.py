@@ -121,6 +121,8 @@ class AnimateDiffPipeline:
         sigmas: Sequence[float] | None = None,
         windows: Windows | None = None,
         travel: Travel | None = None,
+        prompt_weighting: bool | None = None,
+        clip_skip: int | None = None,
     ) -> AnimateDiffOutput | tuple[Any]:
         """Animate prompts; arguments, defaults and layouts are those of diffusers' AnimateDiffPipeline.
 
@@ -151,6 +153,10 @@ class AnimateDiffPipeline:
             sigmas: the same as noise levels sqrt((1 - abar) / abar); a final 0 may be there.
             windows: the overlapping windows of frames that a long clip is animated in; by default the config's.
             travel: how prompts get from keyframe to keyframe; by default as the config says.
+            prompt_weighting: read `(word:1.2)`, `[word]` and `BREAK` in prompts and negative prompts; by default as the
+                config says, else not: the official code takes brackets as text.
+            clip_skip: the layer of the text encoder to take, from the end: 1 the last, 2 the one before it, as in
+                AUTOMATIC1111's web UI (diffusers counts from 0); by default as the config says, else 1.
 
         Raises:
             UserError: an argument is out of range, or two do not fit together.
@@ -185,6 +191,8 @@ class AnimateDiffPipeline:
             videos=num_videos_per_prompt,
             loop=windows is not None and windows.loops,
             travel=travel,
+            prompt_weighting=prompt_weighting,
+            clip_skip=clip_skip,
         )
         generators = _generators(generator, len(context))
         shape = (

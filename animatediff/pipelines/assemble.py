@@ -14,7 +14,7 @@ from animatediff.models.text import Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.pipelines.components import Components, place, share_weights
 from animatediff.pipelines.weights import CheckedEntry
-from animatediff.utils import UserError
+from animatediff.utils import UserError, naming
 
 
 class Assembler:
@@ -50,6 +50,8 @@ class Assembler:
                 f"entry {entry.name}: got a side of {side} pixels, expected multiples of "
                 f"{image.vae.config.downsampling}: change H or W"
             )
+        with naming(f"entry {entry.name}"):
+            image.text_encoder.check_clip_skip(entry.clip_skip)
         tokenizer = self._tokenizer(files)
         if tokenizer.vocab_size > (known := image.text_encoder.config.vocab_size):
             raise UserError(
@@ -78,6 +80,8 @@ class Assembler:
             sampler=checked.sampling.sampler,
             windows=checked.windows,
             travel=checked.travel,
+            prompt_weighting=entry.prompt_weighting,
+            clip_skip=entry.clip_skip,
             distillation=checked.distillation,
         )
 

@@ -38,7 +38,9 @@ class Components:
     reports: tuple[str, ...] = ()  # one line for each file that was loaded
     sampler: str = "ddim"  # where a call does not say
     windows: Windows | None = None  # where a call does not say
-    travel: Travel = Travel()  # where a call does not say
+    travel: Travel = Travel()  # where a call does not say, as the next two
+    prompt_weighting: bool = False
+    clip_skip: int = 1
     distillation: Distillation | None = None  # what the motion module needs, if it was distilled to few steps
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from animatediff.config import check_keyframes
 from animatediff.diffusion.prompt_travel import Context, Travel, join
+from animatediff.models.prompt_weighting import parse_prompt
 from animatediff.pipelines.components import Components
 from animatediff.utils import UserError
 
@@ -30,6 +31,8 @@ def encode_prompts(
     videos: int = 1,
     loop: bool = False,
     travel: Travel | None = None,
+    prompt_weighting: bool | None = None,
+    clip_skip: int | None = None,
 ) -> tuple[Context, Context | None]:
     """The contexts of b prompts and, where guidance needs them, of as many negative prompts, alike in kind and size.
 
@@ -40,7 +43,9 @@ def encode_prompts(
         negative_embeds: (b, l, d), instead of `negative_prompt`.
         videos: clips of every prompt, one after the other.
         loop: whether the clips do, where `travel` does not say.
-        travel: between keyframes; by default the config's.
+        travel: between keyframes; by default the config's, as of the next two.
+        prompt_weighting: read brackets and BREAK, see `prompt_weighting.parse_prompt`.
+        clip_skip: as of `TextEncoder.forward`.
 
     Raises:
         UserError: two arguments do not fit together, or a keyframe is outside the clip.
@@ -58,9 +63,13 @@ def encode_prompts(
     if len(negatives) != count:
         raise UserError(f"got {len(negatives)} negative prompts for {count} prompts, expected one, or one for each")
     negatives = negatives if guided and negative_embeds is None else []
-    keyframes = [_keyframes(p, num_frames) for p in prompts + negatives]
     # Together, so that prompts and negative prompts come out equally long.
-    clips = _embed(components, keyframes)
+    clips = _embed(
+        components,
+        [_keyframes(p, num_frames) for p in prompts + negatives],
+        weighting=components.prompt_weighting if prompt_weighting is None else prompt_weighting,
+        clip_skip=components.clip_skip if clip_skip is None else clip_skip,
+    )
     positive = clips[: len(prompts)] if embeds is None else _held(embeds)
     negative = clips[len(prompts) :] if negative_embeds is None else _held(negative_embeds) if guided else []
     if negative and (len(negative), *negative[0][1].shape[1:]) != (count, *positive[0][1].shape[1:]):
@@ -100,14 +109,20 @@ def _keyframes(prompt: Prompt, frames: int) -> dict[int, str]:
     return dict(sorted(prompt.items()))
 
 
-def _embed(c: Components, keyframes: Sequence[dict[int, str]]) -> list[Clip]:
+def _embed(c: Components, keyframes: Sequence[dict[int, str]], *, weighting: bool, clip_skip: int) -> list[Clip]:
     """Every prompt's embeddings (k, l, d), all of one length."""
     texts = [text for keys in keyframes for text in keys.values()]
     if not texts:
         return []
-    ids = c.tokenizer(texts, max_length=c.text_encoder.config.max_length)
-    states = c.text_encoder.encode(ids.to(c.device)).split([len(keys) for keys in keyframes])
-    return [(list(keys), part) for keys, part in zip(keyframes, states, strict=True)]
+    longest, weights = c.text_encoder.config.max_length, None
+    if weighting:
+        ids, weights = c.tokenizer.weighted([parse_prompt(text) for text in texts], max_length=longest)
+        weights = weights.to(c.device)
+    else:
+        ids = c.tokenizer(texts, max_length=longest)
+    states = c.text_encoder.encode(ids.to(c.device), weights=weights, clip_skip=clip_skip)
+    parts = states.split([len(keys) for keys in keyframes])
+    return [(list(keys), part) for keys, part in zip(keyframes, parts, strict=True)]
 
 
 def _held(embeds: Tensor) -> list[Clip]:

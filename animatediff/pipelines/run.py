@@ -166,6 +166,9 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     if isinstance(job.prompt, dict) or isinstance(job.negative_prompt, dict):
         keys = ("prompt_interpolation", "prompt_loop", "prompt_fixed_ratio")
         settings |= {key: getattr(entry, key) for key in keys}
+    for key in ("prompt_weighting", "clip_skip"):
+        if (value := getattr(entry, key)) != getattr(AnimateEntry, key):
+            settings[key] = value
     for key, path in entry.weight_paths().items():
         settings[key] = {"path": path, "sha256": hashes[str(checked.files[key])]}
     if entry.lora_model_path:

@@ -108,6 +108,20 @@ def test_equal_keyframes_are_a_plain_prompt(run):
     assert torch.allclose(held, run(generator=[seeded(0), seeded(1)], **arguments), atol=1e-4)
 
 
+def test_prompt_weighting_is_off_unless_asked_for(run):
+    weighted = "a (red:1.5) fox"
+    assert not torch.allclose(run(weighted, prompt_weighting=True), run(weighted), atol=1e-3)
+    assert not torch.allclose(run(weighted, prompt_weighting=True), run("a red fox"), atol=1e-3)
+    assert torch.equal(run(FOX, prompt_weighting=True), run(FOX))
+    one_weighs = run(negative_prompt="(blue:1.5)", prompt_weighting=True)
+    assert not torch.allclose(one_weighs, run(negative_prompt="blue"), atol=1e-3)
+
+
+def test_clip_skip(run):
+    assert torch.equal(run(clip_skip=1), run())
+    assert not torch.allclose(run(clip_skip=2), run(), atol=1e-3)
+
+
 def test_long_prompts_are_not_cut(run):
     """The words past the 75th token count, and a long negative prompt goes with a short prompt."""
     assert not torch.allclose(run(LONG), run(LONG + ", at night"), atol=1e-3)
@@ -187,6 +201,7 @@ def test_sizes_default_to_the_config(pipeline):
         ({"eta": 1.5}, "eta: got 1.5"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt: got 0"),
         ({"prompt": []}, "got an empty list"),
+        ({"clip_skip": 3}, "clip_skip: got 3, expected 1 .the last layer. to 2"),
         ({"prompt": {0: "a", 2: "b"}}, "got a keyframe at 2, expected 0 to 1"),
         ({"negative_prompt": [{}]}, "got no keyframes"),
         ({"prompt": {"0": "a"}}, "got a keyframe at '0', expected the number"),
