@@ -29,6 +29,14 @@ class MotionLoRAEntry:
 
 
 @dataclass(frozen=True)
+class EmbeddingEntry:
+    """A textual inversion, and the word that stands for it in prompts: by default its file's stem."""
+
+    path: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class AnimateEntry:
     """One model and the prompts it animates. The names are the official prompt YAML's keys.
 
@@ -81,6 +89,7 @@ class AnimateEntry:
     motion_module_lora_configs: tuple[MotionLoRAEntry, ...] = ()
     adapter_lora_path: str = ""  # domain adapter
     adapter_lora_scale: float = 1.0
+    embeddings: tuple[EmbeddingEntry, ...] = ()  # textual inversions: paths, or {path: …, name: …}
     inference_config: str = ""
 
     controlnet_path: str = ""  # SparseCtrl
@@ -121,6 +130,8 @@ class AnimateEntry:
         }
         for i, lora in enumerate(self.motion_module_lora_configs):
             paths[f"motion_module_lora_configs[{i}].path"] = lora.path
+        for i, embedding in enumerate(self.embeddings):
+            paths[f"embeddings[{i}].path"] = embedding.path
         return {key: path for key, path in paths.items() if path}
 
     def per_prompt(self) -> list[tuple[Prompt, Prompt, int]]:
@@ -286,6 +297,7 @@ def dump_config(config: RunConfig) -> str:
     entries = []
     for entry in config.entries:
         values = dataclasses.asdict(entry)
-        values["motion_module_lora_configs"] = [dict(lora) for lora in values["motion_module_lora_configs"]]
+        for key in ("motion_module_lora_configs", "embeddings"):
+            values[key] = [dict(item) for item in values[key]]
         entries.append({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
     return dump_yaml({"entries": entries, "provenance": config.provenance})

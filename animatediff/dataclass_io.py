@@ -58,7 +58,8 @@ def dump_yaml(content: Any) -> str:
 def build_dataclass(cls: type[T], values: Any, *, where: str) -> T:
     """A dataclass from a mapping of raw values, every key known and every value of its field's type.
 
-    A single value stands for a list of one; an integer is a float; nothing else is converted.
+    A single value stands for a list of one, a text for a dataclass that begins with one; an integer is a float;
+    nothing else is converted.
 
     Args:
         cls: a dataclass with fields of str, int, float, bool, Literal, tuple[…, ...], dict[…, …], unions of these or
@@ -147,7 +148,9 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if value in args and type(value) in {type(choice) for choice in args}:
             return value
     elif dataclasses.is_dataclass(hint):
-        return build_dataclass(hint, value, where=where)
+        first = dataclasses.fields(hint)[0].name
+        named = {first: value} if isinstance(value, str) and typing.get_type_hints(hint)[first] is str else value
+        return build_dataclass(hint, named, where=where)  # type: ignore[arg-type]
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)

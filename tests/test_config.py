@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from animatediff.config import AnimateEntry, MotionLoRAEntry, dump_config, load_config
+from animatediff.config import AnimateEntry, EmbeddingEntry, MotionLoRAEntry, dump_config, load_config
 from animatediff.dataclass_io import parse_overrides
 from animatediff.inference_config import load_inference_config
 from animatediff.model_config import MOTION_VERSIONS, ScheduleConfig
@@ -250,6 +250,14 @@ def test_prompts_with_keyframes(read):
     (entry,) = read("prompt: {0: red, 16: blue}", L=17).entries
     assert entry.prompt == ({0: "red", 16: "blue"},)
     assert parse_overrides(AnimateEntry, ["prompt=[{0: a, 8: b}]"]) == {"prompt": [{0: "a", 8: "b"}]}
+
+
+def test_embeddings(read):
+    (entry,) = read("prompt: a\nembeddings: [a.pt, {path: b.pt, name: bad}]").entries
+    assert entry.embeddings == (EmbeddingEntry("a.pt"), EmbeddingEntry("b.pt", "bad"))
+    assert entry.weight_paths()["embeddings[1].path"] == "b.pt"
+    (entry,) = read("prompt: a", **parse_overrides(AnimateEntry, ["embeddings=a.pt"])).entries
+    assert entry.embeddings == (EmbeddingEntry("a.pt"),)
 
 
 def test_override_of_a_wrong_type(read):

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -169,7 +170,8 @@ class Tokenizer:
         """
         key = word.strip().lower()
         if not key or key in self._own_words:
-            raise UserError(f"got {'a blank word' * (not key) or f'the word {word!r} twice'}, expected one of its own")
+            what = f"the word {word!r} twice" if key else "a blank word"
+            raise UserError(f"got {what}, expected one of its own: give it a name")
         self._own_words[key] = ids
 
     def tokenize(self, prompt: str) -> list[int]:
@@ -336,6 +338,15 @@ class TextEncoder(nn.Module):
         if weights is not None:
             states = weigh_states(states, rearrange(weights, "n c l -> (n c) l"))
         return rearrange(states, "(n c) l d -> n (c l) d", n=token_ids.shape[0], c=token_ids.shape[1])
+
+    def add_tokens(self, vectors: Tensor) -> list[int]:
+        """Learn further tokens, by their vectors (k, d); returns their ids."""
+        embeddings, known = self.text_model.embeddings, self.config.vocab_size
+        table = embeddings.token_embedding.weight
+        longer = torch.cat([table.detach(), vectors.to(table)])
+        embeddings.token_embedding = nn.Embedding.from_pretrained(longer, freeze=not table.requires_grad)
+        self.config = replace(self.config, vocab_size=known + len(vectors))
+        return list(range(known, known + len(vectors)))
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every linear layer by its checkpoint name, e.g. `text_model.encoder.layers.0.self_attn.q_proj`."""

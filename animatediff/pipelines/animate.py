@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from animatediff.checkpoints.textual_inversion import load_textual_inversion
 from animatediff.config import load_config
 from animatediff.data.video_io import to_uint8
 from animatediff.diffusion.prompt_travel import Travel
@@ -93,6 +94,18 @@ class AnimateDiffPipeline:
         for module in (c.unet, c.vae, c.text_encoder):
             place(module, torch.device(device), dtype or c.dtype)
         return self
+
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> None:
+        """Let a word of the prompts stand for a textual inversion; see `checkpoints.textual_inversion`.
+
+        Args:
+            path: .pt, .bin or .safetensors.
+            token: the word; by default the file's stem, and the token that the file itself names.
+
+        Raises:
+            UserError: another kind of file, vectors of another width, or a word that is there already.
+        """
+        load_textual_inversion(path, self.components.text_encoder, self.components.tokenizer, name=token or "")
 
     @torch.no_grad()
     def __call__(

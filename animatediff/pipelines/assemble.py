@@ -9,6 +9,7 @@ import torch
 
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised
 from animatediff.checkpoints.lora_files import read_lora
+from animatediff.checkpoints.textual_inversion import load_textual_inversion
 from animatediff.models.lora import AlphaRule, LoRAStack
 from animatediff.models.text import Tokenizer
 from animatediff.models.unet import UNet
@@ -68,6 +69,9 @@ class Assembler:
             lora = read_lora(path, name=_unused_name(path, loras))
             reports.append(str(loras.add(lora, scale, alpha_rule=rule)))
         loras.merge()
+        for i, embedding in enumerate(entry.embeddings):
+            path = files[f"embeddings[{i}].path"]
+            reports.append(str(load_textual_inversion(path, text_encoder, tokenizer, name=embedding.name)))
         schedule = checked.inference.build_schedule(image.schedule.prediction_type if image.schedule else None)
         return Components(
             unet=place(unet, self.device, self.dtype),

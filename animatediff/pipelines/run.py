@@ -177,6 +177,8 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
         settings["adapter_lora_scale"] = entry.adapter_lora_scale
     if entry.motion_module_lora_configs:
         settings["motion_lora_alphas"] = [lora.alpha for lora in entry.motion_module_lora_configs]
+    if entry.embeddings:
+        settings["embedding_names"] = [embedding.name for embedding in entry.embeddings]
     return settings | {"animatediff": animatediff.__version__}
 
 

@@ -30,6 +30,7 @@ EXPECTED = {
     "lora_model_path": ("a LoRA of an image model", ("lora",)),
     "adapter_lora_path": ("a domain adapter", ("domain-adapter", "lora")),
     "motion_module_lora_configs": ("a MotionLoRA", ("motion-lora",)),
+    "embeddings": ("a textual inversion for SD 1.x", ("textual-inversion",)),
 }
 
 MOTION_FILES = "https://huggingface.co/guoyww/animatediff"
