@@ -16,6 +16,7 @@ _PUBLIC = {
     "AnimateDiff": "animatediff.pipelines.animate",
     "AnimateDiffOutput": "animatediff.pipelines.animate",
     "AnimateDiffPipeline": "animatediff.pipelines.animate",
+    "Travel": "animatediff.diffusion.prompt_travel",
     "UserError": "animatediff.utils",
     "Windows": "animatediff.diffusion.windows",
     "animate": "animatediff.pipelines.run",
