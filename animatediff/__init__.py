@@ -18,6 +18,7 @@ _PUBLIC = {
     "AnimateDiffPipeline": "animatediff.pipelines.animate",
     "FreeInit": "animatediff.steering",
     "FreeU": "animatediff.steering",
+    "Travel": "animatediff.diffusion.prompt_travel",
     "UserError": "animatediff.utils",
     "Windows": "animatediff.diffusion.windows",
     "animate": "animatediff.pipelines.run",

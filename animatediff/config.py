@@ -15,6 +15,7 @@ from animatediff.model_config import MOTION_VERSIONS
 from animatediff.steering import Steering
 from animatediff.utils import UserError, naming
 
+Prompt = str | dict[int, str]  # a text, or keyframes: frame -> text
 Format = Literal["gif", "mp4", "webp", "png"]
 MAX_SEED = 2**64 - 1
 MAX_FPS = {"gif": 50, "mp4": 1000, "webp": 1000, "png": 1000}  # GIF counts 1/100 s and viewers want two of them
@@ -30,18 +31,33 @@ class MotionLoRAEntry:
 
 
 @dataclass(frozen=True)
+class EmbeddingEntry:
+    """A textual inversion, and the word that stands for it in prompts: by default its file's stem."""
+
+    path: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class AnimateEntry(Steering):
     """One model and the prompts it animates. The names are the official prompt YAML's keys, and those of Steering.
 
     A path of "" means: none, which all but the base model's may be. `n_prompt` and `seed` hold one value for all
-    prompts, or one per prompt.
+    prompts, or one per prompt. A prompt is a text, or keyframes {frame: text, …} between which it travels.
 
     Raises:
         UserError: a value is out of its range, or two lists do not fit together.
     """
 
-    prompt: tuple[str, ...]
-    n_prompt: tuple[str, ...] = ("",)
+    prompt: tuple[Prompt, ...]
+    n_prompt: tuple[Prompt, ...] = ("",)
+    head_prompt: str = ""  # before every text of `prompt`, with a comma
+    tail_prompt: str = ""  # after every text of `prompt`
+    prompt_interpolation: Literal["lerp", "slerp"] = "lerp"  # between keyframes
+    prompt_loop: bool | None = None  # the last keyframe goes on to the first; where window_schedule loops
+    prompt_fixed_ratio: float = 0.0  # of every interval between keyframes: as long the first text stays
+    prompt_weighting: bool = False  # read (word:1.2), [word] and BREAK in prompts; else brackets are text, as official
+    clip_skip: int = 1  # layer of the text encoder, from the end: 1 the last, 2 the one before it, …
     seed: tuple[int, ...] = (-1,)  # 0 … 2^64 - 1; -1 draws one and records it
     random_seed: tuple[int, ...] = ()  # seeds that an earlier run drew; they take the place of -1
     # Of these five, what is not said is what a distilled motion module needs, else as the comments say.
@@ -75,6 +91,7 @@ class AnimateEntry(Steering):
     motion_module_lora_configs: tuple[MotionLoRAEntry, ...] = ()
     adapter_lora_path: str = ""  # domain adapter
     adapter_lora_scale: float = 1.0
+    embeddings: tuple[EmbeddingEntry, ...] = ()  # textual inversions: paths, or {path: …, name: …}
     inference_config: str = ""
 
     controlnet_path: str = ""  # SparseCtrl encoder
@@ -91,7 +108,7 @@ class AnimateEntry(Steering):
         _check_prompts(self)
         if not self.pretrained_model_path:
             raise UserError("pretrained_model_path: got none, expected the base model: a diffusers folder or a file")
-        for key in ("steps", "L", "H", "W"):
+        for key in ("steps", "L", "H", "W", "clip_skip"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise UserError(f"{key}: got {value}, expected at least 1")
         for key in ("H", "W"):
@@ -121,6 +138,8 @@ class AnimateEntry(Steering):
         }
         for i, lora in enumerate(self.motion_module_lora_configs):
             paths[f"motion_module_lora_configs[{i}].path"] = lora.path
+        for i, embedding in enumerate(self.embeddings):
+            paths[f"embeddings[{i}].path"] = embedding.path
         return {key: path for key, path in paths.items() if path}
 
     def other_paths(self) -> dict[str, str]:
@@ -129,14 +148,23 @@ class AnimateEntry(Steering):
         paths |= {f"controlnet_images[{i}]": path for i, path in enumerate(self.controlnet_images)}
         return {key: path for key, path in paths.items() if path}
 
-    def per_prompt(self) -> list[tuple[str, str, int]]:
+    def per_prompt(self) -> list[tuple[Prompt, Prompt, int]]:
         """(prompt, negative prompt, seed) of every prompt; recorded seeds take the place of -1."""
         n = len(self.prompt)
+        prompts = [
+            {frame: self._framed(text) for frame, text in prompt.items()}
+            if isinstance(prompt, dict)
+            else self._framed(prompt)
+            for prompt in self.prompt
+        ]
         negatives = self.n_prompt * n if len(self.n_prompt) == 1 else self.n_prompt
         seeds = self.seed * n if len(self.seed) == 1 else self.seed
         drawn = self.random_seed or seeds
         seeds = tuple(b if a == -1 else a for a, b in zip(seeds, drawn, strict=True))
-        return list(zip(self.prompt, negatives, seeds, strict=True))
+        return list(zip(prompts, negatives, seeds, strict=True))
+
+    def _framed(self, text: str) -> str:
+        return ", ".join(part for part in (self.head_prompt, text, self.tail_prompt) if part.strip())
 
 
 def _check_prompts(entry: AnimateEntry) -> None:
@@ -150,6 +178,10 @@ def _check_prompts(entry: AnimateEntry) -> None:
                 f"expected {' or '.join(str(a) for a in sorted(set(allowed)) if a)}: "
                 "give one for all prompts, or one per prompt"
             )
+    for key in ("prompt", "n_prompt"):
+        for prompt in getattr(entry, key):
+            if isinstance(prompt, dict):
+                check_keyframes(key, prompt, entry.L)
     for key in ("seed", "random_seed"):
         if bad := [s for s in getattr(entry, key) if not -1 <= s <= MAX_SEED]:
             raise UserError(f"{key}: got {bad[0]}, expected 0 to 2^64 - 1, or -1 to draw one")
@@ -165,6 +197,17 @@ def _check_control(entry: AnimateEntry) -> None:
             condition_frames(entry.controlnet_image_indexs, images=images, frames=entry.L)
     with naming("controlnet_scale"):
         check_scales(entry.controlnet_scale, frames=entry.L)
+
+
+def check_keyframes(where: str, keyframes: Mapping[int, Any], frames: int) -> None:
+    """Raises UserError unless there are keyframes, all within a clip of so many frames."""
+    if not keyframes:
+        raise UserError(f"{where}: got no keyframes, expected at least one, such as 0")
+    if outside := [frame for frame in keyframes if not 0 <= frame < frames]:
+        raise UserError(
+            f"{where}: got a keyframe at {outside[0]}, expected 0 to {frames - 1}, as the clip has {frames} frames: "
+            "move it, or make the clip longer by L"
+        )
 
 
 @dataclass(frozen=True)
@@ -280,6 +323,7 @@ def dump_config(config: RunConfig) -> str:
     entries = []
     for entry in config.entries:
         values = dataclasses.asdict(entry)
-        values["motion_module_lora_configs"] = [dict(lora) for lora in values["motion_module_lora_configs"]]
+        for key in ("motion_module_lora_configs", "embeddings"):
+            values[key] = [dict(item) for item in values[key]]
         entries.append({k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
     return dump_yaml({"entries": entries, "provenance": config.provenance})

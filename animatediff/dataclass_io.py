@@ -58,10 +58,12 @@ def dump_yaml(content: Any) -> str:
 def build_dataclass(cls: type[T], values: Any, *, where: str) -> T:
     """A dataclass from a mapping of raw values, every key known and every value of its field's type.
 
-    A single value stands for a list of one; an integer is a float; nothing else is converted.
+    A single value stands for a list of one, a text for a dataclass that begins with one; an integer is a float;
+    nothing else is converted.
 
     Args:
-        cls: a dataclass with fields of str, int, float, bool, Literal, tuple[…, ...], `X | None` or dataclasses.
+        cls: a dataclass with fields of str, int, float, bool, Literal, tuple[…, ...], dict[…, …], unions of these or
+            dataclasses. In a union a list or a mapping chooses its type, anything else the first.
         values: key -> raw value.
         where: starts every message, e.g. the file and the entry.
 
@@ -132,11 +134,11 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         options = [a for a in args if a is not type(None)]
-        shape = {list: tuple, tuple: tuple, dict: dict}.get(type(value))
-        option = next((a for a in options if typing.get_origin(a) is shape), options[0])
-        return None if value is None else convert(value, option, where)
+        by_value = {dict: Mapping, tuple: (list, tuple)}
+        fits = (a for a in options if isinstance(value, by_value.get(typing.get_origin(a) or a, ())))
+        return None if value is None else convert(value, next(fits, options[0]), where)
     if origin is dict and isinstance(value, Mapping):
-        return {str(key): convert(v, args[1], f"{where}[{key}]") for key, v in value.items()}
+        return {_key(k, args[0], where): convert(v, args[1], f"{where}[{k}]") for k, v in value.items()}
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(convert(v, args[0], f"{where}[{i}]" if len(items) > 1 else where) for i, v in enumerate(items))
@@ -144,13 +146,23 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if value in args and type(value) in {type(choice) for choice in args}:
             return value
     elif dataclasses.is_dataclass(hint):
-        return build_dataclass(hint, value, where=where)
+        first = dataclasses.fields(hint)[0].name
+        named = {first: value} if isinstance(value, str) and typing.get_type_hints(hint)[first] is str else value
+        return build_dataclass(hint, named, where=where)  # type: ignore[arg-type]
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     elif type(value) is hint:
         return value
     raise UserError(f"{where}: got {describe(value)}, expected {type_name(hint)}")
+
+
+def _key(key: Any, hint: Any, where: str) -> Any:
+    """A key of a mapping, which YAML may have read as a number and the command line as a text."""
+    if hint is str and isinstance(key, (int, float)):
+        return str(key)
+    number = hint is int and isinstance(key, str) and key.isdecimal()
+    return convert(int(key) if number else key, hint, f"{where}: key")
 
 
 def type_name(hint: Any) -> str:

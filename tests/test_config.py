@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from animatediff.config import AnimateEntry, MotionLoRAEntry, dump_config, load_config
+from animatediff.config import AnimateEntry, EmbeddingEntry, MotionLoRAEntry, dump_config, load_config
 from animatediff.dataclass_io import parse_overrides
 from animatediff.inference_config import load_inference_config
 from animatediff.model_config import MOTION_VERSIONS, ScheduleConfig
@@ -173,6 +173,12 @@ def test_resolved_config_reads_back(read, tmp_path):
         ('- prompt: [a]\n  pretrained_model_path: ""', "pretrained_model_path: got none"),
         ("- prompt: [a]\n  prompt: [b]", "the key 'prompt' occurs twice"),
         ("- prompt: [a", "not valid YAML"),
+        ("- prompt: {0: a, 16: b}", "prompt: got a keyframe at 16, expected 0 to 15, as the clip has 16 frames"),
+        ("- prompt: {-1: a}", "prompt: got a keyframe at -1"),
+        ("- prompt: {}", "prompt: got no keyframes"),
+        ("- prompt: {first: a}", "prompt: key: got 'first', expected a whole number"),
+        ("- prompt: {0: 5}", r"prompt\[0\]: got 5, expected text"),
+        ("- prompt: 5", "prompt: got 5, expected text"),
         ("- prompt: 2024-13-01", "not valid YAML: month must be"),
         ("[]", "got no entries"),
         ("- just text", "entry 1: got 'just text'"),
@@ -232,6 +238,26 @@ def test_a_new_prompt_takes_the_first_of_the_old_lists(read):
 def test_bad_overrides(item, message):
     with pytest.raises(UserError, match=message):
         parse_overrides(AnimateEntry, [item])
+
+
+def test_prompts_with_keyframes(read):
+    """Frames may be written as text, and the frame around every text is added where prompts are taken one by one."""
+    text = "prompt:\n- {0: red, '12': blue}\n- still\nhead_prompt: a\ntail_prompt: b\nn_prompt: {0: x, 15: y}"
+    (entry,) = read(text).entries
+    assert entry.prompt == ({0: "red", 12: "blue"}, "still") and (entry.prompt_loop, entry.L) == (None, 16)
+    travel, still = entry.per_prompt()
+    assert travel == ({0: "a, red, b", 12: "a, blue, b"}, {0: "x", 15: "y"}, -1) and still[0] == "a, still, b"
+    (entry,) = read("prompt: {0: red, 16: blue}", L=17).entries
+    assert entry.prompt == ({0: "red", 16: "blue"},)
+    assert parse_overrides(AnimateEntry, ["prompt=[{0: a, 8: b}]"]) == {"prompt": [{0: "a", 8: "b"}]}
+
+
+def test_embeddings(read):
+    (entry,) = read("prompt: a\nembeddings: [a.pt, {path: b.pt, name: bad}]").entries
+    assert entry.embeddings == (EmbeddingEntry("a.pt"), EmbeddingEntry("b.pt", "bad"))
+    assert entry.weight_paths()["embeddings[1].path"] == "b.pt"
+    (entry,) = read("prompt: a", **parse_overrides(AnimateEntry, ["embeddings=a.pt"])).entries
+    assert entry.embeddings == (EmbeddingEntry("a.pt"),)
 
 
 def test_override_of_a_wrong_type(read):

@@ -40,6 +40,8 @@ BOOKKEEPING_CLASSES = (
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
 )
+# Containers of torch that early textual inversions are saved in.
+SAFE_CLASSES = (torch.nn.ParameterDict,)
 # What torch.load raises on a damaged pickle, depending on where the damage is.
 PICKLE_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError)
 
@@ -295,7 +297,7 @@ def _read_pickle(path: Path) -> Any:
         raise UserError(f"got a TorchScript program, not weights, in {path}: it is code; use a .safetensors release")
     stand_ins = [_stand_in(name) for name in BOOKKEEPING_CLASSES]
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals([*stand_ins, *SAFE_CLASSES]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except PICKLE_ERRORS as error:
         raise UserError(_pickle_diagnosis(path, is_zip, error)) from None
@@ -357,6 +359,7 @@ def _flatten(groups: Mapping) -> dict[str, Any]:
     """Files of several state dicts (IP-Adapter, CameraCtrl, textual inversions): one level of names, dotted."""
     flat: dict[str, Any] = {}
     for name, group in groups.items():
+        group = dict(group.named_parameters()) if isinstance(group, torch.nn.ParameterDict) else group
         flat |= (
             {f"{name}.{key}": value for key, value in group.items()} if isinstance(group, Mapping) else {name: group}
         )

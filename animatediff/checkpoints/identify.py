@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from animatediff.checkpoints import sizes
 from animatediff.checkpoints.diffusers_json import TEXT_STEMS, UNET_STEM, VAE_STEM, Json, adapter_metadata
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
@@ -17,6 +19,7 @@ from animatediff.utils import UserError, naming
 
 SDXL_MOTION_WIDTHS = {0: 320, 1: 640, 2: 1280}
 SD15_WIDTHS = (320, 640, 1280, 1280)
+EMBEDDING_WIDTHS = (768, 1024, 1280)  # of the text encoders of SD 1.x, SD 2.x, and SDXL's second
 MOTION_KINDS = ("motion-module", "motion-adapter")
 
 
@@ -61,7 +64,11 @@ KINDS: dict[str, Kind] = {
     ),
     "vae": Kind("a VAE alone", "an image model; it cannot be used by itself"),
     "text-encoder": Kind("a CLIP text encoder alone", "the folder of its image model"),
-    "textual-inversion": Kind("a textual inversion (embedding)", "a prompt that uses it; not supported"),
+    "textual-inversion": Kind(
+        "a textual inversion (embedding)", "an SD 1.x image model, and its name in a prompt", "embeddings: [{path}]"
+    ),
+    "sd2-textual-inversion": Kind("a textual inversion for SD 2.x", "an SD 2.x base, here it is SD 1.x"),
+    "sdxl-textual-inversion": Kind("a textual inversion for SDXL", "an SDXL base, here it is SD 1.x"),
     "sd1-inpainting": Kind("an inpainting or instruction model (its conv_in takes more than 4 channels)"),
     "sd2-checkpoint": Kind("an SD 2.x image model (OpenCLIP text, context of 1024)"),
     "sdxl-checkpoint": Kind("an SDXL image model"),
@@ -241,10 +248,25 @@ def _is_sdxl_motion(tensors: StateDict) -> bool:
     return sizes.motion_widths(motion_part(tensors)) == SDXL_MOTION_WIDTHS
 
 
-def _is_embedding(tensors: StateDict) -> bool:
-    few_vectors = len(tensors) <= 2 and all(t.dim() <= 2 for t in tensors.values())
-    names = ("emb_params", "clip_l", "clip_g")
-    return few_vectors and all(k in names or k.startswith(("string_to_param.", "<")) for k in tensors)
+def embedding_vectors(tensors: StateDict) -> Tensor | None:
+    """The vectors (k, d) or (d,) of a textual inversion, None in any other file."""
+    vectors = {key: t for key, t in tensors.items() if not key.startswith("string_to_token.")}
+    if len(vectors) != 1:
+        return vectors.get("clip_g") if vectors.keys() == {"clip_l", "clip_g"} else None
+    ((key, tensor),) = vectors.items()
+    named = key in ("emb_params", "clip_l") or key.startswith(("string_to_param.", "<"))
+    fits = tensor.dim() in (1, 2) and (named or ("." not in key and tensor.shape[-1] in EMBEDDING_WIDTHS))
+    return tensor if fits else None
+
+
+def _is_embedding(width: int | None = None) -> Callable[[StateDict], bool]:
+    """Whether it is a textual inversion, of this width."""
+
+    def rule(tensors: StateDict) -> bool:
+        vectors = embedding_vectors(tensors)
+        return vectors is not None and width in (None, vectors.shape[-1])
+
+    return rule
 
 
 _LORA = r"(lora_down|lora_up|lora_A|lora_B|_lora\.down|_lora\.up|\.lora\.down|\.lora\.up|lora_linear_layer)\b"
@@ -258,7 +280,9 @@ RULES: tuple[tuple[str, Callable[[StateDict], bool]], ...] = (
     ("domain-adapter", _any(r"^(down_blocks|up_blocks|mid_block)\..*attentions.*\.processor\.to_\w+_lora\.(down|up)")),
     ("lora", _any(_LORA)),
     ("ip-adapter", _any(r"^(image_proj|ip_adapter)\.|\.to_k_ip\.")),
-    ("textual-inversion", _is_embedding),
+    ("sd2-textual-inversion", _is_embedding(1024)),
+    ("sdxl-textual-inversion", _is_embedding(1280)),
+    ("textual-inversion", _is_embedding()),
     ("sparsectrl", _both(_any(r"^controlnet_cond_embedding\."), _any(r"motion_modules\."))),
     ("controlnet", _any(r"^(controlnet_cond_embedding|controlnet_down_blocks|control_model)\.")),
     ("cameractrl", _any(r"^pose_encoder|encoder_down_conv_blocks")),

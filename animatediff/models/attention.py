@@ -89,7 +89,7 @@ class SpatialTransformer(nn.Module):
         return nn.Linear(channels, channels) if self.linear_projection else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x: ((b f), c, h, w); context: (b, l, context_dim), one row per video."""
+        """x: ((b f), c, h, w); context: (b, l, context_dim), one row per video, or ((b f), l, context_dim)."""
         h, residual = x.shape[-2], x
         x = self.norm(x)
         if not self.linear_projection:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from tokenizers import Tokenizer as BPETokenizer
 from torch import Tensor, nn
 
 from animatediff.model_config import TextConfig
+from animatediff.models.prompt_weighting import Section, weigh_states
 from animatediff.utils import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -82,6 +86,7 @@ class Tokenizer:
         _add_tokens(self._bpe, added_tokens or {})
         self.vocab_size = self._bpe.get_vocab_size()
         self.start_id, self.end_id, self.pad_id = (self._special_id(token) for token in (START, END, pad_token))
+        self._own_words: dict[str, list[int]] = {}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -126,22 +131,80 @@ class Tokenizer:
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError(f"got prompts {prompts!r}, expected a list of texts: quote each prompt, one entry each")
+        return self.weighted([[[(prompt, 1.0)]] for prompt in prompts], max_length=max_length)[0]
+
+    def weighted(self, prompts: Sequence[Sequence[Section]], *, max_length: int = 77) -> tuple[Tensor, Tensor]:
+        """As `__call__`, of prompts whose texts have weights. Every section begins a new chunk.
+
+        A word of several ids (`add_word`) that fits into a chunk is never cut in two.
+
+        Args:
+            prompts: n prompts, each as its sections (`prompt_weighting.parse_prompt`).
+
+        Returns:
+            int64 ids and float32 weights, both (n, chunks, max_length); start, end and padding weigh 1.
+
+        Raises:
+            UserError: `max_length` leaves no room for a token.
+        """
         if max_length < 3:
             raise UserError(f"got max_length {max_length}, expected at least 3: start token, a token, end token")
-        room = max_length - 2
-        texts = [self.tokenize(prompt) for prompt in prompts]
-        chunks = max([1, *(-(-len(ids) // room) for ids in texts)])
-        table = torch.full((len(texts), chunks, max_length), self.pad_id)
-        for rows, ids in zip(table, texts, strict=True):
-            for c, row in enumerate(rows):
-                piece = [self.start_id, *ids[c * room : (c + 1) * room], self.end_id]
-                row[: len(piece)] = torch.tensor(piece)
-        return table
+        rows = [
+            [chunk for section in sections for chunk in self._chunks(section, max_length - 2)] for sections in prompts
+        ]
+        shape = (len(rows), max([1, *map(len, rows)]), max_length)
+        ids, weights = torch.full(shape, self.pad_id), torch.ones(shape)
+        for n, row in enumerate(rows):
+            for c in range(shape[1]):
+                chunk = row[c] if c < len(row) else []
+                piece = [self.start_id, *(token for token, _ in chunk), self.end_id]
+                ids[n, c, : len(piece)] = torch.tensor(piece)
+                weights[n, c, 1 : len(chunk) + 1] = torch.tensor([weight for _, weight in chunk])
+        return ids, weights
+
+    def add_word(self, word: str, ids: list[int]) -> None:
+        """Let a word of the prompts stand for these ids, wherever it occurs, in capitals or not.
+
+        Raises:
+            UserError: the word is blank, or there already.
+        """
+        key = word.strip().lower()
+        if not key or key in self._own_words:
+            what = f"the word {word!r} twice" if key else "a blank word"
+            raise UserError(f"got {what}, expected one of its own: give it a name")
+        self._own_words[key] = ids
 
     def tokenize(self, prompt: str) -> list[int]:
         """The ids of one prompt, of any length, without start and end tokens."""
-        clean = prompt.encode("utf-8", errors="replace").decode("utf-8")  # half a surrogate pair is no text
-        return self._bpe.encode(clean, add_special_tokens=False).ids
+        return [token for word in self._words(prompt) for token in word]
+
+    def _chunks(self, section: Section, room: int) -> list[list[tuple[int, float]]]:
+        chunks: list[list[tuple[int, float]]] = [[]]
+        for text, weight in section:
+            for word in self._words(text):
+                if len(chunks[-1]) + min(len(word), room) > room:
+                    chunks.append([])
+                for token in word:
+                    if len(chunks[-1]) == room:
+                        chunks.append([])
+                    chunks[-1].append((token, weight))
+        return chunks
+
+    def _words(self, text: str) -> Iterator[list[int]]:
+        """The ids that belong together: those of an added word, any other token alone."""
+        for i, part in enumerate(self._split(text)):
+            if i % 2:
+                yield self._own_words[part]
+            else:
+                clean = part.encode("utf-8", errors="replace").decode("utf-8")  # half a surrogate pair is no text
+                yield from ([token] for token in self._bpe.encode(clean, add_special_tokens=False).ids)
+
+    def _split(self, text: str) -> list[str]:
+        """What is between added words, and after each of these but the last the word that follows."""
+        if not self._own_words:
+            return [text]
+        longest_first = sorted(self._own_words, key=len, reverse=True)
+        return re.split(f"({'|'.join(map(_whole_word, longest_first))})", text.lower())
 
     def _special_id(self, token: str) -> int:
         index = self._bpe.token_to_id(token)
@@ -188,6 +251,12 @@ def _add_tokens(bpe: BPETokenizer, tokens: dict[str, int]) -> None:
             )
 
 
+def _whole_word(word: str) -> str:
+    """The pattern of a word that no letter or digit continues."""
+    before, after = (r"\b" if re.match(r"\w", end) else "" for end in (word[0], word[-1]))
+    return before + re.escape(word) + after
+
+
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
@@ -218,20 +287,22 @@ class TextEncoder(nn.Module):
         self.config = config
         self.text_model = _build_clip(config)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, *, clip_skip: int = 1) -> Tensor:
         """Embed one chunk per row.
 
         Padding is attended to like any token, as Stable Diffusion was trained.
 
         Args:
             token_ids: int64 ids (n, l), l at most `config.max_length`.
+            clip_skip: the layer to take, from the end: 1 the last, 2 the one before it, …
 
         Returns:
-            The last layer's states after the final layer norm (n, l, d).
+            That layer's states after the final layer norm (n, l, d).
 
         Raises:
-            UserError: l exceeds `config.max_length`.
+            UserError: l exceeds `config.max_length`, or there is no such layer.
         """
+        self.check_clip_skip(clip_skip)
         length = token_ids.shape[-1]
         if length > self.config.max_length:
             raise UserError(
@@ -239,19 +310,43 @@ class TextEncoder(nn.Module):
                 f"tokenize with max_length={self.config.max_length}"
             )
         positions = torch.arange(length, device=token_ids.device)[None]
-        return self.text_model(input_ids=token_ids, position_ids=positions).last_hidden_state
+        if clip_skip == 1:
+            return self.text_model(input_ids=token_ids, position_ids=positions).last_hidden_state
+        out = self.text_model(input_ids=token_ids, position_ids=positions, output_hidden_states=True)
+        return self.text_model.final_layer_norm(out.hidden_states[-clip_skip])
 
-    def encode(self, token_ids: Tensor) -> Tensor:
+    def check_clip_skip(self, clip_skip: int) -> None:
+        """Raises UserError unless there is such a layer."""
+        if not 1 <= clip_skip <= self.config.layers:
+            raise UserError(
+                f"clip_skip: got {clip_skip}, expected 1 (the last layer) to {self.config.layers}, the layers of the "
+                "text encoder"
+            )
+
+    def encode(self, token_ids: Tensor, *, weights: Tensor | None = None, clip_skip: int = 1) -> Tensor:
         """Embed prompts of several chunks, each chunk on its own, and join them along the tokens.
 
         Args:
             token_ids: int64 ids (n, chunks, l) from `Tokenizer`.
+            weights: of every token (n, chunks, l), from `Tokenizer.weighted`.
+            clip_skip: as of `forward`.
 
         Returns:
             The context of the UNet's cross-attention (n, chunks * l, d).
         """
-        states = self(rearrange(token_ids, "n c l -> (n c) l"))
+        states = self(rearrange(token_ids, "n c l -> (n c) l"), clip_skip=clip_skip)
+        if weights is not None:
+            states = weigh_states(states, rearrange(weights, "n c l -> (n c) l"))
         return rearrange(states, "(n c) l d -> n (c l) d", n=token_ids.shape[0], c=token_ids.shape[1])
+
+    def add_tokens(self, vectors: Tensor) -> list[int]:
+        """Learn further tokens, by their vectors (k, d); returns their ids."""
+        embeddings, known = self.text_model.embeddings, self.config.vocab_size
+        table = embeddings.token_embedding.weight
+        longer = torch.cat([table.detach(), vectors.to(table)])
+        embeddings.token_embedding = nn.Embedding.from_pretrained(longer, freeze=not table.requires_grad)
+        self.config = replace(self.config, vocab_size=known + len(vectors))
+        return list(range(known, known + len(vectors)))
 
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every linear layer by its checkpoint name, e.g. `text_model.encoder.layers.0.self_attn.q_proj`."""

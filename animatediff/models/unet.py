@@ -146,7 +146,7 @@ class UNet(nn.Module):
         Args:
             x: latents (b, f, in_channels, h, w), any h and w.
             t: timesteps (b,), 0 … 999.
-            context: text embedding (b, l, context_dim), one row per video.
+            context: text embedding (b, l, context_dim), one row per video, or (b, f, l, context_dim), one per frame.
             down_residuals: added to the skip connections, each ((b f), c, h, w), first the one of `conv_in`.
             mid_residual: added after the middle block, ((b f), c, h, w).
         Raises: UserError for more frames than the motion module was trained with.
@@ -158,6 +158,8 @@ class UNet(nn.Module):
                 f"got {frames} frames, expected at most {motion.max_frames}: the {motion.version} motion module was "
                 f"trained with no more; make a shorter clip or set max_frames to go beyond at your own risk"
             )
+        if context.dim() == 4:
+            context = rearrange(context, "b f l d -> (b f) l d")
         time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
         h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w"))
         skips = [h]

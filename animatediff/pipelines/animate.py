@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from animatediff.checkpoints.textual_inversion import load_textual_inversion
 from animatediff.config import load_config
 from animatediff.data.video_io import to_uint8
 from animatediff.diffusion.freeinit import free_init
+from animatediff.diffusion.prompt_travel import Travel
 from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.diffusion.start_noise import arrange_noise
@@ -25,6 +27,7 @@ from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import Components, draw_noise, draw_seed, pick_device, pick_dtype, place, seeded
 from animatediff.pipelines.control import ConditionImages, make_control
 from animatediff.pipelines.denoiser import make_denoiser
+from animatediff.pipelines.prompts import Prompt, Prompts, encode_prompts
 from animatediff.pipelines.sampling import Sampling, complete_sampling
 from animatediff.pipelines.steered import steer
 from animatediff.pipelines.weights import check_entries
@@ -32,7 +35,6 @@ from animatediff.utils import UserError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tensor", "latent")
 RETURN_TYPES = {"tensor": "tensor", "numpy": "tensor", "image": "pil"}
-Prompts = str | Sequence[str] | None
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[["AnimateDiffPipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -97,6 +99,18 @@ class AnimateDiffPipeline:
             place(module, torch.device(device), dtype or c.dtype)
         return self
 
+    def load_textual_inversion(self, path: str | Path, token: str | None = None) -> None:
+        """Let a word of the prompts stand for a textual inversion; see `checkpoints.textual_inversion`.
+
+        Args:
+            path: .pt, .bin or .safetensors.
+            token: the word; by default the file's stem, and the token that the file itself names.
+
+        Raises:
+            UserError: another kind of file, vectors of another width, or a word that is there already.
+        """
+        load_textual_inversion(path, self.components.text_encoder, self.components.tokenizer, name=token or "")
+
     @torch.no_grad()
     def __call__(
         self,
@@ -123,6 +137,9 @@ class AnimateDiffPipeline:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         windows: Windows | None = None,
+        travel: Travel | None = None,
+        prompt_weighting: bool | None = None,
+        clip_skip: int | None = None,
         conditioning_frames: ConditionImages | None = None,
         controlnet_frame_indices: Sequence[int] = (0,),
         controlnet_conditioning_scale: float | Sequence[float] = 1.0,
@@ -131,7 +148,8 @@ class AnimateDiffPipeline:
         """Animate prompts; arguments, defaults and layouts are those of diffusers' AnimateDiffPipeline.
 
         Args:
-            prompt: a text or several (b of them); of any length, none is cut.
+            prompt: a text or several (b of them); of any length, none is cut. Instead of a text, keyframes: with
+                {0: "…", 15: "…"} the prompt travels from the one text to the other.
             num_frames: of every clip (f), without `windows` at most what the motion module was trained on.
             height, width: pixels, multiples of the VAE's down-sampling (8).
             num_inference_steps: 1 to 1000; by default 50, or what a distilled motion module needs.
@@ -155,6 +173,11 @@ class AnimateDiffPipeline:
             timesteps: those to visit, falling, instead of `num_inference_steps` of them; may be fractional.
             sigmas: the same as noise levels sqrt((1 - abar) / abar); a final 0 may be there.
             windows: the overlapping windows of frames that a long clip is animated in; by default the config's.
+            travel: how prompts get from keyframe to keyframe; by default as the config says.
+            prompt_weighting: read `(word:1.2)`, `[word]` and `BREAK` in prompts and negative prompts; by default as the
+                config says, else not: the official code takes brackets as text.
+            clip_skip: the layer of the text encoder to take, from the end: 1 the last, 2 the one before it, as in
+                AUTOMATIC1111's web UI (diffusers counts from 0); by default as the config says, else 1.
             conditioning_frames: images of some frames for SparseCtrl: files, PIL images (cut to the clip's shape and
                 resized), or a tensor (n, 3, H, W) in [0, 1].
             controlnet_frame_indices: the frame of each image, from 0; -1 is the last one.
@@ -196,10 +219,19 @@ class AnimateDiffPipeline:
             window=min(num_frames, windows.length) if windows else num_frames,
             size=(height, width),
         )
-        context, negative = self._encode(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
-        context, negative = (
-            repeat(text, "b l d -> (b v) l d", v=num_videos_per_prompt) if text is not None else None
-            for text in (context, negative)
+        context, negative = encode_prompts(
+            c,
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            guided=guidance_scale > 1,
+            num_frames=num_frames,
+            videos=num_videos_per_prompt,
+            loop=said.loop == "rotate" or (windows is not None and windows.loops),
+            travel=travel,
+            prompt_weighting=prompt_weighting,
+            clip_skip=clip_skip,
         )
         generators = _generators(generator, len(context))
         shape = (
@@ -252,7 +284,7 @@ class AnimateDiffPipeline:
 
     def infer(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompt | Sequence[Prompt],
         video_length: int = 16,
         height: int | None = None,
         width: int | None = None,
@@ -353,47 +385,6 @@ class AnimateDiffPipeline:
             raise UserError(f"guidance_scale: got {sampling.guidance_scale:g}, expected 0 or more (1 is no guidance)")
         if not 0 <= sampling.eta <= 1:
             raise UserError(f"eta: got {sampling.eta:g}, expected 0 (deterministic) to 1")
-
-    def _encode(
-        self,
-        prompt: Prompts,
-        negative_prompt: Prompts,
-        embeds: Tensor | None,
-        negative_embeds: Tensor | None,
-        guidance_scale: float,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Contexts of the prompts and, where guidance needs them, of as many negative prompts: (b, l, d) each."""
-        if (prompt is None) == (embeds is None):
-            raise UserError("got both or neither of prompt and prompt_embeds, expected one of them")
-        if negative_prompt is not None and negative_embeds is not None:
-            raise UserError("got both negative_prompt and negative_prompt_embeds, expected one of them")
-        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-        count = len(prompts) if embeds is None else len(embeds)
-        if not count:
-            raise UserError("prompt: got an empty list, expected at least one prompt")
-        negatives = [negative_prompt or ""] if isinstance(negative_prompt or "", str) else list(negative_prompt or "")
-        negatives = negatives * count if len(negatives) == 1 else negatives
-        if len(negatives) != count:
-            raise UserError(f"got {len(negatives)} negative prompts for {count} prompts, expected one, or one for each")
-        guided = guidance_scale > 1
-        # Together, so that prompts and negative prompts come out equally long.
-        texts = (prompts if embeds is None else []) + (negatives if guided and negative_embeds is None else [])
-        states = self._embed(texts) if texts else None
-        context = embeds if embeds is not None else states[:count]  # type: ignore[index]
-        if not guided:
-            return context, None
-        negative = negative_embeds if negative_embeds is not None else states[-count:]  # type: ignore[index]
-        if negative.shape != context.shape:
-            raise UserError(
-                f"got text embeddings {tuple(context.shape)} and negative ones {tuple(negative.shape)}, expected equal "
-                "shapes: encode both with as many tokens"
-            )
-        return context, negative.to(context)
-
-    def _embed(self, texts: list[str]) -> Tensor:
-        c = self.components
-        ids = c.tokenizer(texts, max_length=c.text_encoder.config.max_length)
-        return c.text_encoder.encode(ids.to(c.device))
 
     @torch.no_grad()
     def decode_frames(self, latents: Tensor, *, chunk: int = 8) -> Iterator[np.ndarray]:

@@ -10,6 +10,7 @@ import torch
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
+from animatediff.checkpoints.textual_inversion import load_textual_inversion
 from animatediff.models.lora import AlphaRule, LoRAStack
 from animatediff.models.sparsectrl import SparseCtrl
 from animatediff.models.text import Tokenizer
@@ -54,6 +55,8 @@ class Assembler:
                 f"entry {entry.name}: got a side of {side} pixels, expected multiples of "
                 f"{image.vae.config.downsampling}: change H or W"
             )
+        with naming(f"entry {entry.name}"):
+            image.text_encoder.check_clip_skip(entry.clip_skip)
         tokenizer = self._tokenizer(files)
         if tokenizer.vocab_size > (known := image.text_encoder.config.vocab_size):
             raise UserError(
@@ -76,6 +79,9 @@ class Assembler:
         if "controlnet_path" in files:
             sparsectrl, report = self._sparsectrl(checked, image.unet, image.vae)
             reports.append(report)
+        for i, embedding in enumerate(entry.embeddings):
+            path = files[f"embeddings[{i}].path"]
+            reports.append(str(load_textual_inversion(path, text_encoder, tokenizer, name=embedding.name)))
         schedule = checked.inference.build_schedule(image.schedule.prediction_type if image.schedule else None)
         return Components(
             unet=place(unet, self.device, self.dtype),
@@ -89,6 +95,9 @@ class Assembler:
             windows=checked.windows,
             lora_keys=lora_keys,
             steering=Steering().changed(**entry.said()),
+            travel=checked.travel,
+            prompt_weighting=entry.prompt_weighting,
+            clip_skip=entry.clip_skip,
             distillation=checked.distillation,
             sparsectrl=place(sparsectrl, self.device, self.dtype) if sparsectrl else None,
         )

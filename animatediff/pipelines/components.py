@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from animatediff.diffusion.prompt_travel import Travel
 from animatediff.diffusion.windows import Windows
 from animatediff.model_config import Distillation, ScheduleConfig
 from animatediff.models.lora import LoRAStack
@@ -41,6 +42,9 @@ class Components:
     windows: Windows | None = None  # where a call does not say
     lora_keys: Mapping[str, str] = field(default_factory=dict)  # LoRA's name -> key of the config that named it
     steering: Steering = Steering()  # where a call does not say
+    travel: Travel = Travel()  # where a call does not say, as the next two
+    prompt_weighting: bool = False
+    clip_skip: int = 1
     distillation: Distillation | None = None  # what the motion module needs, if it was distilled to few steps
     sparsectrl: SparseCtrl | None = None
 

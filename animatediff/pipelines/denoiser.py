@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from animatediff.diffusion.guidance import Denoise, classifier_free_guidance
+from animatediff.diffusion.prompt_travel import Context, text_of_frames
 from animatediff.diffusion.windows import Windows, rotated, whole, windowed
 from animatediff.models.unet import UNet
 from animatediff.pipelines.control import Control
@@ -14,9 +14,9 @@ from animatediff.pipelines.steered import Steered
 
 def make_denoiser(
     unet: UNet,
-    context: Tensor,
+    context: Context,
     *,
-    negative_context: Tensor | None = None,
+    negative_context: Context | None = None,
     guidance_scale: float = 1.0,
     windows: tuple[Windows, Tensor] | None = None,
     steered: Steered | None = None,
@@ -28,8 +28,8 @@ def make_denoiser(
 
     Args:
         unet: image or video model.
-        context: text embedding of the prompts (b, l, d).
-        negative_context: of the negative prompts (b, l, d); needed for guidance.
+        context: text embedding of the prompts (b, l, d), or one that differs from frame to frame.
+        negative_context: of the negative prompts, of the same kind; needed for guidance.
         guidance_scale: at 1 and below there is no unconditional pass, and the negative prompts do nothing.
         windows: the windows of frames that the network sees, and the sampler's timesteps; without, whole clips.
         steered: what `steer` made of the rest.
@@ -44,11 +44,12 @@ def make_denoiser(
     weight = unet.conv_in.weight
     perturbed = steered is not None and steered.said.pag_scale != 0
     parts = [negative_context] * guided + [context] * (1 + perturbed)
-    text = torch.cat(parts).to(weight.device, weight.dtype)  # type: ignore[arg-type]
+    text_of = text_of_frames([part for part in parts if part is not None], like=weight)
 
     def denoise(x: Tensor, t: Tensor, frames: Tensor) -> Tensor:
         if steered is not None:
             steered.aim(t, frames)
+        text = text_of(frames)
         added = control(t, text, frames) if control else {}
         return unet(x.to(weight.dtype), t, text, **added).to(x.dtype)
 

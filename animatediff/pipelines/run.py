@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 import animatediff
 from animatediff.checkpoints.files import file_sha256
-from animatediff.config import AnimateEntry, RunConfig, dump_config, load_config
+from animatediff.config import AnimateEntry, Prompt, RunConfig, dump_config, load_config
 from animatediff.data.video_io import STREAMED, FrameStream, read_video, replacing, save_video, tile
 from animatediff.pipelines.animate import AnimateDiffPipeline, advance
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import draw_seed, pick_device, pick_dtype, seeded
 from animatediff.pipelines.control import read_condition_images
+from animatediff.pipelines.prompts import first_text
 from animatediff.pipelines.weights import CheckedEntry, check_entries
 from animatediff.utils import UserError
 
@@ -38,8 +39,8 @@ class Job:
     """One clip to make: what, by which entry, into which file (or folder of PNGs)."""
 
     entry: int
-    prompt: str
-    negative_prompt: str
+    prompt: Prompt
+    negative_prompt: Prompt
     seed: int
     path: Path
 
@@ -108,7 +109,7 @@ def plan(config: RunConfig, folder: Path) -> list[Job]:
     for index, entry in enumerate(config.entries):
         ending = "" if entry.format == "png" else f".{entry.format}"
         for prompt, negative_prompt, seed in entry.per_prompt():
-            name = f"{len(jobs)}-{file_words(prompt)}".rstrip("-")
+            name = f"{len(jobs)}-{file_words(first_text(prompt))}".rstrip("-")
             jobs.append(Job(index, prompt, negative_prompt, seed, folder / "sample" / f"{name}{ending}"))
     return jobs
 
@@ -180,6 +181,12 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
         settings |= {f"window_{key}": value for key, value in asdict(checked.windows).items()}
     settings |= {key: asdict(value) if is_dataclass(value) else value for key, value in entry.said().items()}
     images = {key: path for key, path in entry.other_paths().items() if key.startswith("controlnet_images")}
+    if isinstance(job.prompt, dict) or isinstance(job.negative_prompt, dict):
+        keys = ("prompt_interpolation", "prompt_loop", "prompt_fixed_ratio")
+        settings |= {key: getattr(entry, key) for key in keys}
+    for key in ("prompt_weighting", "clip_skip"):
+        if (value := getattr(entry, key)) != getattr(AnimateEntry, key):
+            settings[key] = value
     for key, path in (entry.weight_paths() | images).items():
         settings[key] = {"path": path, "sha256": hashes[str(checked.files[key])]}
     if entry.lora_model_path:
@@ -191,6 +198,8 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     if images:
         keys = ("controlnet_image_indexs", "controlnet_scale", "normalize_condition_images")
         settings |= {key: getattr(entry, key) for key in keys}
+    if entry.embeddings:
+        settings["embedding_names"] = [embedding.name for embedding in entry.embeddings]
     return settings | {"animatediff": animatediff.__version__}
 
 

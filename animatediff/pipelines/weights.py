@@ -12,6 +12,7 @@ from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config import AnimateEntry
 from animatediff.control_config import ControlKwargs, load_control_config
 from animatediff.data.mask import read_mask
+from animatediff.diffusion.prompt_travel import Travel
 from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.diffusion.windows import Windows
@@ -33,6 +34,7 @@ EXPECTED = {
     "adapter_lora_path": ("a domain adapter", ("domain-adapter", "lora")),
     "motion_module_lora_configs": ("a MotionLoRA", ("motion-lora",)),
     "controlnet_path": ("a SparseCtrl encoder", ("sparsectrl",)),
+    "embeddings": ("a textual inversion for SD 1.x", ("textual-inversion",)),
 }
 
 MOTION_FILES = "https://huggingface.co/guoyww/animatediff"
@@ -88,6 +90,7 @@ class CheckedEntry:
     sampling: Sampling
     windows: Windows | None = None
     control: ControlKwargs | None = None  # what the entry's controlnet_config says
+    travel: Travel = Travel()
 
     @property
     def version(self) -> str | None:
@@ -175,7 +178,8 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
     motion = infos[files["motion_module"]] if "motion_module" in files else None
     with naming(f"entry {entry.name}"):
         sampling = _sampling(entry, inference, _distillation(entry, motion))
-        checked = CheckedEntry(replace(entry, **asdict(sampling)), files, inference, motion, sampling)
+        travel = Travel(entry.prompt_interpolation, entry.prompt_loop, entry.prompt_fixed_ratio)
+        checked = CheckedEntry(replace(entry, **asdict(sampling)), files, inference, motion, sampling, travel=travel)
         if motion is not None:
             _check_version(checked)
         if entry.motion_mask:

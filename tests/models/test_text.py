@@ -174,6 +174,18 @@ def test_encode_joins_chunks(nano, tokenizer):
         assert torch.allclose(context[0, :77], nano(ids[0, :1])[0], atol=1e-5)
 
 
+def test_clip_skip_leaves_out_the_last_layers(nano, nano_weights, tokenizer):
+    ids = tokenizer(["a red circle"])
+    shallow = {key: tensor for key, tensor in nano_weights.items() if ".layers.1." not in key}
+    one_layer = load_nano(shallow, TextConfig(width=40, layers=1, num_heads=4, mlp_width=80))
+    with torch.inference_mode():
+        assert torch.allclose(nano.encode(ids, clip_skip=2), one_layer.encode(ids), atol=1e-6)
+        assert torch.equal(nano.encode(ids, clip_skip=1), nano.encode(ids))
+    for wrong in (0, 3):
+        with pytest.raises(UserError, match=f"clip_skip: got {wrong}, expected 1 .the last layer. to 2"):
+            nano.encode(ids, clip_skip=wrong)
+
+
 def test_attention_is_causal(nano, tokenizer):
     ids = tokenizer(["a red circle", "a red square"])[:, 0]
     with torch.inference_mode():

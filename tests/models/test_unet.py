@@ -137,6 +137,17 @@ def test_context_rows_are_shared_by_frames():
     assert torch.allclose(unet(x, t, context).flatten(0, 1), frames_as_videos[:, 0], atol=1e-5)
 
 
+def test_a_context_of_its_own_for_every_frame():
+    x, t, context = inputs()
+    unet = wake(small_unet())
+    each = context[:, None].expand(-1, 5, -1, -1)
+    assert torch.allclose(unet(x, t, each), unet(x, t, context), atol=1e-5)
+    image = UNet(SMALL)
+    context = torch.randn(2, 5, 9, 12)
+    frame = image(x[:, 3:4], t, context[:, 3])
+    assert torch.allclose(image(x, t, context)[:, 3:4], frame, atol=1e-5)
+
+
 def test_residuals_reach_skips_and_middle():
     x, t, context = inputs()
     unet = UNet(SMALL)

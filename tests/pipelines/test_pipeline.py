@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from animatediff.diffusion.prompt_travel import Travel
 from animatediff.diffusion.windows import Windows
 from animatediff.pipelines.animate import AnimateDiff, AnimateDiffPipeline
 from animatediff.pipelines.components import make_noise, seeded
+from animatediff.pipelines.prompts import encode_prompts
 from animatediff.utils import UserError
 from tests.nano import entry, write_config
 
@@ -73,11 +75,51 @@ def test_guidance_and_negative_prompt(run):
 
 
 def test_embeddings_stand_for_prompts(pipeline, run):
-    context, negative = pipeline._encode(FOX, NEGATIVE, None, None, 7.5)
+    context, negative = encode_prompts(pipeline.components, FOX, NEGATIVE, guided=True, num_frames=2)
     expected = run(negative_prompt=NEGATIVE, **WELL_SIZED)
     assert torch.equal(run(None, prompt_embeds=context, negative_prompt_embeds=negative, **WELL_SIZED), expected)
-    encoded_alone = run(None, prompt_embeds=context, negative_prompt=NEGATIVE, **WELL_SIZED)
-    assert torch.allclose(encoded_alone, expected, atol=1e-4)
+    alone = run(None, prompt_embeds=context, negative_prompt=NEGATIVE, **WELL_SIZED)
+    assert torch.allclose(alone, expected, atol=1e-4)  # of other rounding: the negative prompt is encoded by itself
+
+
+def test_prompts_travel_from_frame_to_frame(pipeline, run):
+    """The text of each frame is what the network is told, whichever windows it sees; plain prompts stay."""
+    calls = []
+    hook = pipeline.components.unet.register_forward_pre_hook(lambda _, args: calls.append(args[2]))
+    arguments = {"num_frames": 5, "windows": Windows("closed", 3, 1), "num_inference_steps": 1}
+    clips = run([{0: FOX, 2: "snow"}, LONG], generator=[seeded(0), seeded(1)], **arguments, output_type="latent")
+    hook.remove()
+    assert clips.shape[0] == 2
+    plain = encode_prompts(pipeline.components, [FOX, "snow", LONG], "", guided=True, num_frames=5)
+    fox, snow, long = plain[0]
+    windows = Windows("closed", 3, 1).at(0, 5)
+    mixed = torch.stack([fox, (fox + snow) / 2, snow, (fox + 2 * snow) / 3, (2 * fox + snow) / 3])
+    assert len(calls) == len(windows)
+    for text, window in zip(calls, windows, strict=True):
+        assert text.shape == (4, 3, 77 * 2, 40)
+        assert torch.allclose(text[:2], plain[1][:1, None].expand(2, 3, -1, -1), atol=1e-5)
+        assert torch.allclose(text[2], mixed[list(window)], atol=1e-5)
+        assert torch.allclose(text[3], long.expand(3, -1, -1), atol=1e-5)
+
+
+def test_equal_keyframes_are_a_plain_prompt(run):
+    arguments = {"negative_prompt": NEGATIVE, "num_videos_per_prompt": 2, **WELL_SIZED}
+    held = run({0: FOX, 1: FOX}, generator=[seeded(0), seeded(1)], travel=Travel("slerp"), **arguments)
+    assert torch.allclose(held, run(generator=[seeded(0), seeded(1)], **arguments), atol=1e-4)
+
+
+def test_prompt_weighting_is_off_unless_asked_for(run):
+    weighted = "a (red:1.5) fox"
+    assert not torch.allclose(run(weighted, prompt_weighting=True), run(weighted), atol=1e-3)
+    assert not torch.allclose(run(weighted, prompt_weighting=True), run("a red fox"), atol=1e-3)
+    assert torch.equal(run(FOX, prompt_weighting=True), run(FOX))
+    one_weighs = run(negative_prompt="(blue:1.5)", prompt_weighting=True)
+    assert not torch.allclose(one_weighs, run(negative_prompt="blue"), atol=1e-3)
+
+
+def test_clip_skip(run):
+    assert torch.equal(run(clip_skip=1), run())
+    assert not torch.allclose(run(clip_skip=2), run(), atol=1e-3)
 
 
 def test_long_prompts_are_not_cut(run):
@@ -159,6 +201,10 @@ def test_sizes_default_to_the_config(pipeline):
         ({"eta": 1.5}, "eta: got 1.5"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt: got 0"),
         ({"prompt": []}, "got an empty list"),
+        ({"clip_skip": 3}, "clip_skip: got 3, expected 1 .the last layer. to 2"),
+        ({"prompt": {0: "a", 2: "b"}}, "got a keyframe at 2, expected 0 to 1"),
+        ({"negative_prompt": [{}]}, "got no keyframes"),
+        ({"prompt": {"0": "a"}}, "got a keyframe at '0', expected the number"),
         ({"prompt": None}, "both or neither of prompt and prompt_embeds"),
         ({"negative_prompt": ["a", "b"]}, "got 2 negative prompts for 1 prompts"),
         ({"generator": [seeded(0), seeded(1)]}, "got 2 generators for 1 clips"),
