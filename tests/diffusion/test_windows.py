@@ -8,7 +8,7 @@ import torch
 from animatediff.diffusion.guidance import classifier_free_guidance
 from animatediff.diffusion.samplers import ddim, pndm
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.diffusion.windows import FUSIONS, SCHEDULES, Windows, halving, windowed
+from animatediff.diffusion.windows import FUSIONS, SCHEDULES, Windows, halving, rotated, windowed
 from animatediff.model_config import ScheduleConfig
 from animatediff.utils import UserError
 
@@ -176,3 +176,18 @@ def test_what_the_network_sees():
 def test_mistakes_are_named(values, message):
     with pytest.raises(UserError, match=message):
         Windows(**values)
+
+
+def test_rotation():
+    """All frames together, beginning with another one at each step; every frame gets its own prediction."""
+    firsts = []
+
+    def denoise(x, t, frames):
+        assert torch.equal(x[0, :, 0, 0, 0], frames.float())
+        firsts.append(int(frames[0]))
+        return 2 * x
+
+    x = torch.arange(16.0).reshape(1, 16, 1, 1, 1)
+    for t in TIMESTEPS:
+        assert torch.equal(rotated(denoise, TIMESTEPS)(x, t[None]), 2 * x)
+    assert firsts == [0, 8, 4, 12]
