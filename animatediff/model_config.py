@@ -137,7 +137,7 @@ class SmallCLIPConfig:
 
     size: int = 64  # pixels of a picture, both sides
     patch: int = 4  # pixels of the cells that the first convolution reads, both sides
-    channels: tuple[int, ...] = (48, 64, 80)  # per level, highest resolution first
+    channels: tuple[int, ...] = (32, 64, 96)  # per level, highest resolution first
     width: int = 64  # of the embeddings and of the text transformer
     text_layers: int = 2
     text_heads: int = 2

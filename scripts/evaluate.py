@@ -118,7 +118,7 @@ def measure_videos(args: argparse.Namespace, folder: Path) -> str:
     result = evaluate_videos(
         args.videos,
         output_dir=folder,
-        encoder=encoder,
+        encoder=encoder if args.clip or args.reference else None,
         references=args.reference,
         extractor=extractor,
         against=args.fvd_against,
