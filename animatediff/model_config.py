@@ -146,3 +146,16 @@ def lightning(steps: int) -> Distillation:
         possible_steps=(steps,),
         guidance_scale=1.0,
     )
+
+
+@dataclass(frozen=True)
+class SmallCLIPConfig:
+    """The text and image encoder of the built-in world."""
+
+    size: int = 64  # pixels of a picture, both sides
+    patch: int = 4  # pixels of the cells that the first convolution reads, both sides
+    channels: tuple[int, ...] = (32, 64, 96)  # per level, highest resolution first
+    width: int = 64  # of the embeddings and of the text transformer
+    text_layers: int = 2
+    text_heads: int = 2
+    max_length: int = 32  # tokens of a text, start and end included

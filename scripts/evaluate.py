@@ -2,6 +2,9 @@
 
 `python scripts/evaluate.py --captions 200`             makes clips of the built-in world and reads them back
 `python scripts/evaluate.py --videos samples/my-run`    does it move, how evenly, does it flicker, does it loop?
+    `--clip [FOLDER]`         is it what its prompt says, do its frames agree? By the world's encoder or a local CLIP
+    `--reference IMAGES`      does it look like these, pictures of the same personalised model?
+    `--fvd-against VIDEOS`    Fréchet video distance to these
 
 docs/evaluation.md says what every number means.
 """
@@ -16,6 +19,7 @@ if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py m
 
 import argparse
 import datetime
+from collections.abc import Iterable
 
 from animatediff.config import load_config
 from animatediff.utils import Parser, UserError, run_main
@@ -34,9 +38,26 @@ WORLD = {  # options that make the clips of the built-in world, and their defaul
 }
 
 
+WITH_VIDEOS = ("clip", "reference", "fvd_against", "fvd_features")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", nargs="+", metavar="PATH", help="measure these instead: files, folders of frames")
+    parser.add_argument(
+        "--clip",
+        nargs="?",
+        const="world",
+        metavar="FOLDER",
+        help="CLIP metrics, by a local CLIP (by the world's encoder)",
+    )
+    parser.add_argument("--reference", nargs="+", default=[], metavar="IMAGE", help="for the domain similarity")
+    parser.add_argument("--fvd-against", nargs="+", default=[], metavar="PATH", help="clips to be compared with")
+    parser.add_argument(
+        "--fvd-features",
+        metavar="FILE",
+        help="TorchScript extractor, which is run, such as I3D (the encoder)",
+    )
     parser.add_argument("--config", help="prompt config that names the model; by default the bundled")
     parser.add_argument("--motion", metavar="FILE", help="another motion module; none: every frame on its own")
     parser.add_argument("--captions", type=int, help="clips to make and score (200)")
@@ -48,11 +69,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="auto, cuda, mps or cpu (auto)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default float16 on CUDA, else float32")
     args = parser.parse_args(argv)
-    given = [f"--{key.replace('_', '-')}" for key in WORLD if getattr(args, key) is not None]
+    weights = _options(args, WITH_VIDEOS)
+    given = _options(args, [name for name in WORLD if not (name == "device" and weights)])
     if args.videos and given:
-        raise UserError(
-            f"got --videos and {', '.join(given)}, expected one or the other: --videos measures clips that are there"
-        )
+        raise UserError(f"got --videos and {given}, expected one or the other: --videos measures clips that are there")
+    if weights and not args.videos:
+        raise UserError(f"got {weights} without --videos, expected both: give the clips that are to be measured")
+    if args.fvd_features and not args.fvd_against:
+        raise UserError("got --fvd-features without --fvd-against, expected both: give clips to compare with")
     for key, default in WORLD.items():
         if getattr(args, key) is None:
             setattr(args, key, default)
@@ -63,19 +87,43 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _options(args: argparse.Namespace, names: Iterable[str]) -> str:
+    """Which of some options were given."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, []))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     time = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     folder = Path(args.output_dir or f"samples/evaluation-{time}")
-    print(measure_videos(args.videos, folder) if args.videos else measure_model(args, folder))
+    print(measure_videos(args, folder) if args.videos else measure_model(args, folder))
     print(folder)
 
 
-def measure_videos(paths: list[str], folder: Path) -> str:
+def measure_videos(args: argparse.Namespace, folder: Path) -> str:
     """Measure the clips of some files and folders; returns the table."""
-    from animatediff.evaluation.run_videos import evaluate_videos, format_table  # here, because it imports torch
+    # Here, because these import torch: mistakes above are told at once.
+    from animatediff.evaluation.encoders import WORLD, load_encoder
+    from animatediff.evaluation.fvd import EncoderFeatures, TorchScriptFeatures
+    from animatediff.evaluation.run_videos import evaluate_videos, format_table
+    from animatediff.pipelines.components import pick_device
 
-    return format_table(evaluate_videos(paths, output_dir=folder))
+    device, encoder, extractor = pick_device(args.device), None, None
+    if args.clip or args.reference or (args.fvd_against and not args.fvd_features):
+        encoder = load_encoder(args.clip or WORLD, device=device)
+    if args.fvd_features:
+        extractor = TorchScriptFeatures(args.fvd_features, device=device)
+    elif args.fvd_against:
+        extractor = EncoderFeatures(encoder)
+    result = evaluate_videos(
+        args.videos,
+        output_dir=folder,
+        encoder=encoder if args.clip or args.reference else None,
+        references=args.reference,
+        extractor=extractor,
+        against=args.fvd_against,
+    )
+    return format_table(result)
 
 
 def measure_model(args: argparse.Namespace, folder: Path) -> str:

@@ -17,6 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from animatediff.data.video_io import read_metadata, read_video
+from animatediff.evaluation.clip_metrics import ClipMetrics, Encoder, encode_frames, measure_clip
+from animatediff.evaluation.fvd import Extractor, frechet_distance
+from animatediff.evaluation.pictures import find_pictures, read_pictures, signed
 from animatediff.evaluation.report import INK, Row, align, contact_sheet, write_csv
 from animatediff.evaluation.video_metrics import VideoMetrics, diversity, measure_video, shrink
 from animatediff.utils import UserError
@@ -24,6 +27,7 @@ from animatediff.utils import UserError
 ENDINGS = (".gif", ".mp4", ".webp")
 CSV = "clips.csv"
 AVERAGED = tuple(name for name in VideoMetrics.__annotations__ if name != "direction")  # a mean of angles means nothing
+EMBEDDED = tuple(ClipMetrics.__annotations__)
 ON_SHEET = ("speed", "top_speed", "evenness", "flicker", "warp_error", "seam")
 SHEET_CLIPS, SHEET_FRAMES, SHEET_SIZE = 40, 16, 96  # at most: rows, frames in a row, pixels of a frame's longer side
 
@@ -31,37 +35,70 @@ SHEET_CLIPS, SHEET_FRAMES, SHEET_SIZE = 40, 16, 96  # at most: rows, frames in a
 @dataclass(frozen=True)
 class _Clip:
     row: dict[str, Any]  # of clips.csv
-    metrics: VideoMetrics
     small: Tensor  # uint8 (f, 3, h, w), shrunk
     frames: np.ndarray  # uint8 (k, h, w, 3), for the sheet
+    features: Tensor | None  # (d,), for the Fréchet distance
 
 
-def evaluate_videos(paths: Sequence[str | Path], *, output_dir: str | Path | None = None) -> dict[str, Any]:
+def evaluate_videos(
+    paths: Sequence[str | Path],
+    *,
+    output_dir: str | Path | None = None,
+    encoder: Encoder | None = None,
+    references: Sequence[str | Path] = (),
+    extractor: Extractor | None = None,
+    against: Sequence[str | Path] = (),
+) -> dict[str, Any]:
     """Measure every clip of some files and folders.
 
     Args:
         paths: as `find_clips` takes them.
+        encoder: adds the `ClipMetrics`.
+        references: pictures for its domain similarity, as `find_pictures` takes them.
+        extractor: adds the Fréchet video distance, by these features, to the clips `against`.
+        against: as `find_clips` takes them.
         output_dir: gets `summary.json`, `clips.csv` (a row per clip: where it is from, and its `VideoMetrics`) and
             `sheet.png` (16 frames of each of the first 40 clips).
 
     Returns:
-        `settings`; `clips`: how many; `measures`: for each number of `VideoMetrics` but the direction its `mean`,
-        `lowest` and `highest` over the `clips` that have it; `diversity`: for each prompt with several clips of one
-        size and length, how many `clips` and their `diversity`. The prompt is read from the clip; clips that name none
-        count as clips of one prompt.
+        `settings`; `clips`: how many; `measures`: for each number but the direction its `mean`, `lowest` and `highest`
+        over the `clips` that have it; `diversity`: for each prompt with several clips of one size and length, how many
+        `clips` and their `diversity`; with an extractor `fvd`: the `distance` of `clips` clips from `against` others
+        by `features` numbers of each. The prompt is read from the clip; clips that name none count as clips of one
+        prompt, and have no text alignment.
 
     Raises:
-        UserError: what `find_clips` refuses, a clip that cannot be read, a folder that cannot be made.
+        UserError: what `find_clips` and `find_pictures` refuse, a file that cannot be read, a folder that cannot be
+            made, fewer than two clips for the distance, and what encoder and extractor refuse.
     """
-    files = find_clips(paths)
+    files, pictures = find_clips(paths), find_pictures(references)
+    others = find_clips(against) if extractor else []
+    for name, found in (("videos", files), ("against", others)):
+        if extractor and len(found) < 2:
+            raise UserError(f"{name}: got {len(found)} clip, expected at least two for the Fréchet distance")
     folder = None if output_dir is None else _made(Path(output_dir))
-    clips = [_measure(i, path) for i, path in enumerate(tqdm(files, desc="clips", unit="clip"))]
+    seen = torch.cat([encode_frames(encoder, read_pictures(p)) for p in pictures]) if encoder and pictures else None
+    clips = [
+        _measure(i, path, encoder, seen, extractor) for i, path in enumerate(tqdm(files, desc="clips", unit="clip"))
+    ]
+    names = (*AVERAGED, *(EMBEDDED if encoder else ()))
+    given = {"encoder": encoder and encoder.name, "references": references, "against": against}
     result = {
-        "settings": {"videos": [str(path) for path in paths]},
+        "settings": {"videos": _texts(paths)} | {key: _texts(value) for key, value in given.items() if value},
         "clips": len(clips),
-        "measures": {name: _spread([getattr(clip.metrics, name) for clip in clips]) for name in AVERAGED},
+        "measures": {name: _spread([clip.row[name] for clip in clips]) for name in names},
         "diversity": _diversities(clips),
     }
+    if extractor:
+        features = torch.stack([clip.features for clip in clips if clip.features is not None])
+        other = torch.cat([extractor(signed(_read(p)[0])[None]) for p in tqdm(others, desc="against", unit="clip")])
+        result["fvd"] = {
+            "distance": _rounded(frechet_distance(features, other)),
+            "clips": len(features),
+            "against": len(other),
+            "features": features.shape[1],
+            "extractor": getattr(extractor, "name", type(extractor).__name__),
+        }
     if folder is not None:
         (folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         write_csv(folder / CSV, [clip.row for clip in clips])
@@ -93,10 +130,12 @@ def find_clips(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """Text with a line for each measure of `evaluate_videos` and one for each prompt's diversity."""
+    """Text with a line for each measure of `evaluate_videos`, for the distance, and for each prompt's diversity."""
     lines = [("", "mean", "lowest", "highest", "clips")]
     for name, cell in result["measures"].items():
         lines.append((name, *(_short(cell[key]) for key in ("mean", "lowest", "highest")), str(cell["clips"])))
+    if fvd := result.get("fvd"):
+        lines.append(("fvd", _short(fvd["distance"]), "", "", f"{fvd['clips']} to {fvd['against']}"))
     for cell in result["diversity"]:
         name = f"diversity of {cell['prompt'] or '(no prompt)':.40}"
         lines.append((name, _short(cell["diversity"]), "", "", str(cell["clips"])))
@@ -130,24 +169,42 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _measure(index: int, path: Path) -> _Clip:
+def _measure(
+    index: int, path: Path, encoder: Encoder | None, references: Tensor | None, extractor: Extractor | None
+) -> _Clip:
+    video, fps, settings = _read(path)
+    prompt, frames = settings.get("prompt"), video.movedim(1, -1).numpy()
+    row = {"index": index, "path": str(path), "prompt": prompt, "seed": settings.get("seed")}
+    row |= {"fps": fps, "height": video.shape[2], "width": video.shape[3]}
+    metrics = vars(measure_video(video))
+    if encoder:
+        metrics = metrics | vars(measure_clip(signed(video), encoder, prompt=prompt, references=references))
+    row |= {name: _rounded(value) for name, value in metrics.items()}
+    shown = torch.linspace(0, len(frames) - 1, min(len(frames), SHEET_FRAMES)).round().long()
+    small = ((shrink(video) + 1) * 127.5).round().to(torch.uint8)
+    return _Clip(
+        row,
+        small,
+        np.stack([_thumbnail(frame) for frame in frames[shown]]),
+        extractor(signed(video)[None])[0] if extractor else None,
+    )
+
+
+def _read(path: Path) -> tuple[Tensor, float, dict[str, Any]]:
+    """Frames uint8 (f, 3, H, W), fps and settings of a clip."""
     try:
         frames, fps = read_video(path)
-        settings = read_metadata(path)
+        return frames.movedim(-1, 1), fps, read_metadata(path)
     except UserError:
         raise
     except (OSError, ValueError, SyntaxError) as error:  # what Pillow and numpy raise for damaged or unequal frames
         raise UserError(
             f"got {path}, which cannot be read ({error}), expected a whole clip: replace the file"
         ) from None
-    video = frames.movedim(-1, 1)
-    metrics = measure_video(video)
-    row = {"index": index, "path": str(path), "prompt": settings.get("prompt"), "seed": settings.get("seed")}
-    row |= {"fps": fps, "height": video.shape[2], "width": video.shape[3]}
-    row |= {name: _rounded(value) for name, value in vars(metrics).items()}
-    shown = torch.linspace(0, len(frames) - 1, min(len(frames), SHEET_FRAMES)).round().long()
-    small = ((shrink(video) + 1) * 127.5).round().to(torch.uint8)
-    return _Clip(row, metrics, small, np.stack([_thumbnail(frame) for frame in frames[shown].numpy()]))
+
+
+def _texts(paths: str | Sequence[str | Path]) -> str | list[str]:
+    return paths if isinstance(paths, str) else [str(path) for path in paths]
 
 
 def _thumbnail(frame: np.ndarray) -> np.ndarray:
@@ -157,7 +214,8 @@ def _thumbnail(frame: np.ndarray) -> np.ndarray:
 
 
 def _sheet_row(clip: _Clip) -> Row:
-    words = [Path(clip.row["path"]).name, *(f"{name} {_short(getattr(clip.metrics, name))}" for name in ON_SHEET)]
+    names = (*ON_SHEET, *(name for name in EMBEDDED if clip.row.get(name) is not None))
+    words = [Path(clip.row["path"]).name, *(f"{name} {_short(clip.row[name])}" for name in names)]
     return [(word, INK) for word in words], clip.frames
 
 

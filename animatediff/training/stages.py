@@ -24,6 +24,7 @@ from animatediff.models.vae import VAE
 from animatediff.pipelines.components import place
 from animatediff.pipelines.weights import find_file
 from animatediff.training.autoencoder import AutoencoderStage
+from animatediff.training.contrastive import ShapesEncoder
 from animatediff.training.diffusion_stages import ImageStage, MotionStage, checkpoint_activations, insert_motion
 from animatediff.training.latents import ClipReader, LatentClips, StreamedClips
 from animatediff.training.loop import LoopConfig, first_process_first, train
@@ -239,11 +240,12 @@ def load_complete(path: str) -> ImageModel:
     return model
 
 
-StageConfig = ShapesImage | ShapesMotion | VideoMotion
+StageConfig = ShapesImage | ShapesMotion | VideoMotion | ShapesEncoder
 STAGES: dict[str, type[StageConfig]] = {
     "shapes_image": ShapesImage,
     "shapes_motion": ShapesMotion,
     "motion_module": VideoMotion,
+    "shapes_encoder": ShapesEncoder,
 }
 
 

@@ -1,13 +1,16 @@
 """scripts/evaluate.py: a model through the scorer, or any clips, as files and a table."""
 
+import csv
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from animatediff.data.shapes import make_scene, render
 from animatediff.data.video_io import save_video
 from animatediff.utils import UserError
 from scripts import evaluate
@@ -79,3 +82,51 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
 def test_options_are_checked_in_one_line():
     with pytest.raises(UserError, match="--videos: expected at least one argument"):
         evaluate.main(["--videos"])
+
+
+def test_what_the_prompt_and_other_pictures_say(tmp_path, capsys):
+    """The world's encoder: a clip that is what its prompt says, one that is not; and both far from other clips."""
+    scenes = [make_scene(i, seed=1, color=color, shape="star") for i, color in enumerate(["red", "blue"])]
+    for i, video in enumerate(render(scenes) / 2 + 0.5):
+        save_video(video, tmp_path / "clips" / f"{i}.webp", metadata={"prompt": scenes[0].caption})
+        save_video(video.flip(0), tmp_path / "others" / f"{i}.webp")
+    save_video(render(scenes[:1], only_frames=np.array([[0, 8]]))[0] / 2 + 0.5, tmp_path / "images")
+    arguments = ["--videos", str(tmp_path / "clips"), "--reference", str(tmp_path / "images"), "--device", "cpu"]
+    evaluate.main([*arguments, "--fvd-against", str(tmp_path / "others"), "--output-dir", str(tmp_path / "out")])
+    rows = list(csv.DictReader((tmp_path / "out" / "clips.csv").open(encoding="utf-8")))
+    for name in ("text_alignment", "domain_similarity"):
+        assert float(rows[0][name]) > float(rows[1][name]) + 20
+    assert all(50 < float(row["frame_consistency"]) <= 100 for row in rows)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["settings"]["encoder"] == "world" and summary["settings"]["references"] == [str(tmp_path / "images")]
+    assert summary["measures"]["text_alignment"]["clips"] == 2
+    assert summary["fvd"] | {"distance": 0} == {
+        "distance": 0,
+        "clips": 2,
+        "against": 2,
+        "features": 192,
+        "extractor": "frames and changes of world",
+    }
+    out = capsys.readouterr().out
+    assert "text_alignment" in out and next(line for line in out.splitlines() if line.startswith("fvd")).endswith("2 to 2")
+
+
+def test_a_distance_needs_several_clips(tmp_path):
+    for name in ("a.gif", "b/c.gif"):
+        save_video(torch.rand(2, 3, 16, 16), tmp_path / name)
+    one, both = ["--videos", str(tmp_path / "a.gif")], ["--videos", str(tmp_path)]
+    with pytest.raises(UserError, match="videos: got 1 clip, expected at least two for the Fréchet distance"):
+        evaluate.main([*one, "--fvd-against", str(tmp_path)])
+    with pytest.raises(UserError, match="against: got 1 clip, expected at least two"):
+        evaluate.main([*both, "--fvd-against", str(tmp_path / "b")])
+    with pytest.raises(UserError, match="a.gif, which is no TorchScript file"):
+        evaluate.main([*both, "--fvd-against", str(tmp_path), "--fvd-features", str(tmp_path / "a.gif")])
+
+
+def test_options_that_belong_together(tmp_path):
+    with pytest.raises(UserError, match="got --clip, --fvd-against without --videos, expected both"):
+        evaluate.main(["--clip", "--fvd-against", "x"])
+    with pytest.raises(UserError, match="got --fvd-features without --fvd-against"):
+        evaluate.main(["--videos", str(tmp_path), "--fvd-features", "i3d.pt"])
+    with pytest.raises(UserError, match="got --videos and --device, expected one or the other"):
+        evaluate.main(["--videos", str(tmp_path), "--device", "cpu"])
