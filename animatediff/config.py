@@ -188,13 +188,15 @@ def _check_prompts(entry: AnimateEntry) -> None:
 
 
 def _check_control(entry: AnimateEntry) -> None:
-    images = len(entry.controlnet_images)
-    if bool(images) != bool(entry.controlnet_path):
-        got, missing = ("controlnet_images", "controlnet_path") if images else ("controlnet_path", "controlnet_images")
-        raise UserError(f"got {got} without {missing}, expected both or neither: add it, or remove the other")
-    if images:
-        with naming("controlnet_image_indexs"):
-            condition_frames(entry.controlnet_image_indexs, images=images, frames=entry.L)
+    if not entry.controlnet_path:
+        said = [k for k, v in vars(entry).items() if k.startswith("controlnet_") and v != getattr(AnimateEntry, k)]
+        if said:
+            raise UserError(f"got {said[0]} without controlnet_path, expected a SparseCtrl encoder: add one")
+        return
+    if not entry.controlnet_images:
+        raise UserError("got controlnet_path without controlnet_images, expected images of some frames: add them")
+    with naming("controlnet_image_indexs"):
+        condition_frames(entry.controlnet_image_indexs, images=len(entry.controlnet_images), frames=entry.L)
     with naming("controlnet_scale"):
         check_scales(entry.controlnet_scale, frames=entry.L)
 

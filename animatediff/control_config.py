@@ -22,10 +22,10 @@ def condition_frames(indices: Sequence[int], *, images: int, frames: int) -> tup
     """The frames of a clip that images are given for, counted from 0; in `indices` -1 is the last frame.
 
     Raises:
-        UserError: not one index for each image, one outside the clip, or one twice.
+        UserError: no image, not one index for each, one outside the clip, or one twice.
     """
-    if images > frames:
-        raise UserError(f"got {images} condition images, expected at most {frames}, the frames of the clip")
+    if not 1 <= images <= frames:
+        raise UserError(f"got {images} condition images, expected 1 to {frames}, the frames of the clip")
     if len(indices) != images:
         raise UserError(f"got {len(indices)} frame numbers for {images} condition images, expected one for each")
     if outside := [i for i in indices if not -frames <= i < frames]:

@@ -17,7 +17,8 @@ from animatediff.models.sparsectrl import SparseCtrl
 from animatediff.pipelines.components import Components
 from animatediff.utils import UserError, naming
 
-ConditionImages = Sequence[str | Path | Image.Image] | Tensor
+ConditionImage = str | Path | Image.Image
+ConditionImages = ConditionImage | Sequence[ConditionImage] | Tensor
 KEPT_BYTES = 2**28  # of residuals: enough for small models; one guided window of SD 1.5 takes more, see `Control`
 
 
@@ -101,7 +102,7 @@ def make_control(
     """The control of a call, None where no images are given.
 
     Args:
-        images: n files, PIL images, or a tensor (n, 3, H, W) in [0, 1] of the clip's size.
+        images: one or n files, PIL images, or a tensor (n, 3, H, W) in [0, 1] of the clip's size.
         indices: the frame of each image; negative ones count from the end.
         scale: one for all frames, or one for each.
         frames: of the clip.
@@ -114,6 +115,8 @@ def make_control(
     """
     if images is None:
         return None
+    if isinstance(images, ConditionImage):
+        images = [images]
     encoder = c.sparsectrl
     if encoder is None:
         raise UserError(
@@ -141,7 +144,7 @@ def make_control(
 
 
 def read_condition_images(
-    images: Sequence[str | Path | Image.Image], size: tuple[int, int], *, normalize: bool = False
+    images: Sequence[ConditionImage], size: tuple[int, int], *, normalize: bool = False
 ) -> Tensor:
     """Images cut to the shape of the clip around their centre and resized (bilinear), float32 (n, 3, *size) in [0, 1].
 
@@ -155,7 +158,7 @@ def read_condition_images(
     return torch.stack([_fitted(_opened(image), size, normalize) for image in images])
 
 
-def _opened(image: str | Path | Image.Image) -> Image.Image:
+def _opened(image: ConditionImage) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     try:

@@ -234,14 +234,15 @@ def test_a_run_of_an_official_config(files, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"controlnet_images": []}, "got controlnet_path without controlnet_images, expected both or neither"),
-        ({"controlnet_path": ""}, "got controlnet_images without controlnet_path"),
+        ({"controlnet_images": []}, "got controlnet_path without controlnet_images, expected images of some"),
+        ({"controlnet_path": ""}, "got controlnet_images without controlnet_path, expected a SparseCtrl encoder"),
+        ({"controlnet_path": "", "controlnet_images": [], "controlnet_scale": 2.0}, "got controlnet_scale without"),
         ({"controlnet_image_indexs": [0, 1]}, "controlnet_image_indexs: got 2 frame numbers for 1 condition images"),
         ({"controlnet_images": ["a.png"] * 2}, "controlnet_image_indexs: got 1 frame numbers for 2 condition images"),
         ({"controlnet_image_indexs": [2]}, r"got frame 2, expected 0 to 1, or -1 \(the last\) to -2"),
         ({"controlnet_image_indexs": [-3]}, "got frame -3, expected 0 to 1"),
         ({"controlnet_images": ["a.png"] * 2, "controlnet_image_indexs": [1, -1]}, "got frame 1 twice"),
-        ({"controlnet_images": ["a.png"] * 3}, "got 3 condition images, expected at most 2, the frames of the clip"),
+        ({"controlnet_images": ["a.png"] * 3}, "got 3 condition images, expected 1 to 2, the frames of the clip"),
         ({"controlnet_scale": [1.0, 1.0, 1.0]}, "controlnet_scale: got 3 scales, expected one for all frames, or one"),
         ({"controlnet_scale": -1.0}, "controlnet_scale: got -1, expected 0"),
         ({"controlnet_images": ["none.png"]}, r"controlnet_images\[0\]: there is no none.png"),
@@ -282,7 +283,8 @@ def test_mistakes_are_named_before_anything_is_loaded(files, tmp_path, monkeypat
         ({"controlnet_frame_indices": [4]}, "controlnet_frame_indices: got frame 4, expected 0 to 3"),
         ({"controlnet_conditioning_scale": [1.0, 2.0]}, "controlnet_conditioning_scale: got 2 scales"),
         ({"conditioning_frames": torch.zeros(1, 3, 8, 8)}, r"shape \(1, 3, 8, 8\), expected \(1, 3, 64, 64\)"),
-        ({"conditioning_frames": ["none.png"]}, "got none.png, expected an image: there is no such file"),
+        ({"conditioning_frames": [], "controlnet_frame_indices": []}, "got 0 condition images, expected 1 to 4"),
+        ({"conditioning_frames": "none.png"}, "got none.png, expected an image: there is no such file"),
         ({"num_frames": 40, "windows": Windows(length=33)}, "expected at most 32"),
     ],
 )

@@ -128,7 +128,7 @@ def test_mistakes_are_one_line_and_exit_code_2(config, tmp_path, arguments, mess
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["controlnet_path=x.ckpt"], "got controlnet_path without controlnet_images, expected both or neither"),
+        (["controlnet_path=x.ckpt"], "got controlnet_path without controlnet_images, expected images"),
         (["controlnet_path=x.ckpt", "controlnet_images=a.png"], "controlnet_path: there is no x.ckpt"),
         (["L=64"], "L: got 64 frames, expected at most 32"),
         (["--dtype", "int8"], "got dtype 'int8', expected one of float32"),
