@@ -317,13 +317,9 @@ class AnimateDiffPipeline:
         """
         if return_type not in RETURN_TYPES:
             raise UserError(f"got return_type {return_type!r}, expected one of {', '.join(RETURN_TYPES)}")
-        sampling = self.complete_sampling(steps=num_inference_steps)
-        with tqdm(
-            total=max(sampling.total_steps(self.components.steering.freeinit), 0),
-            disable=not show_progress,
-            desc="animating",
-            unit="step",
-        ) as bar:
+        freeinit = self.components.steering.freeinit
+        steps = self.complete_sampling(steps=num_inference_steps).total_steps(freeinit)
+        with tqdm(total=max(steps, 0), disable=not show_progress, desc="animating", unit="step") as bar:
             (samples,) = self(
                 prompt,
                 video_length,

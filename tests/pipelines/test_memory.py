@@ -1,4 +1,4 @@
-"""A clip of 1,000 frames needs no more memory than one of 16: windows, and frames decoded and written as a stream."""
+"""A clip of 1,000 frames needs the memory of 16 and its latents: windows, frames decoded and written as a stream."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ from animatediff.pipelines.components import Components
 from animatediff.pipelines.denoiser import make_denoiser
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-SIDE = 128  # pixels
+SIDE = 64  # pixels
 MIB = 2**20
 
 

@@ -7,15 +7,18 @@ import torch
 from PIL import Image
 
 from animatediff.config import AnimateEntry, RunConfig, dump_config, load_config
+from animatediff.data.video_io import read_metadata
 from animatediff.dataclass_io import parse_overrides
 from animatediff.diffusion.windows import Windows
 from animatediff.pipelines.animate import AnimateDiffPipeline
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import seeded
+from animatediff.pipelines.run import animate
 from animatediff.pipelines.steered import steer
 from animatediff.pipelines.weights import check_entries
 from animatediff.steering import FreeInit, FreeU, Steering
 from animatediff.utils import UserError
+from tests.nano import entry, write_config
 
 FOX = "a red fox"
 CALL = {"num_frames": 4, "height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
@@ -210,3 +213,15 @@ def test_motion_mask(run, tmp_path):
     assert torch.equal(run(motion_mask=black), run(motion_scale=0))
     with pytest.raises(UserError, match="black.png of 16x16 pixels, expected 24x16"):
         run(motion_mask=black, width=24)
+
+
+def test_files_record_it(nano, tmp_path):
+    """A run's clip is as long as the loop makes it, and its file says what was done."""
+    said = {"freeinit": {"iterations": 2}, "loop": "pingpong", "motion_scale": {0: 1, "2": 0.5}}
+    path = write_config(tmp_path / "said.yaml", entry(nano, L=3, **said))
+    folder = animate(load_config(path), output_dir=tmp_path / "out", device="cpu")
+    settings = read_metadata(next((folder / "sample").iterdir()))
+    assert settings["frames"] == 4 and settings["L"] == 3
+    assert settings["freeinit"]["iterations"] == 2 and settings["loop"] == "pingpong"
+    assert settings["motion_scale"] == {"0": 1, "2": 0.5} and "pag_scale" not in settings
+    assert load_config(folder / "config.yaml").entries[0].freeinit == FreeInit(2)
