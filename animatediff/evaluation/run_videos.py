@@ -142,12 +142,17 @@ def _measure(index: int, path: Path) -> _Clip:
         ) from None
     video = frames.movedim(-1, 1)
     metrics = measure_video(video)
-    row = {"index": index, "path": str(path), "prompt": settings.get("prompt"), "seed": settings.get("seed")}
+    row = {"index": index, "path": str(path), "prompt": _text(settings.get("prompt")), "seed": settings.get("seed")}
     row |= {"fps": fps, "height": video.shape[2], "width": video.shape[3]}
     row |= {name: _rounded(value) for name, value in vars(metrics).items()}
     shown = torch.linspace(0, len(frames) - 1, min(len(frames), SHEET_FRAMES)).round().long()
     small = ((shrink(video) + 1) * 127.5).round().to(torch.uint8)
     return _Clip(row, metrics, small, np.stack([_thumbnail(frame) for frame in frames[shown].numpy()]))
+
+
+def _text(prompt: str | Mapping[str, str] | None) -> str | None:
+    """A prompt in one cell of a table, keyframes in a row."""
+    return "; ".join(f"{k}: {v}" for k, v in prompt.items()) if isinstance(prompt, Mapping) else prompt
 
 
 def _thumbnail(frame: np.ndarray) -> np.ndarray:
