@@ -271,7 +271,7 @@ def config_of(values: Mapping[str, Any], *, name: str) -> RunConfig:
 
 def _named_entries(raw: Any, path: Path) -> list[tuple[Any, Any]]:
     """The entries of either grammar as (name, values)."""
-    known = {f.name for f in dataclasses.fields(AnimateEntry)} | {"path", "base", "domain_lora_scale"}
+    known = {f.name for f in dataclasses.fields(AnimateEntry)} | {"path", "base", "domain_lora_scale", "prompt_map"}
     if isinstance(raw, list):
         return list(enumerate(raw, 1))
     if isinstance(raw, dict):
@@ -281,7 +281,8 @@ def _named_entries(raw: Any, path: Path) -> list[tuple[Any, Any]]:
 
 
 def _expand(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """The 2023 spellings in today's: `path`/`base`, `domain_lora_scale`, one entry for each of several modules."""
+    """Other spellings in ours: of 2023 `path`/`base`, `domain_lora_scale`, an entry for each of several modules;
+    `prompt_map` of animatediff-cli-prompt-travel."""
     if "path" in values or "base" in values:
         if clash := {"dreambooth_path", "lora_model_path"} & set(values):
             raise UserError(f"{where}: got both path/base and {min(clash)}, expected one spelling: remove path/base")
@@ -291,6 +292,10 @@ def _expand(values: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if "adapter_lora_scale" in values:
             raise UserError(f"{where}: got both adapter_lora_scale and domain_lora_scale, expected one: remove either")
         values["adapter_lora_scale"] = values.pop("domain_lora_scale")
+    if "prompt_map" in values:
+        if "prompt" in values:
+            raise UserError(f"{where}: got both prompt and prompt_map, expected one of them: remove either")
+        values["prompt"] = values.pop("prompt_map")
     modules = values.get("motion_module")
     if not isinstance(modules, list):
         return [values]

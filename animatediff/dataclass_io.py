@@ -93,7 +93,8 @@ def build_dataclass(cls: type[T], values: Any, *, where: str) -> T:
 def parse_overrides(cls: type, items: Sequence[str]) -> dict[str, Any]:
     """Raw values from `key=value` texts, read as the fields of a dataclass want them.
 
-    Text is taken as it is, quotes and colons included; lists of texts are one text, or `[a, b]`; the rest is YAML.
+    Text is taken as it is, quotes and colons included; lists of texts are one text, or `[a, b]`; what may also be a
+    mapping is one as `{0: a, 8: b}`; the rest is YAML.
 
     Raises:
         UserError: no `=`, an unknown key, or a value that is not YAML.
@@ -105,8 +106,9 @@ def parse_overrides(cls: type, items: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"got argument {item!r}, expected key=value, such as steps=10")
         if key not in hints:
             raise UserError(f"override: {unknown_key(key, list(hints))}")
-        is_list = typing.get_origin(hints[key]) is tuple
-        if wants_text(hints[key]) and not (is_list and text.startswith("[")):
+        is_list = typing.get_origin(hints[key]) is tuple and text.startswith("[")
+        is_mapping = may_be_mapping(hints[key]) and text.startswith("{") and text.endswith("}")
+        if wants_text(hints[key]) and not is_list and not is_mapping:
             values[key] = text
             continue
         try:
@@ -123,6 +125,10 @@ def wants_text(hint: Any) -> bool:
         return all(isinstance(choice, str) for choice in typing.get_args(hint))
     args = typing.get_args(hint)
     return any(wants_text(arg) for arg in (args[1:] if typing.get_origin(hint) is dict else args))
+
+
+def may_be_mapping(hint: Any) -> bool:
+    return typing.get_origin(hint) is dict or any(may_be_mapping(arg) for arg in typing.get_args(hint))
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:

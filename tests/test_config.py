@@ -174,6 +174,7 @@ def test_resolved_config_reads_back(read, tmp_path):
         ("- prompt: [a]\n  prompt: [b]", "the key 'prompt' occurs twice"),
         ("- prompt: [a", "not valid YAML"),
         ("- prompt: {0: a, 16: b}", "prompt: got a keyframe at 16, expected 0 to 15, as the clip has 16 frames"),
+        ("- prompt: a\n  prompt_map: {0: b}", "both prompt and prompt_map"),
         ("- prompt: {-1: a}", "prompt: got a keyframe at -1"),
         ("- prompt: {}", "prompt: got no keyframes"),
         ("- prompt: {first: a}", "prompt: key: got 'first', expected a whole number"),
@@ -249,7 +250,9 @@ def test_prompts_with_keyframes(read):
     assert travel == ({0: "a, red, b", 12: "a, blue, b"}, {0: "x", 15: "y"}, -1) and still[0] == "a, still, b"
     (entry,) = read("prompt: {0: red, 16: blue}", L=17).entries
     assert entry.prompt == ({0: "red", 16: "blue"},)
-    assert parse_overrides(AnimateEntry, ["prompt=[{0: a, 8: b}]"]) == {"prompt": [{0: "a", 8: "b"}]}
+    assert read("prompt_map: {'0': red, '8': blue}").entries[0].prompt == ({0: "red", 8: "blue"},)
+    for written, value in (("[{0: a, 8: b}]", [{0: "a", 8: "b"}]), ("{0: a, 8: b}", {0: "a", 8: "b"}), ("{a", "{a")):
+        assert parse_overrides(AnimateEntry, [f"prompt={written}"]) == {"prompt": value}
 
 
 def test_embeddings(read):

@@ -52,8 +52,8 @@ class Travel:
         before, after, r = self._course(keyframes, frames, loop=loop if self.loop is None else self.loop)
         a, b = 1 - r, r
         if self.interpolation == "slerp":
-            flat = F.normalize(texts.flatten(1).double(), dim=1)
-            cosine = (flat @ flat.mT).cpu()[before, after]
+            flat = F.normalize(texts.flatten(1).cpu().double(), dim=1)
+            cosine = (flat @ flat.mT)[before, after]
             angle = cosine.clamp(-1, 1).acos()
             turned = cosine.abs() <= PARALLEL
             a, b = (torch.where(turned, (part * angle).sin() / angle.sin(), part) for part in (a, b))

@@ -173,7 +173,7 @@ def _measure(
     index: int, path: Path, encoder: Encoder | None, references: Tensor | None, extractor: Extractor | None
 ) -> _Clip:
     video, fps, settings = _read(path)
-    prompt, frames = settings.get("prompt"), video.movedim(1, -1).numpy()
+    prompt, frames = _text(settings.get("prompt")), video.movedim(1, -1).numpy()
     row = {"index": index, "path": str(path), "prompt": prompt, "seed": settings.get("seed")}
     row |= {"fps": fps, "height": video.shape[2], "width": video.shape[3]}
     metrics = vars(measure_video(video))
@@ -205,6 +205,11 @@ def _read(path: Path) -> tuple[Tensor, float, dict[str, Any]]:
 
 def _texts(paths: str | Sequence[str | Path]) -> str | list[str]:
     return paths if isinstance(paths, str) else [str(path) for path in paths]
+
+
+def _text(prompt: str | Mapping[str, str] | None) -> str | None:
+    """A prompt in one cell of a table, keyframes in a row."""
+    return "; ".join(f"{k}: {v}" for k, v in prompt.items()) if isinstance(prompt, Mapping) else prompt
 
 
 def _thumbnail(frame: np.ndarray) -> np.ndarray:

@@ -59,7 +59,7 @@ def test_good_and_bad_clips(world, tmp_path):
 
 
 def test_the_folder_of_an_animate_run(tmp_path):
-    for i, prompt in enumerate(["a fox", "a fox", "an owl"]):
+    for i, prompt in enumerate(["a fox", "a fox", {"0": "a fox", "1": "an owl"}]):
         settings = {"prompt": prompt, "seed": i}
         save_video(gray(0.2 * i, 0.2 * i + 0.1), tmp_path / "sample" / f"{i}-clip.gif", metadata=settings)
     save_video(gray(0, 1), tmp_path / "sample.gif")
@@ -68,7 +68,7 @@ def test_the_folder_of_an_animate_run(tmp_path):
     assert [(row["prompt"], row["seed"]) for row in rows(tmp_path / "out")] == [
         ("a fox", "0"),
         ("a fox", "1"),
-        ("an owl", "2"),
+        ("0: a fox; 1: an owl", "2"),
     ]
     assert result["diversity"] == [{"prompt": "a fox", "clips": 2, "diversity": pytest.approx(0.4, abs=0.01)}]
     assert "diversity of a fox" in format_table(result)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-
 from animatediff.data.shapes import make_scene, render
 from animatediff.evaluation.clip_metrics import measure_clip
 from animatediff.evaluation.fvd import EncoderFeatures, frechet_distance

@@ -108,7 +108,9 @@ def test_what_the_prompt_and_other_pictures_say(tmp_path, capsys):
         "extractor": "frames and changes of world",
     }
     out = capsys.readouterr().out
-    assert "text_alignment" in out and next(line for line in out.splitlines() if line.startswith("fvd")).endswith("2 to 2")
+    assert "text_alignment" in out and next(line for line in out.splitlines() if line.startswith("fvd")).endswith(
+        "2 to 2"
+    )
 
 
 def test_a_distance_needs_several_clips(tmp_path):
