@@ -53,4 +53,4 @@ def fit_frames(frames: Sequence[Image.Image] | np.ndarray, height: int, width: i
         raise UserError(f"got {what}, expected at least one picture: PIL images, or a tensor in [-1, 1]")
     fitted = np.stack([np.asarray(fit(picture.convert(mode), height, width)) for picture in pictures])
     fitted = fitted.reshape(len(fitted), height, width, -1)
-    return torch.from_numpy(fitted).movedim(-1, 1).float() / 127.5 - 1
+    return torch.from_numpy(fitted).movedim(-1, 1).float().contiguous() / 127.5 - 1

@@ -155,7 +155,7 @@ def read_video(path: str | Path, *, most: int | None = None) -> tuple[Tensor, fl
     path = Path(path)
     if path.suffix.lower() in FFMPEG_SUFFIXES:
         return _read_mp4(path, most)
-    files = _pictures(path) if path.is_dir() else [path]
+    files = list_pictures(path) if path.is_dir() else [path]
     saved = read_metadata(files[0])
     frames, delays = [], []
     for file in files[:most]:
@@ -169,6 +169,18 @@ def read_video(path: str | Path, *, most: int | None = None) -> tuple[Tensor, fl
     counts = [max(round(delay * fps / 1000), 1) for delay in delays]
     counts[-1] += max(int(saved.get("frames", 0)) - sum(counts), 0)  # a WebP that stands still is a single frame
     return torch.from_numpy(np.repeat(np.stack(frames), counts, axis=0)[:most]), fps
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder, in the order of their names.
+
+    Raises:
+        UserError: it holds none.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
+        raise UserError(f"got the folder {folder}, which holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
+    return files
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -327,13 +339,6 @@ WRITERS: dict[str, Callable[[Any, Path, float, str], None]] = {
 def _exif_comment(image: Image.Image) -> bytes:
     comment = image.getexif().get_ifd(EXIF_SUB_FOLDER).get(EXIF_USER_COMMENT, b"")
     return comment.removeprefix(ASCII_CODE) if isinstance(comment, bytes) else b""
-
-
-def _pictures(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
-    if not files:
-        raise UserError(f"got the folder {folder}, which holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
-    return files
 
 
 @contextmanager

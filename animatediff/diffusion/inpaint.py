@@ -26,7 +26,7 @@ def hold(clean: Tensor, noise: Tensor, held: Tensor, *, schedule: NoiseSchedule,
 
     The replacement of Lugmayr et al. 2022, arXiv 2201.09865, Eq. 8, always with the same noise: what is known then
     moves along the straight path from that noise, as it does under a deterministic sampler. After the last step it is
-    `clean`, exactly, where the schedule ends at clean data.
+    `clean`, exactly.
 
     Args:
         clean: known latents (b, f, c, h, w); any values where nothing is held.
@@ -34,7 +34,7 @@ def hold(clean: Tensor, noise: Tensor, held: Tensor, *, schedule: NoiseSchedule,
         held: bool, True where `clean` stays; broadcasts to that shape.
         timesteps: (steps,), those of the sampler.
     """
-    levels = [*schedule.alpha_at(timesteps).tolist()[1:], float(schedule.final_alpha_cumprod)]
+    levels = [*schedule.alpha_at(timesteps).tolist()[1:], 1.0]
 
     def put_back(step: int, timestep: int, x: Tensor) -> None:
         x.copy_(torch.where(held, noised(clean, noise, levels[step]), x))

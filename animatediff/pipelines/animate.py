@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from animatediff.config import load_config
 from animatediff.data.video_io import to_uint8
+from animatediff.diffusion.guidance import Denoise
 from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.diffusion.windows import Windows
@@ -23,6 +24,15 @@ from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import Components, draw_noise, draw_seed, pick_device, pick_dtype, place, seeded
 from animatediff.pipelines.denoiser import make_denoiser
 from animatediff.pipelines.sampling import Sampling, complete_sampling
+from animatediff.pipelines.start import (
+    Pictures,
+    Start,
+    chain_window,
+    check_inversion,
+    encode_start,
+    go_on,
+    take_given,
+)
 from animatediff.pipelines.weights import check_entries
 from animatediff.utils import UserError
 
@@ -119,6 +129,15 @@ class AnimateDiffPipeline:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         windows: Windows | None = None,
+        video: Pictures = None,
+        image: Pictures = None,
+        last_image: Pictures = None,
+        mask: Pictures = None,
+        strength: float | None = None,
+        inversion: bool = False,
+        inversion_prompt: str = "",
+        extend: int = 0,
+        image_ramp: float = 32.0,
     ) -> AnimateDiffOutput | tuple[Any]:
         """Animate prompts; arguments, defaults and layouts are those of diffusers' AnimateDiffPipeline.
 
@@ -147,6 +166,19 @@ class AnimateDiffPipeline:
             timesteps: those to visit, falling, instead of `num_inference_steps` of them; may be fractional.
             sigmas: the same as noise levels sqrt((1 - abar) / abar); a final 0 may be there.
             windows: the overlapping windows of frames that a long clip is animated in; by default the config's.
+            video: a clip to start from: PIL images, which are cropped and resized, or a tensor in [-1, 1]
+                (f, 3, H, W); one for all, or a list of lists or (b v, f, 3, H, W). A single picture stands still.
+            image, last_image: of the first and the last frame, which are kept: a PIL image or (3, H, W) in [-1, 1].
+            mask: where the video is painted anew, white (1); elsewhere its latents are kept. One picture, or one per
+                frame: PIL images, or (f, 1, H, W) in [0, 1].
+            strength: how much of the start is noise, 0 (the video comes back) to 1 (as without one); of the steps the
+                last int(steps * strength) are taken. By default 0.8; 0.9 with an image, 1 with `mask` or `extend`.
+            inversion: start from the noise that DDIM inversion finds in the video, instead of fresh noise.
+            inversion_prompt: what the video shows, for the inversion.
+            extend: go on from the video's end to `num_frames` frames: without `windows` in a chain of windows of 16,
+                in each of which so many frames are known already, or more.
+            image_ramp: frames after which nothing of an image (or of the last frame to go on from) is left at the
+                start; matters where strength is below 1.
 
         Raises:
             UserError: an argument is out of range, or two do not fit together.
@@ -167,7 +199,9 @@ class AnimateDiffPipeline:
         )
         guidance_scale = sampling.guidance_scale
         windows = windows or c.windows
-        self._check(num_frames, height, width, sampling, num_videos_per_prompt, windows)
+        window = chain_window(c.unet.config.motion.max_frames if c.unet.config.motion else None)
+        at_once = min(num_frames, window) if extend and not windows else num_frames
+        self._check(at_once, height, width, sampling, num_videos_per_prompt, windows)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"got output_type {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
         context, negative = self._encode(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
@@ -181,32 +215,75 @@ class AnimateDiffPipeline:
             num_frames,
             *(side // c.vae.config.downsampling for side in (height, width)),
         )
+        given = take_given(
+            video=video,
+            image=image,
+            last_image=last_image,
+            mask=mask,
+            strength=strength,
+            inversion=inversion,
+            extend=extend,
+            image_ramp=image_ramp,
+            frames=num_frames,
+            height=height,
+            width=width,
+            window=window,
+            clips=len(context),
+        )
+        if inversion:
+            check_inversion(sampling)
         x = draw_noise(generators, shape) if latents is None else _given_latents(latents, (len(context), *shape))
+        x = x.to(c.device)
+        schedule, timesteps = sampling.plan(c.schedule)
+        levels = timesteps[len(timesteps) - given.steps(len(timesteps)) :] if given else timesteps
 
-        def after_step(step: int, timestep: int, x: Tensor) -> None:
-            if callback_on_step_end is None:
-                return
-            seen = rearrange(x, "b f c h w -> b c f h w")
-            wanted = (callback_on_step_end(self, step, timestep, {"latents": seen}) or {}).get("latents", seen)
-            if wanted is not seen:
-                x.copy_(_given_latents(wanted, tuple(seen.shape)))
+        def denoiser(context: Tensor, scale: float = 1.0, first_frame: int = 0) -> Denoise:
+            return make_denoiser(
+                c.unet,
+                context,
+                negative_context=negative,
+                guidance_scale=scale,
+                windows=(windows, levels) if windows else None,
+                first_frame=first_frame,
+            )
 
-        schedule, levels = sampling.plan(c.schedule)
-        denoise = make_denoiser(
-            c.unet,
-            context,
-            negative_context=negative,
-            guidance_scale=guidance_scale,
-            windows=(windows, levels) if windows else None,
-        )
-        x = find_sampler(sampling.sampler, eta=eta)(
-            denoise,
-            x.to(c.device),
-            schedule=schedule,
-            timesteps=levels,
-            noise=lambda: draw_noise(generators, shape).to(c.device),
-            callback=after_step,
-        )
+        def sample(noise: Tensor, start: Start | None = None, first_frame: int = 0) -> Tensor:
+            x, put_back = noise, None
+            if start:
+                x, put_back = start.begin(
+                    noise,
+                    schedule=schedule,
+                    timesteps=levels,
+                    all_steps=len(levels) == len(timesteps),
+                    unguided=denoiser(self._embed([inversion_prompt] * len(context))) if inversion else None,
+                )
+
+            def after_step(step: int, timestep: int, x: Tensor) -> None:
+                if put_back:
+                    put_back(step, timestep, x)
+                if callback_on_step_end is None:
+                    return
+                seen = rearrange(x, "b f c h w -> b c f h w")
+                wanted = (callback_on_step_end(self, step, timestep, {"latents": seen}) or {}).get("latents", seen)
+                if wanted is not seen:
+                    x.copy_(_given_latents(wanted, tuple(seen.shape)))
+
+            if not len(levels):
+                return x
+            return find_sampler(sampling.sampler, eta=eta)(
+                denoiser(context, guidance_scale, first_frame),
+                x,
+                schedule=schedule,
+                timesteps=levels,
+                noise=lambda: draw_noise(generators, (shape[0], x.shape[1], *shape[2:])).to(c.device),
+                callback=after_step,
+            )
+
+        start = encode_start(given, c.vae, frames=num_frames, clips=len(context), device=c.device) if given else None
+        if start and extend:
+            x = go_on(sample, start.clean, x, window=num_frames if windows else window, overlap=extend, ramp=image_ramp)
+        else:
+            x = sample(x, start)
         frames = self._decode(x, output_type, decode_chunk_size)
         return AnimateDiffOutput(frames) if return_dict else (frames,)
 

@@ -17,6 +17,7 @@ def make_denoiser(
     negative_context: Tensor | None = None,
     guidance_scale: float = 1.0,
     windows: tuple[Windows, Tensor] | None = None,
+    first_frame: int = 0,
 ) -> Denoise:
     """The network's prediction for given prompts, guided where the scale is above 1.
 
@@ -28,6 +29,7 @@ def make_denoiser(
         negative_context: of the negative prompts (b, l, d); needed for guidance.
         guidance_scale: at 1 and below there is no unconditional pass, and the negative prompts do nothing.
         windows: the windows of frames that the network sees, and the sampler's timesteps; without, whole clips.
+        first_frame: the number of x's first frame in its clip, where x is a part of it (without `windows`).
 
     Returns:
         Denoise: x (b, f, c, h, w), t (b,) -> prediction of x's shape and dtype.
@@ -41,5 +43,5 @@ def make_denoiser(
     def denoise(x: Tensor, t: Tensor, frames: Tensor) -> Tensor:
         return unet(x.to(weight.dtype), t, text).to(x.dtype)
 
-    cut = windowed(denoise, *windows) if windows else whole(denoise)
+    cut = windowed(denoise, *windows) if windows else whole(denoise, first_frame)
     return classifier_free_guidance(cut, guidance_scale) if guided else cut

@@ -25,6 +25,7 @@ from animatediff.data.video_io import STREAMED, FrameStream, read_video, replaci
 from animatediff.pipelines.animate import AnimateDiffPipeline, advance
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import draw_seed, pick_device, pick_dtype, seeded
+from animatediff.pipelines.start import INPUTS, SETTINGS, input_sha256, read_inputs
 from animatediff.pipelines.weights import CheckedEntry, check_entries
 from animatediff.utils import UserError
 
@@ -83,7 +84,10 @@ def animate(
             todo = [job for job in waiting if job.entry == index]
             if not todo:
                 continue
-            hashes = {str(path): file_sha256(path) for path in entry.files.values()}
+            hashes = {
+                str(path): input_sha256(path) if key in INPUTS else file_sha256(path)
+                for key, path in entry.files.items()
+            }
             config = _record_hashes(config, folder, hashes)
             components = assembler.assemble(entry)
             for line in components.reports:
@@ -139,6 +143,8 @@ def _run(
             sampler=sampling.sampler,
             timestep_spacing=sampling.timestep_spacing,
             timesteps=sampling.timesteps,
+            **read_inputs(checked.files, frames=entry.L, extend=entry.extend),
+            **{key: getattr(entry, key) for key in (*SETTINGS, "inversion_prompt")},
         )
         stream = pipeline.decode_frames(latents)
         frames = None if job.path.suffix in STREAMED else np.stack(list(stream))
@@ -162,7 +168,9 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     settings |= {key: getattr(entry, key) for key in ("L", "H", "W")}
     if checked.windows:
         settings |= {f"window_{key}": value for key, value in asdict(checked.windows).items()}
-    for key, path in entry.weight_paths().items():
+    if entry.input_paths():
+        settings |= {key: getattr(entry, key) for key in (*SETTINGS, "inversion_prompt")}
+    for key, path in (entry.input_paths() | entry.weight_paths()).items():
         settings[key] = {"path": path, "sha256": hashes[str(checked.files[key])]}
     if entry.lora_model_path:
         settings |= {"lora_alpha": entry.lora_alpha, "lora_alpha_rule": entry.lora_alpha_rule}
@@ -299,7 +307,7 @@ def _say(line: str) -> None:
 @contextmanager
 def _progress(checked: list[CheckedEntry], jobs: list[Job], waiting: list[Job]) -> Iterator[tqdm]:
     """One bar for all steps of all prompts that are to be done."""
-    total = sum(checked[job.entry].sampling.steps for job in waiting)
+    total = sum(checked[job.entry].steps for job in waiting)
     first = jobs.index(waiting[0]) + 1 if waiting else len(jobs)
     description = f"prompt {first}/{len(jobs)}"
     with tqdm(total=total, desc=description, unit="step", file=sys.stderr, disable=not waiting) as bar:

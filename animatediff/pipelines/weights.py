@@ -16,6 +16,7 @@ from animatediff.diffusion.windows import Windows
 from animatediff.inference_config import InferenceConfig, load_inference_config
 from animatediff.model_config import ANIMATE_LCM, MOTION_VERSIONS, Distillation
 from animatediff.pipelines.sampling import Sampling, complete_sampling
+from animatediff.pipelines.start import INPUTS, SETTINGS, chain_window, check_inversion, links, read_inputs, take_given
 from animatediff.utils import UserError, naming
 
 DEFAULT_WINDOW = 16  # frames: what all motion modules were trained on
@@ -82,6 +83,7 @@ class CheckedEntry:
     motion: FileInfo | None
     sampling: Sampling
     windows: Windows | None = None
+    steps: int = 0  # that the sampler takes in all, in every window of a chain
 
     @property
     def version(self) -> str | None:
@@ -127,7 +129,7 @@ def check_entries(entries: Iterable[AnimateEntry]) -> list[CheckedEntry]:
     infos: dict[Path, FileInfo] = {}
     for entry, files in zip(entries, found, strict=True):
         for key, path in files.items():
-            if key != "inference_config" and path not in infos:
+            if key not in ("inference_config", *INPUTS) and path not in infos:
                 with naming(f"entry {entry.name}: {key}"):
                     infos[path] = identify(path)
     return [_check(entry, files, infos) for entry, files in zip(entries, found, strict=True)]
@@ -140,7 +142,7 @@ def find_file(path: str) -> Path | None:
 
 
 def _find_all(entry: AnimateEntry) -> dict[str, Path]:
-    paths = entry.weight_paths()
+    paths = entry.weight_paths() | entry.input_paths()
     if entry.inference_config:
         paths["inference_config"] = entry.inference_config
     files = {}
@@ -180,6 +182,7 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
         if motion is not None:
             _check_version(checked)
         windows = _windows(entry, checked.max_frames)
+        checked = _check_inputs(checked, windows)
     if windows is None:
         return checked
     said = {f"window_{key}": value for key, value in asdict(windows).items()}
@@ -225,13 +228,34 @@ def _windows(entry: AnimateEntry, longest: int | None) -> Windows | None:
         raise UserError(
             f"{key}: got {getattr(entry, key)} without a window_schedule: add window_schedule=open, or remove it"
         )
-    if longest is not None and entry.L > longest:
+    if longest is not None and entry.L > longest and not entry.extend:  # which needs no more than a window at a time
         raise UserError(
             f"L: got {entry.L} frames, expected at most {longest}, {_trained(entry)}: animate it in overlapping "
             f"windows by window_schedule=open (closed: a loop), use L={longest}, or max_frames={entry.L} at your "
             "own risk"
         )
     return None
+
+
+def _check_inputs(checked: CheckedEntry, windows: Windows | None) -> CheckedEntry:
+    """With the number of steps and, where it starts from pictures or a video, their strength."""
+    entry, sampling, window = checked.entry, checked.sampling, chain_window(checked.max_frames)
+    given = take_given(
+        **read_inputs(checked.files, frames=entry.L, extend=entry.extend),
+        **{key: getattr(entry, key) for key in SETTINGS},
+        frames=entry.L,
+        height=entry.H,
+        width=entry.W,
+        window=window,
+    )
+    if given is None:
+        return replace(checked, steps=sampling.steps)
+    if given.inversion:
+        check_inversion(sampling)
+    steps = given.steps(sampling.steps)
+    if given.video is not None and given.extend and not windows:
+        steps *= len(links(given.video.shape[1], entry.L, window=window, overlap=given.extend))
+    return replace(checked, entry=replace(checked.entry, strength=given.strength), steps=steps)
 
 
 def _trained(entry: AnimateEntry) -> str:
