@@ -132,31 +132,18 @@ def take_given(
         raise UserError(
             f"extend: got {extend} known frames, expected 1 to {window - 1}, less than a window of {window}"
         )
-    if (pixels := _pixels(mask)) and pixels != (shown := _pixels(video)):
-        raise UserError(
-            f"mask: got {pixels[0]}x{pixels[1]} pixels for a video of {shown[0]}x{shown[1]}, expected the same size"
-        )
     taken = {name: _clips(value, name, height, width, clips) for name, value in pictures.items()}
-    if (clip := taken["video"]) is not None:
-        taken["video"] = clip if extend else _as_long(clip, "video", frames)
-        if extend and clip.shape[1] >= frames:
-            raise UserError(
-                f"got {frames} frames in all, expected more than the {clip.shape[1]} of the video that goes on: set "
-                f"L (num_frames) to, say, {clip.shape[1] + 16}"
-            )
-        if (parts := taken["mask"]) is not None:
-            if parts.shape[1] not in (1, clip.shape[1]):
-                raise UserError(
-                    f"mask: got {parts.shape[1]} frames for a video of {clip.shape[1]}, expected as many, or one"
-                )
-            taken["mask"] = _as_long(parts, "mask", frames)
+    if taken["video"] is not None:
+        taken |= _of_equal_length(taken["video"], taken["mask"], frames, extend)
+    of_mask, of_video = _pixels(mask), _pixels(video)
+    if of_mask and of_video and of_mask != of_video:
+        got, expected = ("x".join(map(str, size)) for size in (of_mask, of_video))
+        raise UserError(f"mask: got {got} pixels for a video of {expected}, expected the same size")
     for name in ("image", "last_image"):
         if (one := taken[name]) is not None and one.shape[1] != 1:
             raise UserError(f"{name}: got {one.shape[1]} pictures, expected one (a clip is a video)")
     if frames == 1 and present >= {"image", "last_image"}:
-        raise UserError(
-            "got a clip of 1 frame for both image and last_image, expected at least 2: raise L (num_frames)"
-        )
+        raise UserError("got image and last_image for a clip of 1 frame, expected at least 2: raise L (num_frames)")
     default = next(value for name, value in STRENGTHS.items() if name in present)
     return Given(
         **taken,
@@ -189,9 +176,26 @@ def _check_together(present: Collection[str], strength: float | None) -> None:
             raise UserError(f"got both {one} and {other}, expected one of them: remove the other")
 
 
+def _of_equal_length(video: Tensor, mask: Tensor | None, frames: int, extend: int) -> dict[str, Tensor | None]:
+    """Video and mask, cut to as many frames as are asked for; a video that goes on stays whole."""
+    if extend:
+        if video.shape[1] >= frames:
+            raise UserError(
+                f"got {frames} frames in all, expected more than the {video.shape[1]} of the video that goes on: set "
+                f"L (num_frames) to, say, {video.shape[1] + 16}"
+            )
+        return {"video": video, "mask": None}
+    if mask is not None and 1 not in (mask.shape[1], video.shape[1]) and mask.shape[1] != video.shape[1]:
+        raise UserError(f"mask: got {mask.shape[1]} frames for a video of {video.shape[1]}, expected as many, or one")
+    return {
+        "video": _as_long(video, "video", frames),
+        "mask": None if mask is None else _as_long(mask, "mask", frames),
+    }
+
+
 def _as_long(clip: Tensor, name: str, frames: int) -> Tensor:
     """Its first frames, or the only one, which stands for all."""
-    if 1 < clip.shape[1] < frames or not clip.shape[1]:
+    if 1 < clip.shape[1] < frames:
         raise UserError(
             f"{name}: got {clip.shape[1]} frames, expected at least {frames}: make a clip of {clip.shape[1]} "
             "(L, num_frames), or give a longer one (a single picture stands still)"
@@ -203,7 +207,7 @@ def _pixels(value: Pictures) -> tuple[int, int] | None:
     """Width and height of pictures that are not of a clip's size yet."""
     if isinstance(value, Image.Image):
         return value.size
-    return None if value is None or isinstance(value, Tensor) or not len(value) else _pixels(value[0])
+    return _pixels(value[0]) if isinstance(value, list | tuple) and value else None
 
 
 def _clips(value: Pictures, name: str, height: int, width: int, clips: int) -> Tensor | None:
