@@ -79,6 +79,17 @@ class AnimateEntry(Steering):
     format: Format = "gif"
     name: str = ""  # how messages and metadata call this entry
 
+    # Pictures and video in: a file that ffmpeg or Pillow reads, or a folder of pictures.
+    video: str = ""  # to start from: its first L frames, or a single picture that stands still
+    image: str = ""  # the first frame
+    last_image: str = ""
+    mask: str = ""  # white: where the video is painted anew; one for all frames, or a clip or folder of them
+    strength: float | None = None  # 0 (the video comes back) to 1; 0.8, with an image 0.9, with mask or extend 1
+    inversion: bool = False  # start from the noise that DDIM inversion finds in the video
+    inversion_prompt: str = ""  # what the video shows
+    extend: int = 0  # go on from the video's end to L frames; so many are known in each window of the chain
+    image_ramp: float = 32.0  # frames after which nothing of an image is left at the start
+
     pretrained_model_path: str = SD15_FOLDER  # diffusers folder or SD 1.x single file
     dreambooth_path: str = ""  # personalised model: replaces the base's UNet, text encoder and, where present, VAE
     lora_model_path: str = ""  # kohya LoRA
@@ -146,6 +157,11 @@ class AnimateEntry(Steering):
         """Every file this entry names that holds no weights, by key."""
         paths = {"inference_config": self.inference_config, "controlnet_config": self.controlnet_config}
         paths |= {f"controlnet_images[{i}]": path for i, path in enumerate(self.controlnet_images)}
+        return {key: path for key, path in paths.items() if path} | self.input_paths()
+
+    def input_paths(self) -> dict[str, str]:
+        """Every picture and clip this entry starts from, by the key that names it."""
+        paths = {"video": self.video, "image": self.image, "last_image": self.last_image, "mask": self.mask}
         return {key: path for key, path in paths.items() if path}
 
     def per_prompt(self) -> list[tuple[Prompt, Prompt, int]]:

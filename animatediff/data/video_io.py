@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from animatediff.data.gif import write_gif
@@ -28,6 +28,8 @@ EXIF_SUB_FOLDER = 0x8769
 ASCII_CODE = b"ASCII\0\0\0"  # how an EXIF user comment starts
 H264_CRF = "12"  # visually lossless
 WEBP_QUALITY = 95
+FFMPEG_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 @dataclass(frozen=True)
@@ -137,29 +139,48 @@ def tile(videos: Sequence[np.ndarray], n_rows: int = 6) -> np.ndarray:
     return grid
 
 
-def read_video(path: str | Path) -> tuple[Tensor, float]:
-    """Frames (f, H, W, 3) uint8 and frames per second of a file or folder that `save_video` wrote.
+def read_video(path: str | Path, *, most: int | None = None) -> tuple[Tensor, float]:
+    """Frames (f, H, W, 3) uint8 and frames per second of a file or folder that `save_video` wrote, or of another one.
 
     Of other files, the frame shown for the shortest time sets the speed, and one shown for longer is repeated; a
-    folder of PNGs from elsewhere has 8 frames per second.
+    folder of pictures from elsewhere has 8 frames per second, and a picture is a clip of one frame.
+
+    Args:
+        path: what ffmpeg or Pillow reads, or a folder of pictures, which are taken in the order of their names.
+        most: frames to read, from the first on; by default all.
 
     Raises:
-        UserError: no such file, or none of the four formats.
+        UserError: no such file, one that cannot be read, no frames, or frames of different sizes.
     """
     path = Path(path)
-    if path.suffix == ".mp4":
-        return _read_mp4(path)
-    saved = read_metadata(path)
+    if path.suffix.lower() in FFMPEG_SUFFIXES:
+        return _read_mp4(path, most)
+    files = list_pictures(path) if path.is_dir() else [path]
+    saved = read_metadata(files[0])
     frames, delays = [], []
-    for file in sorted(path.glob("*.png")) if path.is_dir() else [path]:
-        with _open_image(file) as image:
-            for frame in ImageSequence.Iterator(image):
-                frames.append(np.asarray(frame.convert("RGB")))
+    for file in files[:most]:
+        with _open_image(file) as image, _decoding(file):
+            for frame in itertools.islice(ImageSequence.Iterator(image), most):
+                frames.append(np.asarray(ImageOps.exif_transpose(frame).convert("RGB")))
                 delays.append(float(frame.info.get("duration", 0)))
+    if len(sizes := {frame.shape[1::-1] for frame in frames}) > 1:
+        raise UserError(f"got {path} with frames of {_listed(sizes)} pixels, expected one size: crop them first")
     fps = float(saved.get("fps") or (1000 / min(delays) if min(delays) else 8))
     counts = [max(round(delay * fps / 1000), 1) for delay in delays]
     counts[-1] += max(int(saved.get("frames", 0)) - sum(counts), 0)  # a WebP that stands still is a single frame
-    return torch.from_numpy(np.repeat(np.stack(frames), counts, axis=0)), fps
+    return torch.from_numpy(np.repeat(np.stack(frames), counts, axis=0)[:most]), fps
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder, in the order of their names.
+
+    Raises:
+        UserError: it holds none.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
+        raise UserError(f"got the folder {folder}, which holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
+    return files
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -260,15 +281,19 @@ def _write_mp4(frames: Iterable[np.ndarray], path: Path, fps: float, comment: st
         raise UserError(f"ffmpeg could not write the MP4 ({str(error).splitlines()[0]}): use gif or webp") from None
 
 
-def _read_mp4(path: Path) -> tuple[Tensor, float]:
+def _read_mp4(path: Path, most: int | None = None) -> tuple[Tensor, float]:
     _require_file(path)
     try:
-        reader = require_ffmpeg().read_frames(str(path))
-        info = next(reader)
-        width, height = info["size"]
-        frames = [np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader]
+        with closing(require_ffmpeg().read_frames(str(path))) as reader:
+            info = next(reader)
+            width, height = info["size"]
+            frames = [
+                np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in itertools.islice(reader, most)
+            ]
     except (OSError, RuntimeError) as error:
         raise UserError(f"got {path}, which ffmpeg cannot read: {str(error).splitlines()[0]}") from None
+    if not frames:
+        raise UserError(f"got {path}, in which ffmpeg finds no frames: check the file")
     return torch.from_numpy(np.stack(frames)), float(info["fps"])
 
 
@@ -316,6 +341,22 @@ def _exif_comment(image: Image.Image) -> bytes:
     return comment.removeprefix(ASCII_CODE) if isinstance(comment, bytes) else b""
 
 
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SyntaxError, EOFError) as error:
+        raise _undecodable(path, error) from None
+
+
+def _undecodable(path: Path, error: Exception) -> UserError:
+    return UserError(f"got {path}, which cannot be decoded ({error}): it may be cut off")
+
+
+def _listed(sizes: Iterable[tuple[int, ...]]) -> str:
+    return " and ".join("x".join(map(str, size)) for size in sorted(sizes)[:2])
+
+
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"got {path}, which is no file: check the path")
@@ -327,6 +368,8 @@ def _open_image(path: Path) -> Image.Image:
         return Image.open(path)
     except UnidentifiedImageError:
         raise UserError(f"got {path}, expected a GIF, WebP, MP4 or PNG: it is none") from None
+    except (OSError, SyntaxError) as error:
+        raise _undecodable(path, error) from None
 
 
 @contextmanager

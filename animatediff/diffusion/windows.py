@@ -71,9 +71,9 @@ class Windows:
         return FUSIONS[self.fuse](len(window), min(self.overlap, len(window) - 1), not first, not last)
 
 
-def whole(denoise: FrameDenoise) -> Denoise:
-    """A denoiser of whole clips, all of whose frames go through the network together."""
-    return lambda x, t: denoise(x, t, torch.arange(x.shape[1]))
+def whole(denoise: FrameDenoise, first: int = 0) -> Denoise:
+    """A denoiser of whole clips, all of whose frames go through the network together; `first` is the first's number."""
+    return lambda x, t: denoise(x, t, torch.arange(first, first + x.shape[1]))
 
 
 def rotated(denoise: FrameDenoise, timesteps: Tensor) -> Denoise:

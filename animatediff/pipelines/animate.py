@@ -17,19 +17,16 @@ from tqdm import tqdm
 from animatediff.checkpoints.textual_inversion import load_textual_inversion
 from animatediff.config import load_config
 from animatediff.data.video_io import to_uint8
-from animatediff.diffusion.freeinit import free_init
 from animatediff.diffusion.prompt_travel import Travel
-from animatediff.diffusion.samplers import find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.diffusion.start_noise import arrange_noise
 from animatediff.diffusion.windows import Windows
 from animatediff.pipelines.assemble import Assembler
-from animatediff.pipelines.components import Components, draw_noise, draw_seed, pick_device, pick_dtype, place, seeded
+from animatediff.pipelines.components import Components, draw_seed, pick_device, pick_dtype, place, seeded
 from animatediff.pipelines.control import ConditionImages, make_control
-from animatediff.pipelines.denoiser import make_denoiser
 from animatediff.pipelines.prompts import Prompt, Prompts, encode_prompts
+from animatediff.pipelines.sample import ClipSampler
 from animatediff.pipelines.sampling import Sampling, complete_sampling
-from animatediff.pipelines.steered import steer
+from animatediff.pipelines.start import Pictures, chain_window, check_start, take_given
 from animatediff.pipelines.weights import check_entries
 from animatediff.utils import UserError
 
@@ -137,6 +134,15 @@ class AnimateDiffPipeline:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         windows: Windows | None = None,
+        video: Pictures = None,
+        image: Pictures = None,
+        last_image: Pictures = None,
+        mask: Pictures = None,
+        strength: float | None = None,
+        inversion: bool = False,
+        inversion_prompt: str = "",
+        extend: int = 0,
+        image_ramp: float = 32.0,
         travel: Travel | None = None,
         prompt_weighting: bool | None = None,
         clip_skip: int | None = None,
@@ -173,6 +179,19 @@ class AnimateDiffPipeline:
             timesteps: those to visit, falling, instead of `num_inference_steps` of them; may be fractional.
             sigmas: the same as noise levels sqrt((1 - abar) / abar); a final 0 may be there.
             windows: the overlapping windows of frames that a long clip is animated in; by default the config's.
+            video: a clip to start from: PIL images, which are cropped and resized, or a tensor in [-1, 1]
+                (f, 3, H, W); one for all, or a list of lists or (b v, f, 3, H, W). A single picture stands still.
+            image, last_image: of the first and the last frame, which are kept: a PIL image or (3, H, W) in [-1, 1].
+            mask: where the video is painted anew, white (1); elsewhere its latents are kept. One picture, or one per
+                frame: PIL images, or (f, 1, H, W) in [0, 1].
+            strength: how much of the start is noise, 0 (the video comes back) to 1 (as without one); of the steps the
+                last int(steps * strength) are taken. By default 0.8; 0.9 with an image, 1 with `mask` or `extend`.
+            inversion: start from the noise that DDIM inversion finds in the video, instead of fresh noise.
+            inversion_prompt: what the video shows, for the inversion.
+            extend: go on from the video's end to `num_frames` frames: without `windows` in a chain of windows of 16,
+                in each of which so many frames are known already, or more.
+            image_ramp: frames after which nothing of an image (or of the last frame to go on from) is left at the
+                start; matters where strength is below 1.
             travel: how prompts get from keyframe to keyframe; by default as the config says.
             prompt_weighting: read `(word:1.2)`, `[word]` and `BREAK` in prompts and negative prompts; by default as the
                 config says, else not: the official code takes brackets as text.
@@ -207,7 +226,9 @@ class AnimateDiffPipeline:
         motion = c.unet.config.motion is not None
         said.check(num_frames, windows=windows is not None, motion=motion, loras=c.lora_keys.values())
         sampling.check_steering(said, c.distillation)
-        self._check(num_frames, height, width, sampling, num_videos_per_prompt, windows, said.pe_stretch)
+        window = chain_window(c.unet.config.motion.max_frames if c.unet.config.motion else None)
+        at_once = min(num_frames, window) if extend and not windows else num_frames
+        self._check(at_once, height, width, sampling, num_videos_per_prompt, windows, said.pe_stretch)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"got output_type {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
         control = make_control(
@@ -216,7 +237,7 @@ class AnimateDiffPipeline:
             controlnet_frame_indices,
             controlnet_conditioning_scale,
             frames=num_frames,
-            window=min(num_frames, windows.length) if windows else num_frames,
+            window=min(num_frames, windows.length) if windows else at_once,
             size=(height, width),
         )
         context, negative = encode_prompts(
@@ -233,21 +254,26 @@ class AnimateDiffPipeline:
             prompt_weighting=prompt_weighting,
             clip_skip=clip_skip,
         )
-        generators = _generators(generator, len(context))
-        shape = (
-            c.unet.config.in_channels,
-            num_frames,
-            *(side // c.vae.config.downsampling for side in (height, width)),
+        given = take_given(
+            video=video,
+            image=image,
+            last_image=last_image,
+            mask=mask,
+            strength=strength,
+            inversion=inversion,
+            extend=extend,
+            image_ramp=image_ramp,
+            frames=num_frames,
+            height=height,
+            width=width,
+            window=window,
+            clips=len(context),
         )
-
-        def draw() -> Tensor:
-            apart = {"length": windows.length, "stride": windows.length - windows.overlap} if windows else {}
-            noise = arrange_noise(draw_noise(generators, shape), said.noise_type, generators, **apart)
-            return noise.to(c.device)
-
+        if given:
+            check_start(given, sampling, said)
         done = 0
 
-        def after_step(_: int, timestep: int, x: Tensor) -> None:
+        def after_step(timestep: int, x: Tensor) -> None:
             nonlocal done
             done += 1
             if callback_on_step_end is None:
@@ -257,28 +283,27 @@ class AnimateDiffPipeline:
             if wanted is not seen:
                 x.copy_(_given_latents(wanted, tuple(seen.shape)))
 
-        def sample(x: Tensor, iteration: int = 0) -> Tensor:
-            schedule, levels = sampling.part(said.freeinit, iteration).plan(c.schedule)
-            sampler = find_sampler(sampling.sampler, eta=eta)
-            with steer(c, said, levels, guided=guidance_scale > 1, size=(height, width)) as steered:
-                denoise = make_denoiser(
-                    c.unet,
-                    context,
-                    negative_context=negative,
-                    guidance_scale=guidance_scale,
-                    windows=(windows, levels) if windows else None,
-                    control=control,
-                    steered=steered,
-                )
-                return sampler(denoise, x, schedule=schedule, timesteps=levels, noise=draw, callback=after_step)
-
-        x = draw() if latents is None else _given_latents(latents, (len(context), *shape)).to(c.device)
-        if said.freeinit:
-            x = free_init(sample, x, said.freeinit, schedule=NoiseSchedule(c.schedule), noise=draw)
+        clips = ClipSampler(
+            c,
+            sampling,
+            said,
+            context,
+            negative,
+            _generators(generator, len(context)),
+            (c.unet.config.in_channels, *(side // c.vae.config.downsampling for side in (height, width))),
+            windows=windows,
+            window=window,
+            control=control,
+            given=given,
+            inversion_prompt=inversion_prompt,
+            callback=after_step,
+        )
+        if latents is None:
+            noise = clips.draw(num_frames)
         else:
-            x = sample(x)
-        if said.loop == "pingpong":
-            x = torch.cat([x, x[:, 1:-1].flip(1)], dim=1)
+            channels, *size = clips.latent_size
+            noise = _given_latents(latents, (len(context), channels, num_frames, *size)).to(c.device)
+        x = clips.sample(noise)
         frames = self._decode(x, output_type, decode_chunk_size)
         return AnimateDiffOutput(frames) if return_dict else (frames,)
 
@@ -318,7 +343,7 @@ class AnimateDiffPipeline:
         if return_type not in RETURN_TYPES:
             raise UserError(f"got return_type {return_type!r}, expected one of {', '.join(RETURN_TYPES)}")
         freeinit = self.components.steering.freeinit
-        steps = self.complete_sampling(steps=num_inference_steps).total_steps(freeinit)
+        steps = sum(self.complete_sampling(steps=num_inference_steps).iteration_steps(freeinit))
         with tqdm(total=max(steps, 0), disable=not show_progress, desc="animating", unit="step") as bar:
             (samples,) = self(
                 prompt,

@@ -21,6 +21,7 @@ def make_denoiser(
     windows: tuple[Windows, Tensor] | None = None,
     steered: Steered | None = None,
     control: Control | None = None,
+    first_frame: int = 0,
 ) -> Denoise:
     """The network's prediction for given prompts, guided where the scale is above 1.
 
@@ -34,6 +35,7 @@ def make_denoiser(
         windows: the windows of frames that the network sees, and the sampler's timesteps; without, whole clips.
         steered: what `steer` made of the rest.
         control: what given frames add to the network; all parts of guidance get it.
+        first_frame: the number of x's first frame in its clip, where x is a part of it (without `windows`).
 
     Returns:
         Denoise: x (b, f, c, h, w), t (b,) -> prediction of x's shape and dtype.
@@ -56,7 +58,7 @@ def make_denoiser(
     if steered is not None and steered.said.loop == "rotate":
         cut = rotated(denoise, steered.timesteps)
     else:
-        cut = windowed(denoise, *windows) if windows else whole(denoise)
+        cut = windowed(denoise, *windows) if windows else whole(denoise, first_frame)
     if steered is None:
         return classifier_free_guidance(cut, guidance_scale) if guided else cut
-    return steered.guided(cut, guidance_scale)
+    return steered.guided(cut, guidance_scale, first_frame)

@@ -27,6 +27,7 @@ from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import draw_seed, pick_device, pick_dtype, seeded
 from animatediff.pipelines.control import read_condition_images
 from animatediff.pipelines.prompts import first_text
+from animatediff.pipelines.start import INPUTS, SETTINGS, input_sha256, read_inputs
 from animatediff.pipelines.weights import CheckedEntry, check_entries
 from animatediff.utils import UserError
 
@@ -85,7 +86,10 @@ def animate(
             todo = [job for job in waiting if job.entry == index]
             if not todo:
                 continue
-            hashes = {str(path): file_sha256(path) for path in entry.files.values()}
+            hashes = {
+                str(path): input_sha256(path) if key in INPUTS else file_sha256(path)
+                for key, path in entry.files.items()
+            }
             config = _record_hashes(config, folder, hashes)
             components = assembler.assemble(entry)
             for line in components.reports:
@@ -142,6 +146,8 @@ def _run(
             timestep_spacing=sampling.timestep_spacing,
             timesteps=sampling.timesteps,
             **_condition(checked),
+            **read_inputs(checked.files, frames=entry.L, extend=entry.extend),
+            **{key: getattr(entry, key) for key in (*SETTINGS, "inversion_prompt")},
         )
         stream = pipeline.decode_frames(latents)
         frames = None if job.path.suffix in STREAMED else np.stack(list(stream))
@@ -187,7 +193,9 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     for key in ("prompt_weighting", "clip_skip"):
         if (value := getattr(entry, key)) != getattr(AnimateEntry, key):
             settings[key] = value
-    for key, path in (entry.weight_paths() | images).items():
+    if inputs := entry.input_paths():
+        settings |= {key: getattr(entry, key) for key in (*SETTINGS, "inversion_prompt")}
+    for key, path in (inputs | images | entry.weight_paths()).items():
         settings[key] = {"path": path, "sha256": hashes[str(checked.files[key])]}
     if entry.lora_model_path:
         settings |= {"lora_alpha": entry.lora_alpha, "lora_alpha_rule": entry.lora_alpha_rule}
@@ -329,7 +337,7 @@ def _say(line: str) -> None:
 @contextmanager
 def _progress(checked: list[CheckedEntry], jobs: list[Job], waiting: list[Job]) -> Iterator[tqdm]:
     """One bar for all steps of all prompts that are to be done."""
-    total = sum(checked[job.entry].sampling.total_steps(checked[job.entry].entry.freeinit) for job in waiting)
+    total = sum(checked[job.entry].steps for job in waiting)
     first = jobs.index(waiting[0]) + 1 if waiting else len(jobs)
     description = f"prompt {first}/{len(jobs)}"
     with tqdm(total=total, desc=description, unit="step", file=sys.stderr, disable=not waiting) as bar:

@@ -41,9 +41,9 @@ class Sampling:
         if steering.guidance_rescale and not guided and not steering.pag_scale:
             raise UserError("guidance_rescale: got neither a guidance_scale above 1 nor a pag_scale: remove it")
 
-    def total_steps(self, freeinit: FreeInit | None) -> int:
-        """Of all iterations of FreeInit."""
-        return sum(freeinit.steps(i, self.steps) for i in range(freeinit.iterations)) if freeinit else self.steps
+    def iteration_steps(self, freeinit: FreeInit | None) -> list[int]:
+        """The steps of each iteration of FreeInit, or of the only one."""
+        return [self.part(freeinit, i).steps for i in range(freeinit.iterations if freeinit else 1)]
 
     def plan(self, schedule: ScheduleConfig) -> tuple[NoiseSchedule, Tensor]:
         """The noise schedule, spaced as wanted, and the timesteps (steps,) to visit.

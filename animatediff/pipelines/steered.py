@@ -49,13 +49,13 @@ class Steered:
         for name, keyframes in self.lora_schedules.items():
             self._stack.set_scale(name, self._scales[name] * keyframes.at(0, part))
 
-    def guided(self, denoise: Denoise, scale: float) -> Denoise:
-        """A guided denoiser from one of all parts of the batch."""
+    def guided(self, denoise: Denoise, scale: float, first_frame: int = 0) -> Denoise:
+        """A guided denoiser from one of all parts of the batch; `first_frame` is the number of x's first frame."""
         keyframes = self._guidance
 
         def factor(x: Tensor, t: Tensor) -> Tensor:
             assert keyframes is not None
-            values = [keyframes.at(frame, self._part(t)) for frame in range(x.shape[1])]
+            values = [keyframes.at(frame, self._part(t)) for frame in range(first_frame, first_frame + x.shape[1])]
             return x.new_tensor(values)[:, None, None, None]
 
         said = self.said

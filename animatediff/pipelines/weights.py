@@ -20,6 +20,7 @@ from animatediff.inference_config import InferenceConfig, load_inference_config
 from animatediff.model_config import ANIMATE_LCM, MOTION_VERSIONS, Distillation
 from animatediff.pipelines.control import read_condition_images
 from animatediff.pipelines.sampling import Sampling, complete_sampling
+from animatediff.pipelines.start import SETTINGS, chain_window, check_start, links, read_inputs, take_given
 from animatediff.utils import UserError, naming
 
 DEFAULT_WINDOW = 16  # frames: what all motion modules were trained on
@@ -91,6 +92,7 @@ class CheckedEntry:
     windows: Windows | None = None
     control: ControlKwargs | None = None  # what the entry's controlnet_config says
     travel: Travel = Travel()
+    steps: int = 0  # that the sampler takes in all, in every window of a chain
 
     @property
     def version(self) -> str | None:
@@ -187,6 +189,7 @@ def _check(entry: AnimateEntry, files: dict[str, Path], infos: dict[Path, FileIn
         windows = _windows(entry, checked.max_frames and int(checked.max_frames * entry.pe_stretch))
         if "controlnet_path" in files:
             checked = replace(checked, control=_control(entry, files, infos[files["controlnet_path"]], windows))
+        checked = _check_inputs(checked, windows)
     if windows is None:
         return checked
     said = {f"window_{key}": value for key, value in asdict(windows).items()}
@@ -233,7 +236,7 @@ def _windows(entry: AnimateEntry, longest: int | None) -> Windows | None:
         raise UserError(
             f"{key}: got {getattr(entry, key)} without a window_schedule: add window_schedule=open, or remove it"
         )
-    if longest is not None and entry.L > longest:
+    if longest is not None and entry.L > longest and not entry.extend:  # which needs no more than a window at a time
         raise UserError(
             f"L: got {entry.L} frames, expected at most {longest}, {_trained(entry)}: animate it in overlapping "
             f"windows by window_schedule=open (closed: a loop), use L={longest}, or max_frames={entry.L} at your "
@@ -248,7 +251,9 @@ def _control(
     """What the entry's controlnet_config says; raises where encoder, config and images do not fit the clip."""
     with naming(f"controlnet_path: {encoder.path}"):
         trained = trained_frames(encoder.metadata, length=encoder.positional_length, version="sparsectrl")
-    longest, seen = max(trained, entry.max_frames), min(entry.L, windows.length) if windows else entry.L
+    longest = max(trained, entry.max_frames)
+    window = windows.length if windows else chain_window(longest) if entry.extend else entry.L
+    seen = min(entry.L, window)
     if seen > longest:
         raise UserError(
             f"L: got {seen} frames at a time, expected at most {longest}, the longest clip {encoder.path.name} was "
@@ -260,6 +265,27 @@ def _control(
     if "controlnet_config" not in files:
         return None
     return load_control_config(files["controlnet_config"], kind=encoder.version)
+
+
+def _check_inputs(checked: CheckedEntry, windows: Windows | None) -> CheckedEntry:
+    """With the number of steps and, where it starts from pictures or a video, their strength."""
+    entry, sampling, window = checked.entry, checked.sampling, chain_window(checked.max_frames)
+    given = take_given(
+        **read_inputs(checked.files, frames=entry.L, extend=entry.extend),
+        **{key: getattr(entry, key) for key in SETTINGS},
+        frames=entry.L,
+        height=entry.H,
+        width=entry.W,
+        window=window,
+    )
+    steps = sampling.iteration_steps(entry.freeinit)
+    if given is None:
+        return replace(checked, steps=sum(steps))
+    check_start(given, sampling, entry)
+    steps = sum(given.steps(count) for count in steps)
+    if given.video is not None and given.extend and not windows:
+        steps *= len(links(given.video.shape[1], entry.L, window=window, overlap=given.extend))
+    return replace(checked, entry=replace(checked.entry, strength=given.strength), steps=steps)
 
 
 def _trained(entry: AnimateEntry) -> str:

@@ -8,7 +8,7 @@ import torch
 from animatediff.diffusion.guidance import classifier_free_guidance
 from animatediff.diffusion.samplers import ddim, pndm
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.diffusion.windows import FUSIONS, SCHEDULES, Windows, halving, rotated, windowed
+from animatediff.diffusion.windows import FUSIONS, SCHEDULES, Windows, halving, rotated, whole, windowed
 from animatediff.model_config import ScheduleConfig
 from animatediff.utils import UserError
 
@@ -191,3 +191,10 @@ def test_rotation():
     for t in TIMESTEPS:
         assert torch.equal(rotated(denoise, TIMESTEPS)(x, t[None]), 2 * x)
     assert firsts == [0, 8, 4, 12]
+
+
+def test_a_part_of_a_clip_knows_its_place():
+    seen = []
+    denoise = whole(lambda x, t, frames: seen.append(frames.tolist()) or x, 5)
+    denoise(torch.zeros(1, 3, 1, 1, 1), torch.zeros(1))
+    assert seen == [[5, 6, 7]]
