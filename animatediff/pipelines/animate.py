@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from animatediff.checkpoints.textual_inversion import load_textual_inversion
-from animatediff.config import load_config
+from animatediff.config import Prompt, load_config
 from animatediff.data.video_io import to_uint8
 from animatediff.diffusion.prompt_travel import Travel
 from animatediff.diffusion.schedule import NoiseSchedule
@@ -23,7 +23,7 @@ from animatediff.diffusion.windows import Windows
 from animatediff.pipelines.assemble import Assembler
 from animatediff.pipelines.components import Components, draw_seed, pick_device, pick_dtype, place, seeded
 from animatediff.pipelines.control import ConditionImages, make_control
-from animatediff.pipelines.prompts import Prompt, Prompts, encode_prompts
+from animatediff.pipelines.prompts import Prompts, encode_prompts
 from animatediff.pipelines.sample import ClipSampler
 from animatediff.pipelines.sampling import Sampling, complete_sampling
 from animatediff.pipelines.start import Pictures, chain_window, check_start, take_given

@@ -8,13 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from animatediff.config import check_keyframes
+from animatediff.config import Prompt, check_keyframes
 from animatediff.diffusion.prompt_travel import Context, Travel, join
 from animatediff.models.prompt_weighting import parse_prompt
 from animatediff.pipelines.components import Components
 from animatediff.utils import UserError
 
-Prompt = str | Mapping[int, str]
 Prompts = Prompt | Sequence[Prompt] | None
 Clip = tuple[list[int], Tensor]  # keyframes and their embeddings (k, l, d)
 

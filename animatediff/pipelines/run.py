@@ -188,8 +188,10 @@ def _settings(checked: CheckedEntry, job: Job, hashes: dict[str, str]) -> dict[s
     settings |= {key: asdict(value) if is_dataclass(value) else value for key, value in entry.said().items()}
     images = {key: path for key, path in entry.other_paths().items() if key.startswith("controlnet_images")}
     if isinstance(job.prompt, dict) or isinstance(job.negative_prompt, dict):
-        keys = ("prompt_interpolation", "prompt_loop", "prompt_fixed_ratio")
-        settings |= {key: getattr(entry, key) for key in keys}
+        travel = {"loop": checked.windows is not None and checked.windows.loops} | {
+            key: value for key, value in asdict(checked.travel).items() if value is not None
+        }
+        settings |= {f"prompt_{key}": value for key, value in travel.items()}
     for key in ("prompt_weighting", "clip_skip"):
         if (value := getattr(entry, key)) != getattr(AnimateEntry, key):
             settings[key] = value

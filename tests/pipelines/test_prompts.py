@@ -56,6 +56,7 @@ def test_words_of_a_config(nano, embedding, pipeline, tmp_path):
     settings = read_metadata(folder / "sample/0-a-vixen-at-night.gif")
     assert settings["prompt"] == {"0": "a vixen, at night", "1": "(snow:1.5), at night"}
     assert (settings["prompt_interpolation"], settings["clip_skip"]) == ("lerp", 2) and settings["prompt_weighting"]
+    assert (settings["prompt_loop"], settings["prompt_fixed_ratio"]) == (False, 0)
     assert settings["embeddings[0].path"] == {"path": str(embedding), "sha256": file_sha256(embedding)}
     assert load_config(folder / "config.yaml").entries[0].prompt == config.entries[0].prompt
 
