@@ -11,6 +11,7 @@ import argparse
 import csv
 from pathlib import Path
 
+from ops import OPS
 from run import RESULTS, Row
 
 INK = {"torch": "#1f77b4", "triton": "#d62728"}  # ours; everyone else is grey
@@ -32,7 +33,7 @@ def read_rows(folder: Path) -> list[Row]:
     """Rows of all operations."""
     rows = []
     for path in sorted(folder.glob("*.csv")):
-        if path.stem != "step":
+        if path.stem in OPS:
             with path.open(newline="", encoding="utf-8") as file:
                 rows += csv.DictReader(file)
     return rows

@@ -167,11 +167,16 @@ def time_call(function: Callable[[], object], device: str) -> tuple[float, float
     function()
     times: list[float] = []
     while len(times) < 5 or (sum(times) < 500 and len(times) < 100):
-        start = time.process_time()
-        function()
-        times.append((time.process_time() - start) * 1e3 / torch.get_num_threads())
+        times.append(time_once(function))
     fifths = statistics.quantiles(times, n=5, method="inclusive")
     return statistics.median(times), fifths[0], fifths[-1]
+
+
+def time_once(function: Callable[[], object]) -> float:
+    """Milliseconds of CPU time per thread."""
+    start = time.process_time()
+    function()
+    return (time.process_time() - start) * 1e3 / torch.get_num_threads()
 
 
 def peak_memory(function: Callable[[], object], device: str) -> str:
