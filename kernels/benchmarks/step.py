@@ -108,14 +108,14 @@ def work(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, args.frames, 4, side, side, generator=generator).to(device, dtype)
     text = torch.randn(2, TEXT_TOKENS, CONFIG.context_dim, generator=generator).to(device, dtype)
+    texts = text.repeat_interleave(args.frames, dim=0)  # diffusers has a row per frame
     t = torch.tensor([500, 500], device=device)
 
     @torch.no_grad()
     def step() -> Tensor:
         if args.worker == "ours":
             return network(latents, t, text)
-        sample = network(latents.transpose(1, 2), t, encoder_hidden_states=text).sample
-        return sample.transpose(1, 2)
+        return network(latents.transpose(1, 2), t, encoder_hidden_states=texts).sample.transpose(1, 2)
 
     if args.breakdown:
         return breakdown(step, device)
@@ -162,6 +162,7 @@ def diffusers_network() -> nn.Module:
 
     with torch.device("meta"):
         unet = UNetMotionModel(
+            block_out_channels=CONFIG.block_out_channels,
             cross_attention_dim=CONFIG.context_dim,
             num_attention_heads=CONFIG.num_heads,
             motion_num_attention_heads=CONFIG.num_heads,

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,20 @@ def test_plots(tmp_path):
     numbers = {"ms": "1", "tflops": "2", "gbps": "30", "ceiling_tflops": "10", "ceiling_gbps": "100"}
     table = [row(op="attention", sizes="keys=77", provider=p, **numbers) for p in ("eager", "triton")]
     assert all(path.stat().st_size > 1000 for path in plot.draw(table, tmp_path))
+
+
+@torch.no_grad()
+def test_diffusers_network_of_the_step_is_ours(monkeypatch):
+    """The same weights by name, so that the two times are of the same function."""
+    pytest.importorskip("diffusers")
+    tiny = replace(shapes.CONFIG, block_out_channels=(32, 32, 64, 64), context_dim=16)
+    monkeypatch.setattr(step, "CONFIG", tiny)
+    x, t, context = torch.randn(2, 4, 4, 8, 8), torch.tensor([500, 500]), torch.randn(2, 7, 16)
+    ours = step.our_network()(x, t, context)
+    theirs = step.diffusers_network()(
+        x.transpose(1, 2), t, encoder_hidden_states=context.repeat_interleave(4, 0)
+    ).sample.transpose(1, 2)
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 def test_operators_by_kind():
