@@ -24,5 +24,5 @@ setup(
         "pillow",
         "tqdm",
     ],
-    extras_require={"dev": ["pytest", "ruff"], "tensorboard": ["tensorboard"]},
+    extras_require={"dev": ["pytest", "ruff"], "tensorboard": ["tensorboard"], "bench": ["matplotlib"]},
 )

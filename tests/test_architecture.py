@@ -29,7 +29,8 @@ WALLS = {  # third-party package -> the only places that may import it
     "tokenizers": ("animatediff/models/text.py",),
     "safetensors": ("animatediff/checkpoints/files.py", "tests/"),
     "triton": ("kernels/",),
-    "diffusers": (),
+    "diffusers": ("kernels/benchmarks/",),
+    "matplotlib": ("kernels/benchmarks/",),
     "torchvision": (),
     "xformers": (),
 }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from animatediff_kernels import attention
+import torch
+from animatediff_kernels import attention, geglu
 from einops import rearrange
 from torch import Tensor, nn
 
 from animatediff.model_config import UNetConfig
-from animatediff.models.layers import GroupNorm
+from animatediff.models.layers import GroupNorm, LayerNorm
+
+CPU_ROWS = 2048  # tokens whose feed-forward stays in the cache
 
 
 class Attention(nn.Module):
@@ -41,8 +43,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -52,7 +53,9 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GEGLU(width, mult * width), nn.Identity(), nn.Linear(mult * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return self.net[2](self.net[0](x))
+        return torch.cat([self.net[2](self.net[0](rows)) for rows in x.flatten(0, 1).split(CPU_ROWS)]).view(x.shape)
 
 
 class SpatialTransformerBlock(nn.Module):
@@ -60,11 +63,11 @@ class SpatialTransformerBlock(nn.Module):
 
     def __init__(self, width: int, num_heads: int, context_dim: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.attn2 = Attention(width, num_heads, context_dim=context_dim)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from animatediff_kernels import group_norm_silu, layer_norm
 from torch import Tensor, nn
 
 
@@ -38,12 +38,16 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=eps)
         self.over_frames = over_frames
 
-    def forward(self, x: Tensor, frames: int = 1) -> Tensor:
-        if not self.over_frames or frames == 1:
-            return super().forward(x)
-        h, w = x.shape[-2:]
-        clip = rearrange(x, "(b f) c h w -> b c f (h w)", f=frames)
-        return rearrange(super().forward(clip), "b c f (h w) -> (b f) c h w", h=h, w=w)
+    def forward(self, x: Tensor, frames: int = 1, *, silu: bool = False) -> Tensor:
+        pooled = frames if self.over_frames else 1
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, eps=self.eps, frames=pooled, silu=silu)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm of tokens ((b f), s, c), plus the code (f, c) of each token's frame if there is one."""
+
+    def forward(self, x: Tensor, code: Tensor | None = None) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, code=code, eps=self.eps)
 
 
 class ResnetBlock(nn.Module):
@@ -69,12 +73,12 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None, frames: int = 1) -> Tensor:
         """x: ((b f), c, h, w); time: (b, time_channels), one row per video."""
-        y = self.conv1(F.silu(self.norm1(x, frames)))
+        y = self.conv1(self.norm1(x, frames, silu=True))
         if self.time_emb_proj is not None:
             assert time is not None
             shift = self.time_emb_proj(F.silu(time)).repeat_interleave(frames, dim=0)
             y = y + shift[:, :, None, None]
-        y = self.conv2(F.silu(self.norm2(y, frames)))
+        y = self.conv2(self.norm2(y, frames, silu=True))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -98,5 +102,32 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        size = size or (2 * x.shape[-2], 2 * x.shape[-1])
+        twice = (2 * x.shape[-2], 2 * x.shape[-1])
+        size = size or twice
+        measured = x.device.type == "cpu" and x.dtype == self.conv.weight.dtype == torch.float32
+        hooked = self.conv._forward_hooks or self.conv._forward_pre_hooks  # a LoRA's branch, for one
+        if measured and size == twice and not hooked and not torch.is_grad_enabled():
+            return upsampled_conv(x, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)` from the small map.
+
+    An output row sees its three rows of the large map as two of the small one: an even row as (above, own, own), an odd
+    one as (own, own, below). The same holds for columns, so the 3x3 convolution is four 2x2 ones with the weights of
+    equal inputs summed: 4/9 of the work. x: (n, c, h, w); weight: (o, c, 3, 3). Returns (n, o, 2h, 2w).
+    """
+    n, h, w = x.shape[0], *x.shape[-2:]
+    padded = F.pad(x, (1, 1, 1, 1))
+    out = x.new_empty(n, len(weight), h, 2, w, 2)
+    for i, rows in enumerate(_halves(weight, 2)):
+        for j, kernel in enumerate(_halves(rows, 3)):
+            out[:, :, :, i, :, j] = F.conv2d(padded[:, :, i : i + h + 1, j : j + w + 1], kernel, bias)
+    return out.view(n, len(weight), 2 * h, 2 * w)
+
+
+def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three taps along an axis as the two of an even and the two of an odd output."""
+    first, middle, last = weight.unbind(dim)
+    return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from animatediff.model_config import MotionConfig
 from animatediff.models.attention import FeedForward
-from animatediff.models.layers import GroupNorm
+from animatediff.models.layers import GroupNorm, LayerNorm
 
 
 @functools.lru_cache(maxsize=64)
@@ -49,9 +49,7 @@ class TemporalAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        """x: ((b f), s, width)."""
-        code = positional_encoding(frames, x.shape[-1], x.device, x.dtype, self.stretch)
-        x = (rearrange(x, "(b f) s c -> b f s c", f=frames) + code[:, None]).flatten(0, 1)
+        """x: ((b f), s, width), with the codes of the frames in it."""
         out = temporal_attention(self.to_q(x), self.to_k(x), self.to_v(x), frames=frames, num_heads=self.num_heads)
         return self.to_out[0](out)
 
@@ -62,13 +60,14 @@ class TemporalTransformerBlock(nn.Module):
         self.attention_blocks = nn.ModuleList(
             TemporalAttention(width, config.num_heads) for _ in range(config.attentions_per_block)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.attentions_per_block))
+        self.norms = nn.ModuleList(LayerNorm(width) for _ in range(config.attentions_per_block))
         self.ff = FeedForward(width)
-        self.ff_norm = nn.LayerNorm(width)
+        self.ff_norm = LayerNorm(width)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         for attention, norm in zip(self.attention_blocks, self.norms, strict=True):
-            x = x + attention(norm(x), frames)
+            code = positional_encoding(frames, x.shape[-1], x.device, norm.weight.dtype, attention.stretch)
+            x = x + attention(norm(x, code), frames)
         return x + self.ff(self.ff_norm(x))
 
 

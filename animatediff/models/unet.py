@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -172,7 +171,7 @@ class UNet(nn.Module):
             h = h + mid_residual
         for block in self.up_blocks:
             h = block(h, time, context, frames, skips)
-        h = self.conv_out(F.silu(self.conv_norm_out(h, frames)))
+        h = self.conv_out(self.conv_norm_out(h, frames, silu=True))
         return rearrange(h, "(b f) c h w -> b f c h w", b=b)
 
 

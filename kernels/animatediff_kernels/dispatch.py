@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ class Call:
         op: name of the operation.
         device: "sm_90" and the like for NVIDIA GPUs, "interpreter" for CPU tensors under TRITON_INTERPRET=1, else
             torch's device type.
-        dtype: of all tensors; None where they differ.
+        dtype: of all activations; None where they differ.
         grad: whether a backward pass will follow.
         shape: the sizes that matter to the operation, in its own order.
     """
@@ -60,14 +60,14 @@ class Call:
     shape: tuple[tuple[str, int], ...]
 
     @staticmethod
-    def of(op: str, *tensors: Tensor, **shape: int) -> Call:
-        """The call of `op` on these tensors."""
+    def of(op: str, *tensors: Tensor, weights: Sequence[Tensor] = (), **shape: int) -> Call:
+        """The call of `op` on these activations; `weights` may be of another dtype, as they are under autocast."""
         first = tensors[0]
         return Call(
             op,
             device_name(first.device),
             first.dtype if all(t.dtype == first.dtype for t in tensors) else None,
-            torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+            torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights)),
             tuple(shape.items()),
         )
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from animatediff_kernels import attention, temporal_attention
+from animatediff_kernels import attention, temporal_attention, temporal_attention_packed
 
 
 def written_out(q, k, v, heads):
@@ -42,7 +42,16 @@ def test_temporal_attention_is_attention_of_each_pixel_along_frames(frames):
     expected = written_out(*(pixel_rows(x) for x in (q, k, v)), 4)
     expected = expected.reshape(b, s, frames, c).transpose(1, 2).reshape(b * frames, s, c)
     got = temporal_attention(q, k, v, frames=frames, num_heads=4)
-    assert torch.allclose(got.double(), expected, atol=1e-5)
+    assert got.is_contiguous() and torch.allclose(got.double(), expected, atol=1e-5)
+
+
+def test_temporal_attention_of_a_packed_projection():
+    qkv = torch.randn(6, 5, 3 * 8, requires_grad=True)
+    packed = temporal_attention_packed(qkv, frames=3, num_heads=2)
+    separate = temporal_attention(*qkv.chunk(3, -1), frames=3, num_heads=2)
+    assert torch.equal(packed, separate)
+    (a,), (b,) = (torch.autograd.grad(out.square().sum(), qkv) for out in (packed, separate))
+    assert torch.equal(a, b)
 
 
 def test_no_call_hands_more_rows_than_a_cuda_grid_axis_takes(monkeypatch):

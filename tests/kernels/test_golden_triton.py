@@ -1,15 +1,19 @@
-"""The golden numbers of tests/models again, with the network's attention in Triton's interpreter.
+"""The golden numbers of tests/models again, with all kernels of the network in Triton's interpreter.
 
-An image has a program per head and costs the interpreter half a minute a step, a pixel does not: by default only the
-attention along frames runs in it, and all attention in the slow tests.
+An image has a program per head or per group of channels and costs the interpreter minutes a step, a pixel does not: by
+default only the attention along frames runs in it on the golden network, and all kernels on a tiny one.
 """
 
 import functools
 
 import pytest
-from animatediff_kernels import attention, use_backend
+import torch
+from animatediff_kernels import attention, geglu, group_norm_silu, layer_norm, use_backend
 
+from animatediff.model_config import MotionConfig, UNetConfig
 from animatediff.models import attention as spatial
+from animatediff.models import layers
+from animatediff.models.unet import UNet
 from tests.models import test_golden as golden
 from tests.models.test_golden import base, files, unets  # noqa: F401  its fixtures
 
@@ -23,8 +27,28 @@ def triton():
 
 
 def test_video_model_along_frames(unets, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(spatial, "attention", functools.partial(attention, backend="torch"))
+    for module, door in ((spatial, attention), (spatial, geglu), (layers, group_norm_silu), (layers, layer_norm)):
+        monkeypatch.setattr(module, door.__name__, functools.partial(door, backend="torch"))
     golden.test_video_model(unets, "v2", 481)
+
+
+@torch.no_grad()
+def test_a_tiny_network_uses_every_kernel_and_computes_the_same():
+    """Clips and frames are normalised apart, text and self-attention, an upsampler: one layer of each kind."""
+    torch.manual_seed(0)
+    motion = MotionConfig(num_heads=2, resnet_norm_over_frames=True, resolutions=(1,))
+    sizes = {"block_out_channels": (8, 16), "attention_levels": (True, False), "norm_num_groups": 2}
+    unet = UNet(UNetConfig(layers_per_block=1, context_dim=6, num_heads=2, motion=motion, **sizes))
+    for name, parameter in unet.motion_parameters():
+        if "proj_out" in name:  # a fresh motion module does nothing
+            torch.nn.init.normal_(parameter, std=0.2)
+    inputs = torch.randn(1, 2, 4, 4, 2), torch.tensor([500]), torch.randn(1, 5, 6)
+    with torch.profiler.profile() as profile:
+        got = unet(*inputs)
+    used = {event.name.removeprefix("animatediff::") for event in profile.events() if "animatediff::" in event.name}
+    assert used == {"temporal_attention", "attention", "group_norm_silu", "layer_norm", "geglu"}
+    with use_backend("torch"):
+        golden.assert_close(got, unet(*inputs))
 
 
 @pytest.mark.slow

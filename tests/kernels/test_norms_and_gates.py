@@ -133,3 +133,19 @@ def weights(width):
 def test_registration(name):
     x = torch.randn(2, 4, 3, 6, requires_grad=True)
     torch.library.opcheck(*CALLS[name](x))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x, w, b: layer_norm(x, w, b, code=torch.ones(2, 8), backend="triton"),
+        lambda x, w, b: group_norm_silu(x.mT[..., None], 2, w, b, eps=1e-5, backend="triton")[..., 0].mT,
+    ],
+    ids=["layer_norm", "group_norm_silu"],
+)
+def test_weights_may_be_float32_as_under_autocast(norm):
+    x, (w, b) = torch.randn(2, 3, 8), (t.requires_grad_() for t in weights(8))
+    out, exact = norm(x.half(), w, b), norm(x, w, b)
+    assert out.dtype == torch.float16 and torch.allclose(out.float(), exact, atol=5e-3)
+    grads = torch.autograd.grad(out.float().sum(), [w, b])
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)

@@ -18,7 +18,8 @@ def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
     Returns: (…, width).
     Raises: ValueError where "triton" is asked for and cannot be had.
     """
-    if choose(Call.of("geglu", x, width=x.shape[-1] // 2), backend).backend == "triton":
+    call = Call.of("geglu", x, width=x.shape[-1] // 2)
+    if choose(call, backend).backend == "triton":
         return geglu_op(x)
     value, gate = x.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+    return value * F.gelu(gate) if call.grad else F.gelu(gate).mul_(value)

@@ -24,12 +24,13 @@ def group_norm_silu(
 
     Args:
         x: ((b frames), c, h, w), in any memory format, which the result shares.
-        weight, bias: (c,).
+        weight, bias: (c,), of any dtype.
         frames: images whose statistics are pooled; 1 normalises every image by itself.
         backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
     Raises: ValueError where "triton" is asked for and cannot be had.
     """
-    call = Call.of("group_norm_silu", x, weight, bias, channels=x.shape[1], tokens=x[0, 0].numel(), images=frames)
+    sizes = {"channels": x.shape[1], "tokens": x[0, 0].numel(), "images": frames}
+    call = Call.of("group_norm_silu", x, weights=(weight, bias), **sizes)
     if choose(call, backend).backend == "triton":
         return group_norm_silu_op(x, num_groups, weight, bias, eps, frames, silu)[0]
     if frames == 1:
@@ -37,4 +38,4 @@ def group_norm_silu(
     else:
         clip = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(3)
         y = F.group_norm(clip, num_groups, weight, bias, eps).transpose(1, 2).reshape(x.shape)
-    return F.silu(y) if silu else y
+    return F.silu(y, inplace=not call.grad) if silu else y

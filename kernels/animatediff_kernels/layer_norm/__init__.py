@@ -21,14 +21,14 @@ def layer_norm(
     """Normalise every token (Ba et al. 2016, arXiv 1607.06450), then add to it the code of its frame.
 
     Args:
-        x: ((b frames), s, c). weight, bias: (c,).
-        code: (frames, c), or None to add nothing.
+        x: ((b frames), s, c). weight, bias: (c,), of any dtype.
+        code: (frames, c), of any dtype, or None to add nothing.
         backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
     Returns: ((b frames), s, c).
     Raises: ValueError where "triton" is asked for and cannot be had.
     """
-    tensors = [x, weight, bias] + ([] if code is None else [code])
-    if choose(Call.of("layer_norm", *tensors, width=x.shape[-1]), backend).backend == "triton":
+    weights = (weight, bias) if code is None else (weight, bias, code)
+    if choose(Call.of("layer_norm", x, weights=weights, width=x.shape[-1]), backend).backend == "triton":
         return layer_norm_op(x, weight, bias, code, eps)
     y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return y if code is None else (y.unflatten(0, (-1, len(code))) + code[:, None]).flatten(0, 1)

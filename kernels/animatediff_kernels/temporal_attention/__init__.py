@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from animatediff_kernels.attention import sdpa
@@ -35,12 +36,11 @@ def temporal_attention_packed(qkv: Tensor, *, frames: int, num_heads: int, backe
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, frames: int, num_heads: int) -> Tensor:
+    """One clip at a time: all its pixels are then one stride apart, and nothing is copied but the result."""
     n, s, width = q.shape
-    b, head_dim = n // frames, width // num_heads
 
-    def by_pixel(x: Tensor) -> Tensor:  # -> ((b s), heads, frames, head_dim)
-        x = x.reshape(b, frames, s, num_heads, head_dim).permute(0, 2, 3, 1, 4)
-        return x.reshape(b * s, num_heads, frames, head_dim)
+    def by_pixel(x: Tensor) -> Tensor:  # -> (b, s, heads, frames, head_dim)
+        return x.reshape(n // frames, frames, s, num_heads, width // num_heads).permute(0, 2, 3, 1, 4)
 
-    out = sdpa(by_pixel(q), by_pixel(k), by_pixel(v))
-    return out.reshape(b, s, num_heads, frames, head_dim).permute(0, 3, 1, 2, 4).reshape(n, s, width)
+    clips = zip(by_pixel(q), by_pixel(k), by_pixel(v), strict=True)
+    return torch.stack([sdpa(*clip).permute(2, 0, 1, 3) for clip in clips]).reshape(n, s, width)

@@ -1,0 +1,241 @@
+"""What is measured of each operation: its inputs, who can compute it, and how much work it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from animatediff_kernels import attention, geglu, group_norm_silu, guided_ddim, layer_norm, temporal_attention_packed
+from animatediff_kernels.attention.reference import attention_reference
+from animatediff_kernels.geglu.reference import geglu_reference
+from animatediff_kernels.group_norm_silu.reference import group_norm_silu_reference
+from animatediff_kernels.guided_ddim.reference import guided_ddim_reference
+from animatediff_kernels.layer_norm.reference import layer_norm_reference
+from animatediff_kernels.temporal_attention.reference import temporal_attention_reference
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Sizes = dict[str, int]
+Function = Callable[..., Tensor]
+EPS, SCALE = 1e-5, 7.5
+SDPA = {
+    "sdpa-math": SDPBackend.MATH,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+OURS = ("torch", "triton")  # the package's two backends
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation.
+
+    Attributes:
+        shapes: sizes -> the shapes of its inputs.
+        batched: how many of them, from the first, have the independent items along their first axis; the others are
+            weights, shared by all items.
+        items: sizes -> how many independent items there are.
+        run: (sizes, backend) -> the package's function of the inputs.
+        reference: sizes -> the maths, for float64.
+        plain: sizes -> what a network without this package calls; of attention, with the copies that SDPA needs.
+        flops: sizes -> matrix products of a forward pass; 5/2 of it more backward.
+        passes: how often the inputs and outputs go through memory at least, forward and backward, in units of `unit`.
+        unit: sizes -> numbers in the tensor that `passes` counts.
+        key: sizes -> `Call.shape` of the dispatch.
+        differentiable: whether there is a backward pass.
+    """
+
+    shapes: Callable[[Sizes], list[tuple[int, ...]]]
+    batched: int
+    items: Callable[[Sizes], int]
+    run: Callable[[Sizes, str], Function]
+    reference: Callable[[Sizes], Function]
+    plain: Callable[[Sizes], Function]
+    passes: tuple[float, float]
+    unit: Callable[[Sizes], int]
+    key: Callable[[Sizes], dict[str, int]]
+    flops: Callable[[Sizes], int] = lambda s: 0
+    differentiable: bool = True
+
+
+def _temporal_sdpa(s: Sizes) -> Function:
+    """Pixels become the batch: three copies in, one out."""
+
+    def function(qkv: Tensor) -> Tensor:
+        n, tokens, width = qkv.shape
+        shape = s["clips"], s["frames"], tokens, s["heads"], s["head_dim"]
+        q, k, v = (
+            x.reshape(shape).permute(0, 2, 3, 1, 4).reshape(-1, s["heads"], s["frames"], s["head_dim"])
+            for x in qkv.chunk(3, dim=-1)
+        )
+        out = F.scaled_dot_product_attention(q, k, v).view(s["clips"], tokens, s["heads"], s["frames"], s["head_dim"])
+        return out.permute(0, 3, 1, 2, 4).reshape(n, tokens, width // 3)
+
+    return function
+
+
+def _attention_sdpa(s: Sizes) -> Function:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.reshape(s["rows"], -1, s["heads"], s["head_dim"]).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return out.transpose(1, 2).reshape(s["images"], s["tokens"], -1)
+
+    return function
+
+
+def _group_norm_silu(s: Sizes) -> Function:
+    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        if s["frames"] > 1:
+            clips = F.group_norm(x.unflatten(0, (-1, s["frames"])).transpose(1, 2), s["groups"], w, b, EPS)
+            y = clips.transpose(1, 2).flatten(0, 1)
+        else:
+            y = F.group_norm(x, s["groups"], w, b, EPS)
+        return F.silu(y) if s["silu"] else y
+
+    return function
+
+
+def _layer_norm(x: Tensor, w: Tensor, b: Tensor, code: Tensor | None = None) -> Tensor:
+    y = F.layer_norm(x, w.shape, w, b, EPS)
+    return y if code is None else (y.unflatten(0, (-1, len(code))) + code[:, None]).flatten(0, 1)
+
+
+def _geglu(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def _alphas(like: Tensor) -> Tensor:
+    return torch.tensor([0.4, 0.5], device=like.device)
+
+
+OPS = {
+    "temporal_attention": Op(
+        shapes=lambda s: [(s["clips"] * s["frames"], s["tokens"], 3 * s["heads"] * s["head_dim"])],
+        batched=1,
+        items=lambda s: s["clips"],
+        run=lambda s, backend: (
+            lambda qkv: temporal_attention_packed(qkv, frames=s["frames"], num_heads=s["heads"], backend=backend)
+        ),
+        reference=lambda s: lambda qkv: temporal_attention_reference(*qkv.chunk(3, -1), s["frames"], s["heads"]),
+        passes=(4, 7),  # q, k, v, out; then q, k, v, dout and three gradients
+        unit=lambda s: s["clips"] * s["frames"] * s["tokens"] * s["heads"] * s["head_dim"],
+        key=lambda s: {name: s[name] for name in ("frames", "head_dim")},
+        flops=lambda s: 4 * s["clips"] * s["tokens"] * s["frames"] ** 2 * s["heads"] * s["head_dim"],
+        plain=_temporal_sdpa,
+    ),
+    "attention": Op(
+        shapes=lambda s: (
+            [(s["images"], s["tokens"], s["heads"] * s["head_dim"])]
+            + 2 * [(s["rows"], s["keys"], s["heads"] * s["head_dim"])]
+        ),
+        batched=3,
+        items=lambda s: s["rows"],
+        run=lambda s, backend: lambda q, k, v: attention(q, k, v, num_heads=s["heads"], backend=backend),
+        reference=lambda s: lambda q, k, v: attention_reference(q, k, v, s["heads"]),
+        passes=(2, 4),  # per unit of q and k together: q, out, k, v; then all and their gradients
+        unit=lambda s: (s["images"] * s["tokens"] + s["rows"] * s["keys"]) * s["heads"] * s["head_dim"],
+        key=lambda s: {name: s[name] for name in ("tokens", "keys", "head_dim")},
+        flops=lambda s: 4 * s["images"] * s["tokens"] * s["keys"] * s["heads"] * s["head_dim"],
+        plain=_attention_sdpa,
+    ),
+    "group_norm_silu": Op(
+        shapes=lambda s: [(s["images"], s["channels"], s["height"], s["width"])] + 2 * [(s["channels"],)],
+        batched=1,
+        items=lambda s: s["images"] // s["frames"],
+        run=lambda s, backend: (
+            lambda x, w, b: group_norm_silu(
+                x, s["groups"], w, b, eps=EPS, frames=s["frames"], silu=bool(s["silu"]), backend=backend
+            )
+        ),
+        reference=lambda s: (
+            lambda x, w, b: group_norm_silu_reference(x, s["groups"], w, b, EPS, s["frames"], bool(s["silu"]))
+        ),
+        plain=_group_norm_silu,
+        passes=(3, 5),  # the statistics need a pass of their own
+        unit=lambda s: s["images"] * s["channels"] * s["height"] * s["width"],
+        key=lambda s: {"channels": s["channels"], "tokens": s["height"] * s["width"], "images": s["frames"]},
+    ),
+    "layer_norm": Op(
+        shapes=lambda s: (
+            [(s["images"], s["tokens"], s["width"])]
+            + 2 * [(s["width"],)]
+            + ([(s["frames"], s["width"])] if s["frames"] else [])
+        ),
+        batched=1,
+        items=lambda s: s["images"] // max(s["frames"], 1),
+        run=lambda s, backend: lambda x, w, b, code=None: layer_norm(x, w, b, code=code, eps=EPS, backend=backend),
+        reference=lambda s: lambda x, w, b, code=None: layer_norm_reference(x, w, b, code, EPS),
+        plain=lambda s: _layer_norm,
+        passes=(2, 3),
+        unit=lambda s: s["images"] * s["tokens"] * s["width"],
+        key=lambda s: {"width": s["width"]},
+    ),
+    "geglu": Op(
+        shapes=lambda s: [(s["images"], s["tokens"], 2 * s["width"])],
+        batched=1,
+        items=lambda s: s["images"],
+        run=lambda s, backend: lambda x: geglu(x, backend=backend),
+        reference=lambda s: geglu_reference,
+        plain=lambda s: _geglu,
+        passes=(3, 5),
+        unit=lambda s: s["images"] * s["tokens"] * s["width"],
+        key=lambda s: {"width": s["width"]},
+    ),
+    "guided_ddim": Op(
+        shapes=lambda s: [(n, s["frames"], s["channels"], s["height"], s["width"]) for n in (1, 2)],
+        batched=2,
+        items=lambda s: 1,
+        run=lambda s, backend: lambda x, both: guided_ddim(x, both, _alphas(x), guidance_scale=SCALE, backend=backend),
+        reference=lambda s: lambda x, both: guided_ddim_reference(x, both, _alphas(x), SCALE, False),
+        plain=lambda s: lambda x, both: guided_ddim_reference(x, both, _alphas(x), SCALE, False),
+        passes=(4, 0),
+        unit=lambda s: s["frames"] * s["channels"] * s["height"] * s["width"],
+        key=lambda s: {"elements": s["frames"] * s["channels"] * s["height"] * s["width"]},
+        differentiable=False,
+    ),
+}
+
+
+def make_inputs(op: Op, sizes: Sizes, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Standard normal inputs; images in the memory format of the device, as `components.place` gives it."""
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in op.shapes(sizes)]
+    last = device.startswith("cuda")
+    return [x.to(memory_format=torch.channels_last) if x.ndim == 4 and last else x for x in inputs]
+
+
+def providers(op: Op, sizes: Sizes) -> dict[str, Function]:
+    """Everyone who may compute it, torch's first; some will refuse a device, a dtype or a size when called."""
+    plain = op.plain(sizes)
+    found = {"compile": torch.compile(plain, dynamic=False)}
+    found |= {name: _within(backend, plain) for name, backend in SDPA.items()} if op.flops(sizes) else {"eager": plain}
+    return found | {backend: op.run(sizes, backend) for backend in OURS}
+
+
+def _within(backend: SDPBackend, function: Function) -> Function:
+    def forced(*inputs: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return function(*inputs)
+
+    return forced
+
+
+def results(function: Function, inputs: Sequence[Tensor], mode: str) -> list[Tensor]:
+    """The output; in mode fwd+bwd also the gradients of all inputs for a cotangent of ones."""
+    if mode == "fwd":
+        with torch.no_grad():
+            return [function(*inputs)]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def work(op: Op, sizes: Sizes, mode: str, dtype: torch.dtype) -> tuple[float, float]:
+    """(FLOP of matrix products, least bytes moved) of a call."""
+    backward = mode != "fwd"
+    numbers = op.unit(sizes) * (op.passes[0] + backward * op.passes[1])
+    return op.flops(sizes) * (3.5 if backward else 1), numbers * dtype.itemsize

@@ -1,0 +1,95 @@
+"""Draw the CSVs: the roofline of every operation, and bars of how long each provider takes.
+
+python kernels/benchmarks/plot.py --device "NVIDIA H100 80GB HBM3" --output kernels/benchmarks/results
+
+Needs matplotlib: pip install -e ".[bench]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+from ops import OPS
+from run import RESULTS, Row
+
+INK = {"torch": "#1f77b4", "triton": "#d62728"}  # ours; everyone else is grey
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="as the CSVs name it; by default the only one there")
+    parser.add_argument("--clip", default="16f-512")
+    parser.add_argument("--mode", default="fwd")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    rows = select(read_rows(RESULTS), args.device, args.clip, args.mode)
+    for path in draw(rows, args.output):
+        print(path)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Rows of all operations."""
+    rows = []
+    for path in sorted(folder.glob("*.csv")):
+        if path.stem in OPS:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows += csv.DictReader(file)
+    return rows
+
+
+def select(rows: list[Row], device: str | None, clip: str, mode: str) -> list[Row]:
+    """The right results of one device, clip and mode. Raises SystemExit where they are not of one device or none."""
+    devices = {row["device"] for row in rows}
+    if device is None and len(devices) != 1:
+        raise SystemExit(f"got results of {len(devices)} devices, expected one: --device {' | '.join(sorted(devices))}")
+    device = device or devices.pop()
+    chosen = [r for r in rows if (r["device"], r["clip"], r["mode"], r["right"]) == (device, clip, mode, "yes")]
+    if not chosen:
+        raise SystemExit(f"got no right results of {device}, {clip}, {mode}: measure them with run.py")
+    return chosen
+
+
+def draw(rows: list[Row], folder: Path) -> list[Path]:
+    """Write roofline.png and bars.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 6))
+    peak, bandwidth = (max(float(row[name]) for row in rows) for name in ("ceiling_tflops", "ceiling_gbps"))
+    products = [row for row in rows if float(row["tflops"]) > 0]
+    intensities = sorted({intensity(row) for row in products} | {1.0, 2e3 * peak / bandwidth})
+    axis.plot(intensities, [min(peak, x * bandwidth / 1e3) for x in intensities], color="black")
+    for row in products:
+        axis.scatter(intensity(row), float(row["tflops"]), s=18, color=INK.get(row["provider"], "#aaaaaa"))
+    axis.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s", title=title(rows))
+    figure.savefig(folder / "roofline.png", dpi=130, bbox_inches="tight")
+
+    shapes = sorted({(row["op"], row["sizes"]) for row in rows})
+    figure, axes = plt.subplots(len(shapes), 1, figsize=(9, 1.4 * len(shapes) + 1), squeeze=False)
+    for axis, shape in zip(axes[:, 0], shapes, strict=True):
+        bars = [row for row in rows if (row["op"], row["sizes"]) == shape]
+        colours = [INK.get(row["provider"], "#aaaaaa") for row in bars]
+        axis.barh([row["provider"] for row in bars], [float(row["ms"]) for row in bars], color=colours)
+        axis.set_title(" ".join(shape), fontsize=8, loc="left")
+        axis.tick_params(labelsize=7)
+    axes[-1, 0].set_xlabel("ms")
+    figure.suptitle(title(rows), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(folder / "bars.png", dpi=130)
+    return [folder / "roofline.png", folder / "bars.png"]
+
+
+def intensity(row: Row) -> float:
+    return 1e3 * float(row["tflops"]) / float(row["gbps"])
+
+
+def title(rows: list[Row]) -> str:
+    return f"{rows[0]['device']}, {rows[0]['clip']}, {rows[0]['mode']}; blue and red: this package"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Time the operations in the shapes of the network, against every way torch has, and keep the numbers in a CSV.
+
+python kernels/benchmarks/run.py --op temporal_attention --device cuda
+
+A row is one operation, shape, provider, mode, dtype and device. Speed-ups are only written where the result is right:
+its error against float64 at most twice that of torch's plain maths in the same dtype, plus 1e-6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from animatediff_kernels.dispatch import HAS_TRITON, Call, device_name
+from ops import OPS, OURS, Op, Sizes, make_inputs, providers, results, work
+from shapes import CLIPS, Shape, trace
+
+RESULTS = Path(__file__).parent / "results"
+MEASURED = Path(__file__).parents[1] / "animatediff_kernels/measured.csv"
+KEY = ("op", "clip", "layer", "provider", "mode", "dtype", "device")
+COLUMNS = (
+    *KEY,
+    *("sizes", "calls", "ms", "ms_20", "ms_80", "tflops", "gbps", "ceiling_share", "peak_mb", "error", "right"),
+    *("speedup", "ceiling_tflops", "ceiling_gbps", "threads", "versions", "commit", "date"),
+)
+NOISE = 1e-6
+MODES = ("fwd", "fwd+bwd")
+PRINTED = ("provider", "ms", "gbps", "ceiling_share", "error", "right", "speedup")
+Row = dict[str, str]
+
+
+def main() -> None:
+    args = parse()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device, dtype = args.device, getattr(torch, args.dtype)
+    peaks = ceilings(device, dtype)
+    print(f"{device_label(device)}: copies at {peaks[1] / 1e9:.4g} GB/s, products at {peaks[0] / 1e12:.4g} TFLOP/s")
+    for op in args.op or OPS:
+        shapes = [s for clip in args.clip for s in trace(clip) if s.op == op]
+        for shape in [s for s in shapes if args.layer in s.layer]:
+            for mode in args.mode if OPS[op].differentiable else ["fwd"]:
+                rows = measure(shape, mode, device, dtype, args.provider, peaks)
+                write_rows(RESULTS / f"{op}.csv", rows)
+                for row in rows:
+                    print("  " + " ".join(f"{row[name]:<14}" for name in PRINTED))
+                if args.measured:
+                    note_measured(MEASURED, shape, mode, device, dtype, rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", nargs="+", choices=list(OPS), help="by default all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="by default bfloat16 on CUDA")
+    parser.add_argument("--clip", nargs="+", choices=list(CLIPS), default=["16f-512", "24f-512", "16f-768"])
+    parser.add_argument("--layer", default="", help="only shapes whose first layer has this in its name")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--provider", nargs="+", help="by default all: sdpa-…, eager, compile, torch, triton")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--measured", action="store_true", help="also tell the dispatch (measured.csv) what won")
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return args
+
+
+def measure(
+    shape: Shape, mode: str, device: str, dtype: torch.dtype, only: list[str] | None, peaks: tuple[float, float]
+) -> list[Row]:
+    """A row for every provider that can do it; the reasons of the others are printed."""
+    op, sizes = OPS[shape.op], dict(shape.sizes)
+    print(f"{shape.op} {shape.clip} {shape.layer}, {mode}: {describe(sizes)}")
+    inputs = make_inputs(op, sizes, device, dtype)
+    flops, moved = work(op, sizes, mode, dtype)
+    one, part = cut(op, sizes, inputs, 0)
+    allowed = 2 * error(op.plain(one), op, one, part, mode) + NOISE
+    rows = []
+    for provider, function in providers(op, sizes).items():
+        if only and provider not in only:
+            continue
+        try:
+            wrong = error(function, op, sizes, inputs, mode)
+            peak_mb = peak_memory(lambda: results(function, inputs, mode), device)  # noqa: B023
+            ms = time_call(lambda: results(function, inputs, mode), device)  # noqa: B023
+        except (RuntimeError, ValueError) as refusal:
+            print(f"  {provider}: no ({str(refusal).splitlines()[0][:100]})")
+            continue
+        seconds = ms[0] / 1e3
+        rows.append(
+            {
+                "op": shape.op,
+                "clip": shape.clip,
+                "layer": shape.layer,
+                "provider": provider,
+                "mode": mode,
+                "dtype": str(dtype)[6:],
+                "device": device_label(device),
+                "sizes": describe(sizes),
+                "calls": str(shape.calls),
+                **{name: f"{value:.4g}" for name, value in zip(("ms", "ms_20", "ms_80"), ms, strict=True)},
+                "tflops": f"{flops / seconds / 1e12:.4g}",
+                "gbps": f"{moved / seconds / 1e9:.4g}",
+                "ceiling_share": f"{max(flops / peaks[0], moved / peaks[1]) / seconds:.3f}",
+                "peak_mb": peak_mb,
+                "error": f"{wrong:.2e}",
+                "right": "yes" if wrong <= allowed else "no",
+                "ceiling_tflops": f"{peaks[0] / 1e12:.4g}",
+                "ceiling_gbps": f"{peaks[1] / 1e9:.4g}",
+                **provenance(),
+            }
+        )
+    return with_speedups(rows)
+
+
+def with_speedups(rows: list[Row]) -> list[Row]:
+    """Ours against the fastest right result of torch; nothing where ours is wrong or there is none to compare with."""
+    others = [float(row["ms"]) for row in rows if row["provider"] not in OURS and row["right"] == "yes"]
+    for row in rows:
+        fair = row["provider"] in OURS and row["right"] == "yes" and others
+        row["speedup"] = f"{min(others) / float(row['ms']):.2f}" if fair else ""
+    return rows
+
+
+def error(function: Callable, op: Op, sizes: Sizes, inputs: list[torch.Tensor], mode: str) -> float:
+    """The largest relative error of the output and of the gradients of all but weights, against float64.
+
+    Of the first and the last item of the batch, which do not know of the others; fresh memory is NaN meanwhile.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        got = results(function, inputs, mode)[: 1 + op.batched]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    worst, items = 0.0, op.items(sizes)
+    for item in sorted({0, items - 1}):
+        one, part = cut(op, sizes, inputs, item)
+        exact = results(op.reference(one), [x.double() for x in part], mode)[: 1 + op.batched]
+        for a, b in zip(got, exact, strict=True):
+            relative = ((a.chunk(items)[item].double() - b).norm() / b.norm()).item()
+            worst = max(worst, relative) if math.isfinite(relative) else math.inf
+    return worst
+
+
+def cut(op: Op, sizes: Sizes, inputs: list[torch.Tensor], item: int) -> tuple[Sizes, list[torch.Tensor]]:
+    """Sizes and inputs of one independent item."""
+    items = op.items(sizes)
+    one = sizes | {k: sizes[k] // items for k in ("clips", "images", "rows") if k in sizes}
+    return one, [x.chunk(items)[item] if i < op.batched else x for i, x in enumerate(inputs)]
+
+
+def time_call(function: Callable[[], object], device: str) -> tuple[float, float, float]:
+    """Milliseconds: median, 20 % and 80 % quantile; on the CPU, CPU time per thread."""
+    if device.startswith("cuda"):
+        from triton.testing import do_bench  # empties the L2 cache before every call
+
+        return tuple(do_bench(function, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8]))
+    function()
+    times: list[float] = []
+    while len(times) < 5 or (sum(times) < 500 and len(times) < 100):
+        times.append(time_once(function))
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return statistics.median(times), fifths[0], fifths[-1]
+
+
+def time_once(function: Callable[[], object]) -> float:
+    """Milliseconds of CPU time per thread."""
+    start = time.process_time()
+    function()
+    return (time.process_time() - start) * 1e3 / torch.get_num_threads()
+
+
+def peak_memory(function: Callable[[], object], device: str) -> str:
+    """Most megabytes allocated on top of the inputs; "" on the CPU, where torch does not tell."""
+    if not device.startswith("cuda"):
+        return ""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.1f}"
+
+
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """What this machine reaches: FLOP/s of a square matrix product, bytes/s (read and written) of a copy."""
+    cuda = device.startswith("cuda")
+    side, numbers = (8192, 2**28) if cuda else (1024, 2**24)
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    product = time_call(lambda: a @ b, device)[0]
+    source = torch.randn(numbers, device=device).to(dtype)
+    target = torch.empty_like(source)
+    copy = time_call(lambda: target.copy_(source), device)[0]
+    return 2 * side**3 / product * 1e3, 2 * source.nbytes / copy * 1e3
+
+
+def write_rows(path: Path, rows: Iterable[Row], key: Sequence[str] = KEY, columns: Sequence[str] = COLUMNS) -> None:
+    """Write rows into a CSV sorted by `key`; a row with a known key takes the old one's place."""
+    table: dict[tuple[str, ...], Row] = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            table = {tuple(row[k] for k in key): row for row in csv.DictReader(file)}
+    table |= {tuple(row[k] for k in key): row for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table[k] for k in sorted(table))
+    os.replace(partial, path)
+
+
+def note_measured(path: Path, shape: Shape, mode: str, device: str, dtype: torch.dtype, rows: list[Row]) -> None:
+    """Put milliseconds (Triton, the best of torch) of a shape into the dispatch's table, if both are right."""
+    ms = {row["provider"]: float(row["ms"]) for row in rows if row["right"] == "yes"}
+    triton = ms.pop("triton", None)
+    if triton is None or not ms:
+        return
+    op, sizes = OPS[shape.op], dict(shape.sizes)
+    call = Call(shape.op, device_name(torch.device(device)), dtype, mode != "fwd", tuple(op.key(sizes).items()))
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *known = csv.reader(file)
+    table = {tuple(row[:5]): row[5:] for row in known} | {call.row: [triton, min(ms.values())]}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *[[*key, *table[key]] for key in sorted(table)]])
+
+
+def describe(sizes: Sizes) -> str:
+    return " ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def device_label(device: str) -> str:
+    """The name of a GPU, or of the CPU's architecture: how fast it is, the ceilings say."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
+
+
+def provenance() -> Row:
+    triton = __import__("triton").__version__ if HAS_TRITON else "none"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {
+        "threads": str(torch.get_num_threads()),
+        "versions": f"torch {torch.__version__} triton {triton}",
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+if __name__ == "__main__":
+    main()

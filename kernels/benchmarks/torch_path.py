@@ -1,0 +1,78 @@
+"""What the CPU's own paths are worth: each against the way without it, in turns in one process.
+
+python kernels/benchmarks/torch_path.py --threads 1
+
+Layers of a guided step of 16 frames at 256x256 in float32; times are CPU time per thread, the least of `--repeat`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from animatediff_kernels import temporal_attention
+from ops import OPS
+from run import RESULTS, device_label, provenance, time_once, write_rows
+from torch import Tensor
+
+from animatediff.models.attention import FeedForward
+from animatediff.models.layers import upsampled_conv
+
+LEVELS = {320: 32, 640: 16, 1280: 8}  # width -> side of the feature map
+IMAGES, FRAMES, HEADS = 32, 16, 8
+KEY = ("path", "width", "side", "device", "threads")
+COLUMNS = (*KEY, "old_ms", "new_ms", "ratio", "error", "versions", "commit", "date")
+Case = tuple[str, int, int, Callable[[], Tensor], Callable[[], Tensor]]
+
+
+def cases() -> Iterator[Case]:
+    """Name, width, side of the map that goes in, the old way and the new one."""
+    for width, side in LEVELS.items():
+        sizes = {"clips": IMAGES // FRAMES, "frames": FRAMES, "heads": HEADS, "head_dim": width // HEADS}
+        tokens = torch.randn(IMAGES, side * side, width)
+        qkv = torch.randn(IMAGES, side * side, 3 * width)
+        copied = OPS["temporal_attention"].plain(sizes)
+        new = lambda qkv=qkv: temporal_attention(*qkv.chunk(3, -1), frames=FRAMES, num_heads=HEADS)  # noqa: E731
+        yield "temporal attention of clips", width, side, lambda f=copied, x=qkv: f(x), new
+        layer = FeedForward(width)
+        yield "feed-forward in rows", width, side, lambda f=layer, x=tokens: whole(f, x), lambda f=layer, x=tokens: f(x)
+        a, b, c = torch.randn(3, width, width) / width
+        old = lambda x=tokens, w=(a, b, c): [F.linear(x, part) for part in w][0]  # noqa: E731
+        joint = torch.cat([a, b, c])
+        new = lambda x=tokens, w=joint: F.linear(x, w)[..., : x.shape[-1]]  # noqa: E731
+        yield "packed projection (not used)", width, side, old, new
+    for width, side in ((640, 16), (1280, 8), (1280, 4)):
+        x, w, b = torch.randn(IMAGES, width, side, side), torch.randn(width, width, 3, 3) / width, torch.randn(width)
+        old = lambda x=x, w=w, b=b: F.conv2d(F.interpolate(x, scale_factor=2), w, b, padding=1)  # noqa: E731
+        yield "upsampling in four", width, side, old, lambda x=x, w=w, b=b: upsampled_conv(x, w, b)
+
+
+def whole(layer: FeedForward, x: Tensor) -> Tensor:
+    """All rows at once, and a new tensor for the gated values."""
+    value, gate = layer.net[0].proj(x).chunk(2, dim=-1)
+    return layer.net[2](value * F.gelu(gate))
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for path, width, side, old, new in cases():
+        exact = old()
+        error = ((new() - exact).norm() / exact.norm()).item()
+        times = [[time_once(way) for way in (old, new)] for _ in range(args.repeat)]
+        before, after = (min(column) for column in zip(*times, strict=True))
+        row = {"path": path, "width": str(width), "side": str(side), "device": device_label("cpu")}
+        row |= {"old_ms": f"{before:.4g}", "new_ms": f"{after:.4g}", "error": f"{error:.1e}"}
+        row["ratio"] = f"{before / after:.2f}" if error < 1e-5 else ""
+        print(" ".join(row.values()), flush=True)
+        write_rows(RESULTS / "torch_path.csv", [row | provenance()], KEY, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()

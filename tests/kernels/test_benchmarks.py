@@ -1,0 +1,162 @@
+"""The parts of the benchmarks that need no clock: shapes, tables, the red test, what every provider computes."""
+
+import csv
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from animatediff_kernels import dispatch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels/benchmarks"))
+import ops  # noqa: E402
+import plot  # noqa: E402
+import run  # noqa: E402
+import shapes  # noqa: E402
+import step  # noqa: E402
+
+SMALL = {  # sizes of every operation that a CPU computes at once
+    "temporal_attention": {"clips": 2, "frames": 3, "tokens": 5, "heads": 2, "head_dim": 8},
+    "attention": {"images": 4, "rows": 2, "tokens": 6, "keys": 7, "heads": 2, "head_dim": 8},
+    "group_norm_silu": {"images": 4, "channels": 8, "height": 3, "width": 5, "groups": 2, "frames": 2, "silu": 1},
+    "layer_norm": {"images": 4, "tokens": 5, "width": 8, "frames": 2},
+    "geglu": {"images": 2, "tokens": 3, "width": 8},
+    "guided_ddim": {"frames": 2, "channels": 4, "height": 3, "width": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def traced():
+    return shapes.trace("16f-512")
+
+
+def test_the_shapes_are_those_of_the_step(traced):
+    """Counted by others from diffusers' network: 42 temporal, 16 self- and 16 cross-attentions, by level."""
+    temporal = [(s["tokens"], s["head_dim"], c) for s, c in sizes_of(traced, "temporal_attention")]
+    assert temporal == [(4096, 40, 10), (1024, 80, 10), (256, 160, 10), (64, 160, 12)]
+    attention = [(s["tokens"], s["keys"], s["rows"], c) for s, c in sizes_of(traced, "attention")]
+    own = [(4096, 4096, 32, 5), (1024, 1024, 32, 5), (256, 256, 32, 5), (64, 64, 32, 1)]
+    assert sorted(attention) == sorted(own + [(tokens, 77, 2, c) for tokens, _, _, c in own])
+    assert sum(c for s, c in sizes_of(traced, "layer_norm")) == 111
+    assert sum(c for s, c in sizes_of(traced, "group_norm_silu")) == 45 + 21 + 16
+    assert sum(c for s, c in sizes_of(traced, "geglu")) == 16 + 21
+
+
+def sizes_of(traced, op):
+    return [(dict(s.sizes), s.calls) for s in traced if s.op == op]
+
+
+def test_flops_of_the_step_are_known(traced):
+    gflop = {
+        op: sum(c * ops.OPS[op].flops(s) for s, c in sizes_of(traced, op)) / 1e9
+        for op in ("temporal_attention", "attention")
+    }
+    assert gflop["temporal_attention"] == pytest.approx(49, rel=0.02)
+    assert gflop["attention"] == pytest.approx(3920 + 114, rel=0.02)
+
+
+@pytest.mark.parametrize("mode", run.MODES)
+@pytest.mark.parametrize("op", ops.OPS)
+def test_every_provider_computes_the_same(op, mode):
+    spec, sizes = ops.OPS[op], SMALL[op]
+    if mode != "fwd" and not spec.differentiable:
+        pytest.skip("no backward pass")
+    inputs = ops.make_inputs(spec, sizes, "cpu", torch.float32)
+    for name, function in ops.providers(spec, sizes).items():
+        if name not in ("compile", "triton", "sdpa-efficient", "sdpa-cudnn"):
+            assert run.error(function, spec, sizes, inputs, mode) < 1e-6, name
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_the_dispatch_is_told_of_the_calls_that_it_will_see(op, monkeypatch):
+    spec, sizes, seen = ops.OPS[op], SMALL[op], []
+    door = sys.modules[f"animatediff_kernels.{op}"]
+    monkeypatch.setattr(door, "choose", lambda call, backend: seen.append(call) or dispatch.choose(call, backend))
+    spec.run(sizes, "torch")(*ops.make_inputs(spec, sizes, "cpu", torch.float32))
+    assert dict(seen[0].shape) == spec.key(sizes)
+
+
+def rows(**ms):
+    return [{"provider": name, "ms": value, "right": "yes"} for name, value in ms.items()]
+
+
+def test_speedups_are_over_the_fastest_of_torch():
+    table = {
+        r["provider"]: r["speedup"] for r in run.with_speedups(rows(eager="9", compile="4", torch="8", triton="2"))
+    }
+    assert table == {"eager": "", "compile": "", "torch": "0.50", "triton": "2.00"}
+
+
+def test_a_red_test_withholds_the_speedup():
+    table = rows(eager="4", triton="2")
+    table[1]["right"] = "no"
+    assert [row["speedup"] for row in run.with_speedups(table)] == ["", ""]
+
+
+def test_a_result_that_leaves_memory_unwritten_is_red():
+    spec, sizes = ops.OPS["geglu"], SMALL["geglu"]
+    inputs = ops.make_inputs(spec, sizes, "cpu", torch.float32)
+    assert run.error(lambda x: torch.empty(2, 3, 8), spec, sizes, inputs, "fwd") == float("inf")
+
+
+def row(**values):
+    return dict.fromkeys(run.COLUMNS, "") | values
+
+
+def test_rows_of_one_key_replace_each_other(tmp_path):
+    path = tmp_path / "results/op.csv"
+    run.write_rows(path, [row(op="b", ms="1"), row(op="a", ms="2")])
+    run.write_rows(path, [row(op="b", ms="3"), row(op="b", mode="fwd", ms="4")])
+    with path.open(newline="") as file:
+        table = [(r["op"], r["mode"], r["ms"]) for r in csv.DictReader(file)]
+    assert table == [("a", "", "2"), ("b", "", "3"), ("b", "fwd", "4")]
+
+
+def test_the_dispatch_reads_what_the_benchmark_notes(tmp_path, monkeypatch):
+    path = tmp_path / "measured.csv"
+    path.write_text("op,arch,dtype,mode,shape,triton_ms,torch_ms\n")
+    monkeypatch.setattr(run, "device_name", lambda device: "sm_90")
+    shape = shapes.Shape("temporal_attention", "16f-512", "layer", tuple(SMALL["temporal_attention"].items()))
+    measured = rows(**{"sdpa-flash": "4", "torch": "3", "triton": "2"})
+    run.note_measured(path, shape, "fwd", "cpu", torch.float16, measured)
+    run.note_measured(path, shape, "fwd+bwd", "cpu", torch.float16, measured[:2])
+    key = ("temporal_attention", "sm_90", "float16", "forward", "frames=3 head_dim=8")
+    assert dispatch.read_measurements(path) == {key: (2.0, 3.0)}
+
+
+def test_only_one_device_is_drawn():
+    table = [row(device="a", clip="16f-512", mode="fwd", right="yes"), row(device="b")]
+    with pytest.raises(SystemExit, match="got results of 2 devices.*a | b"):
+        plot.select(table, None, "16f-512", "fwd")
+    assert plot.select(table, "a", "16f-512", "fwd") == table[:1]
+    with pytest.raises(SystemExit, match="no right results"):
+        plot.select(table, "b", "16f-512", "fwd")
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    numbers = {"ms": "1", "tflops": "2", "gbps": "30", "ceiling_tflops": "10", "ceiling_gbps": "100"}
+    table = [row(op="attention", sizes="keys=77", provider=p, **numbers) for p in ("eager", "triton")]
+    assert all(path.stat().st_size > 1000 for path in plot.draw(table, tmp_path))
+
+
+@torch.no_grad()
+def test_diffusers_network_of_the_step_is_ours(monkeypatch):
+    """The same weights by name, so that the two times are of the same function."""
+    pytest.importorskip("diffusers")
+    tiny = replace(shapes.CONFIG, block_out_channels=(32, 32, 64, 64), context_dim=16)
+    monkeypatch.setattr(step, "CONFIG", tiny)
+    x, t, context = torch.randn(2, 4, 4, 8, 8), torch.tensor([500, 500]), torch.randn(2, 7, 16)
+    ours = step.our_network()(x, t, context)
+    theirs = step.diffusers_network()(
+        x.transpose(1, 2), t, encoder_hidden_states=context.repeat_interleave(4, 0)
+    ).sample.transpose(1, 2)
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+def test_operators_by_kind():
+    names = {"aten::convolution": "convolutions", "aten::addmm": "linear layers", "aten::add_": "sums"}
+    names |= {"aten::mul_": "gates", "aten::copy_": "copies", "aten::native_group_norm": "GroupNorm, LayerNorm"}
+    names |= {"aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "aten::view": "others"}
+    assert {name: step.kind_of(name) for name in names} == names

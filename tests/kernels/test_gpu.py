@@ -1,0 +1,75 @@
+"""On a GPU (pytest -m gpu): every shape of the real network, and fifty steps of training with and without kernels."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from animatediff_kernels import temporal_attention_packed, use_backend
+
+from animatediff.checkpoints.load import load_motion_module
+from animatediff.pipelines.components import place
+from animatediff.training.diffusion_stages import MotionStage
+from animatediff.training.latents import LatentClips
+from animatediff.training.stages import load_complete
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "kernels/benchmarks"))
+import ops  # noqa: E402
+import run  # noqa: E402
+import shapes  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+ASSETS = ROOT / "animatediff/assets"
+STEPS = 50
+
+
+@pytest.mark.parametrize("mode", run.MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda t: str(t)[6:])
+@pytest.mark.parametrize("op", ops.OPS)
+@pytest.mark.parametrize("clip", ["16f-512", "24f-512"])
+def test_every_shape_of_the_network(clip, op, dtype, mode):
+    """The matrix of the interpreter's tests at full size: at most twice the error of torch's own, plus 1e-6."""
+    spec = ops.OPS[op]
+    if mode != "fwd" and not spec.differentiable:
+        pytest.skip("no backward pass")
+    for shape in shapes.trace(clip):
+        if shape.op != op:
+            continue
+        sizes = dict(shape.sizes)
+        inputs = ops.make_inputs(spec, sizes, "cuda", dtype)
+        one, part = run.cut(spec, sizes, inputs, 0)
+        bound = 2 * run.error(spec.plain(one), spec, one, part, mode) + run.NOISE
+        assert run.error(spec.run(sizes, "triton"), spec, sizes, inputs, mode) <= bound, shape
+        torch.cuda.empty_cache()
+
+
+def test_more_pixels_than_a_grid_axis_takes():
+    """A guided clip of 1024x1024 has 2 * 128 * 128 pixels of 8 heads each."""
+    qkv = torch.randn(2 * 2, 128 * 128, 3 * 8 * 40, device="cuda", dtype=torch.float16)
+    got, expected = (temporal_attention_packed(qkv, frames=2, num_heads=8, backend=b) for b in ("triton", "torch"))
+    assert torch.allclose(got, expected, atol=2e-3)
+
+
+def losses(folder: Path, backend: str, device: str, steps: int) -> torch.Tensor:
+    """Of the bundled model's motion module, trained on in the built-in world."""
+    base = load_complete(str(ASSETS / "shapes.safetensors"))
+    unet, _ = load_motion_module(base.unet, ASSETS / "shapes_motion.safetensors")
+    clips = LatentClips.of_shapes(folder / "clips.pt", base.vae, count=16, log=lambda line: None)
+    unet, text_encoder = (place(m, torch.device(device), torch.float32) for m in (unet, base.text_encoder))
+    stage = MotionStage(unet, text_encoder, base.schedule, clips)
+    optimizer = torch.optim.AdamW((p for _, p in unet.motion_parameters()), lr=1e-4)
+    found = []
+    with use_backend(backend):
+        for step in range(steps):
+            loss, _ = stage.loss(step, 2, torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+    return torch.tensor(found)
+
+
+def test_training_with_kernels_is_training_without(tmp_path):
+    without, with_them = (losses(tmp_path, backend, "cuda", STEPS) for backend in ("torch", "triton"))
+    assert torch.allclose(with_them, without, rtol=1e-2), (with_them / without - 1).abs().max()
