@@ -47,7 +47,7 @@ MOTIONS: dict[str, tuple[str, ...]] = {
     "shrink": ("shrinking", "getting smaller", "contracting"),
     "bounce": ("bouncing", "bouncing up and down", "hopping"),
 }
-SPINS = ("clockwise", "counter-clockwise")  # of large shapes, from upright on: sixteen poses that can be drawn well
+SPINS = ("clockwise", "counter-clockwise")  # of large shapes near the middle, from upright on: they can be drawn well
 TEMPLATES = (
     "a {size} {color} {shape} {motion} on a {background} background",
     "{size} {color} {shape}, {motion}, {background} background",
@@ -96,8 +96,9 @@ def make_scene(
     shape, color = pick(SHAPES, shape), pick(COLORS, color)
     background, motion = pick(BACKGROUNDS, background), pick(MOTIONS, motion)
     size = "" if motion in ("grow", "shrink") else pick(SIZES, "large" if motion in SPINS else None)
-    x = rng.uniform(29.0, 35.0) if motion in ("left", "right") else rng.uniform(21.0, 43.0)
-    y = rng.uniform(29.0, 35.0) if motion in ("up", "down") else rng.uniform(21.0, 43.0)
+    near, far = (29.0, 35.0), (21.0, 43.0)  # of the middle of the picture
+    x = rng.uniform(*(near if motion in ("left", "right", *SPINS) else far))
+    y = rng.uniform(*(near if motion in ("up", "down", *SPINS) else far))
     angle = rng.uniform(-0.15, 0.15) * (motion not in SPINS)
     words = {"size": size, "color": color, "shape": shape, "background": background, "motion": pick(MOTIONS[motion])}
     caption = " ".join(pick(TEMPLATES).format(**words).split())
