@@ -126,9 +126,15 @@ def checkpoint_activations(unet: UNet) -> None:
             )
 
 
-def insert_motion(unet: UNet, motion: MotionConfig) -> UNet:
-    """A video model with the weights of an image model and fresh motion modules, which change nothing yet."""
+def insert_motion(unet: UNet, motion: MotionConfig, *, zero_init: bool = True) -> UNet:
+    """A video model with the weights of an image model and fresh motion modules.
+
+    They change nothing yet, unless the last layer of each is drawn like any other (`zero_init` off).
+    """
     video = UNet(unet.config.with_motion(motion))
     missing, unexpected = video.load_state_dict(unet.state_dict(), strict=False)
     assert not unexpected and all("motion_modules." in key for key in missing)
+    for module in video.modules():
+        if isinstance(module, MotionModule) and not zero_init:
+            module.temporal_transformer.proj_out.reset_parameters()
     return video

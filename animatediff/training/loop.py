@@ -264,8 +264,19 @@ def _resume(path: Path, config: LoopConfig, named, ema: list[Tensor], optimizer)
                 f"got {key}={value} for the run in {path.parent}, expected {began[key]} as it began; "
                 "keep the configuration or choose another output folder"
             )
+    sizes = [{n: t.shape for n, t in tensors} for tensors in (named, state["model"].items())]
+    if sizes[0] != sizes[1]:
+        other = min(n for n in sizes[0].keys() | sizes[1].keys() if sizes[0].get(n) != sizes[1].get(n))
+        raise UserError(
+            f"got {other} of shape {_shape(sizes[0], other)} for the run in {path.parent}, expected "
+            f"{_shape(sizes[1], other)} as it began; keep the configuration or choose another output folder"
+        )
     for (name, parameter), average in zip(named, ema, strict=True):
         parameter.data.copy_(state["model"][name])
         average.copy_(state["ema"][name])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
+
+
+def _shape(sizes: dict[str, torch.Size], name: str) -> object:
+    return tuple(sizes[name]) if name in sizes else "none"

@@ -224,13 +224,15 @@ class MotionModule(ClipTraining):
 
     init_from: str = ""  # a motion module to start from, in place of a fresh one of `version`, v3 by default,
     motion: MotionConfig | None = None  # or of these sizes
+    zero_init: bool = True  # of fresh ones, which then change nothing at first
 
     def networks(self, base: ImageModel, log: Log) -> UNet:
         unet = self.adapted(base.unet, log)
         if self.init_from:
             return self.with_module(unet, self.init_from, log)
         torch.manual_seed(self.seed)
-        return insert_motion(unet, self.motion or MOTION_VERSIONS[self.version or "v3"])
+        motion = self.motion or MOTION_VERSIONS[self.version or "v3"]
+        return insert_motion(unet, motion, zero_init=self.zero_init)
 
     def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
         def save(folder: Path, metadata: dict[str, str]) -> None:
@@ -273,9 +275,14 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> StageC
     Raises: UserError for an unknown stage or key, a missing or mistyped value.
     """
     raw: Any = read_yaml(Path(path))
+    return build_stage(raw, overrides, where=str(path))
+
+
+def build_stage(raw: Any, overrides: Sequence[str] = (), *, where: str) -> StageConfig:
+    """`load_train_config` of what a YAML holds; `where` starts every message."""
     if not isinstance(raw, Mapping) or raw.get("stage") not in STAGES:
         got = raw.get("stage") if isinstance(raw, Mapping) else raw
-        raise UserError(f"{path}: got stage {got!r}, expected one of {', '.join(STAGES)}")
+        raise UserError(f"{where}: got stage {got!r}, expected one of {', '.join(STAGES)}")
     cls = STAGES[raw["stage"]]
     values = {key: value for key, value in raw.items() if key != "stage"} | parse_overrides(cls, overrides)
-    return build_dataclass(cls, values, where=str(path))
+    return build_dataclass(cls, values, where=where)

@@ -88,6 +88,18 @@ def test_both_stages_go_on_from_files(trained, tmp_path):
         assert old.keys() == new.keys() and all(torch.allclose(old[k], new[k], atol=1e-4) for k in old)
 
 
+def test_a_decoder_learns_other_looks_and_the_latents_stay(trained, tmp_path):
+    image = trained / "image/image.safetensors"
+    decoder = {"stage": "shapes_decoder", "pretrained_model_path": str(image), "output_dir": str(tmp_path)}
+    load_train_config(write(tmp_path / "decoder.yaml", decoder | {"loop": LOOP})).run(lambda line: None)
+    old, new = load_base(image), load_base(tmp_path / "image.safetensors")
+    for name, tensor in old.vae.state_dict().items():
+        learnt = name.startswith(("decoder.", "post_quant_conv."))
+        assert learnt or torch.equal(new.vae.state_dict()[name], tensor), name
+    assert not torch.equal(new.vae.decoder.conv_in.weight, old.vae.decoder.conv_in.weight)
+    assert all(torch.equal(a, b) for a, b in zip(old.unet.parameters(), new.unet.parameters(), strict=True))
+
+
 def test_the_number_of_processes_does_not_change_the_result(trained, tmp_path):
     """Two micro-batches a step, one after the other here or shared out by torchrun."""
     twice = LOOP | {"micro_batches": 2}
@@ -222,6 +234,14 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
     train(Line(), CONFIG, tmp_path, log=lambda line: None)
     with pytest.raises(UserError, match="got batch_size=4 .* expected 8"):
         train(Line(), replace(CONFIG, batch_size=4), tmp_path, log=lambda line: None)
+
+
+def test_another_network_in_the_same_folder_is_refused(tmp_path):
+    train(Line(), CONFIG, tmp_path, log=lambda line: None)
+    other = Line()
+    other.net = torch.nn.Linear(3, 4)
+    with pytest.raises(UserError, match=r"got bias of shape \(4,\) .* expected \(3,\) as it began"):
+        train(other, CONFIG, tmp_path, log=lambda line: None)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
