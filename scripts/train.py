@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from animatediff.pipelines.components import pick_device
-from animatediff.training.stages import VideoMotion, load_train_config
+from animatediff.training.stages import Training, load_train_config
 from animatediff.utils import Parser, UserError, run_main
 
 
@@ -27,15 +27,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML of configs/train")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: CUDA where it is")
-    parser.add_argument("--check-data", action="store_true", help="look at every video, report, and do nothing else")
+    parser.add_argument("--check-data", action="store_true", help="look at every file, report, and do nothing else")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change top-level values of the YAML")
     args = parser.parse_args(argv)
     config = load_train_config(args.config, args.overrides)
     if args.check_data:
-        if not isinstance(config, VideoMotion):
-            raise UserError(
-                f"got --check-data for {args.config}, which draws its own clips, expected a stage of videos"
-            )
+        if not isinstance(config, Training):
+            raise UserError(f"got --check-data for {args.config}, which draws its own clips, expected a stage of files")
         return config.check_data(log)
     torch.set_flush_denormal(True)  # denormal numbers make CPU training many times slower
     device = training_device(args.device)

@@ -19,9 +19,10 @@ import math
 import re
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from animatediff.checkpoints.files import read_json, read_state_dict
+from animatediff.checkpoints.files import read_json, read_state_dict, write_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
 from animatediff.checkpoints.keymaps import translate, unet_table
 from animatediff.models.lora import LoRA, LoRAEntry
@@ -137,6 +138,36 @@ def parse_lora(
             "expected pairs like lora_down and lora_up: choose another file"
         )
     return LoRA(name, _kind(entries), entries, metadata, tuple(unread))
+
+
+def lora_keys(kind: str, network: str, path: str) -> tuple[str, ...]:
+    """What the tensors of one layer are called: down, up and, in a plain LoRA, alpha.
+
+    Args:
+        kind: "lora" is kohya's dialect, "motion-lora" and "domain-adapter" are AnimateDiff's, which has no alpha.
+        network: "unet" or "text".
+        path: of the layer in the network, in our names.
+    """
+    if kind == "lora":
+        stem = {"unet": "lora_unet_", "text": "lora_te_"}[network] + path.replace(".", "_")
+        return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"
+    attention, layer = path.removesuffix(".0").rsplit(".", 1)  # to_out.0 is to_out there
+    stem = f"{attention}.processor.{layer}_lora"
+    return f"{stem}.down.weight", f"{stem}.up.weight"
+
+
+def write_lora(lora: LoRA, path: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write a LoRA under its entries' own `keys` (see `lora_keys`); `read_lora` reads it back.
+
+    Raises:
+        UserError: the suffix or the folder is unusable.
+    """
+    tensors = {}
+    for entry in lora.entries:
+        alpha = [] if entry.alpha is None else [torch.tensor(entry.alpha)]
+        for key, tensor in zip(entry.keys, [entry.down, entry.up, *alpha], strict=True):
+            tensors[key] = tensor.detach().to(dtype or tensor.dtype)
+    return write_state_dict(path, tensors, metadata=lora.metadata)
 
 
 def _stranger(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str | None:

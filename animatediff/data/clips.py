@@ -92,11 +92,62 @@ class ScanReport:
         return "\n".join(lines)
 
 
-class Clips:
-    """An endless series of clips in which every video comes once before any comes again.
+class Series:
+    """An endless series of clips in which every file comes once before any comes again.
 
     Clip `index` is a function of (seed, index) and the files alone, whoever asks for it and in which order; threads
-    may ask at once. A video that gives no clip is named once and the next one in the series takes its place.
+    may ask at once. A file that gives no clip is named once and the next one in the series takes its place.
+
+    Args:
+        files: what clips are made from.
+        seed: of the order, and of what is drawn for a clip.
+        log: told of every file that is left out.
+    """
+
+    nothing = "clip"  # what none of the files gives, for a message
+
+    def __init__(self, files: list[CaptionedVideo], *, seed: int, log: Log):
+        self.files, self.seed, self.log = files, seed, log
+        self._unusable: set[int] = set()
+
+    def clip(self, index: int) -> tuple[Tensor, str]:
+        """Pixels (f, 3, h, w) in [-1, 1] and caption of clip `index`, 0 and up.
+
+        Raises:
+            UserError: none of the files gives a clip.
+        """
+        for attempt, number in enumerate(self._order(index)):
+            if number in self._unusable:
+                continue
+            file = self.files[number]
+            try:
+                return self._draw(file, np.random.default_rng((self.seed, index, attempt))), file.caption or ""
+            except UnusableVideo as problem:
+                self._unusable.add(number)
+                self.log(f"left out {file.path}: {problem}")
+        raise UserError(
+            f"got {len(self.files)} files of which none gives a {self.nothing}, expected at least one: --check-data "
+            "says what is the matter with each"
+        )
+
+    def name(self, index: int) -> str:
+        """The file that clip `index`, which was read already, came from."""
+        number = next(number for number in self._order(index) if number not in self._unusable)
+        return str(self.files[number].path)
+
+    def _order(self, index: int) -> Iterator[int]:
+        """The file of clip `index`, and those that would take its place."""
+        epoch, place = divmod(index, len(self.files))
+        order = _shuffled(self.seed, epoch, len(self.files))
+        return (int(order[(place + attempt) % len(order)]) for attempt in range(len(order)))
+
+    def _draw(self, file: CaptionedVideo, rng: np.random.Generator) -> Tensor:
+        """Raises: UnusableVideo."""
+        raise NotImplementedError
+
+
+class Clips(Series):
+    """Clips of video files: a `Series`.
 
     Args:
         config: which videos, and which part of them.
@@ -108,32 +159,9 @@ class Clips:
     """
 
     def __init__(self, config: ClipConfig, *, seed: int = 0, log: Log = print):
-        self.config, self.seed, self.log = config, seed, log
-        self.videos = list_videos(config)
-        self._unusable: set[int] = set()
-
-    def clip(self, index: int) -> tuple[Tensor, str]:
-        """Pixels (f, 3, h, w) in [-1, 1] and caption of clip `index`, 0 and up.
-
-        Raises:
-            UserError: none of the videos gives a clip.
-        """
-        epoch, place = divmod(index, len(self.videos))
-        order = _shuffled(self.seed, epoch, len(self.videos))
-        for attempt in range(len(self.videos)):
-            number = int(order[(place + attempt) % len(self.videos)])
-            if number in self._unusable:
-                continue
-            video = self.videos[number]
-            try:
-                return self._draw(video, np.random.default_rng((self.seed, index, attempt))), video.caption or ""
-            except UnusableVideo as problem:
-                self._unusable.add(number)
-                self.log(f"left out {video.path}: {problem}")
-        raise UserError(
-            f"got {len(self.videos)} videos of which none gives a clip of {self.config.span} frames, expected at "
-            "least one: --check-data says what is the matter with each"
-        )
+        super().__init__(list_videos(config), seed=seed, log=log)
+        self.config, self.videos = config, self.files
+        self.nothing = f"clip of {config.span} frames"
 
     def scan(self, *, threads: int = 4) -> ScanReport:
         """Read the header and the last possible clip of every video."""

@@ -57,6 +57,8 @@ TEMPLATES = (
 TRAVEL = 28.0  # pixels covered by left, right, up, down, and the height of a bounce
 RADII = (6.0, 17.0)  # of growing shapes, first and last frame
 FLOOR = 57.0  # where bouncing shapes land
+ZOOM = 2.0  # over a clip, of the whole picture: the camera's moves are in shapes_camera.py
+ORBIT = 9.0  # pixels, the radius of the circle that the picture moves on
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ def poses(scene: Scene) -> np.ndarray:
             radius = RADII[1] * (RADII[0] / RADII[1]) ** (path + 0.5)
         case "bounce":
             y = FLOOR - radius - TRAVEL * np.abs(np.cos(np.pi * k / (FRAMES / 2)))
+        case "zoom_in" | "zoom_out":
+            zoom = ZOOM ** (path if scene.motion == "zoom_in" else -path)
+            x, y, radius = SIZE / 2 + (x - SIZE / 2) * zoom, SIZE / 2 + (y - SIZE / 2) * zoom, radius * zoom
+        case "orbit":
+            x, y = x + ORBIT * np.cos(2 * np.pi * k / FRAMES), y + ORBIT * np.sin(2 * np.pi * k / FRAMES)
     return np.stack([x, y, radius, angle], axis=1)
 
 
@@ -154,12 +161,12 @@ def shape_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     raise ValueError(f"got shape {shape!r}, expected one of {', '.join(SHAPES)}")
 
 
-def _cover(distance: Tensor, softness: float = 1.0) -> Tensor:
+def cover(distance: Tensor, softness: float = 1.0) -> Tensor:
     """Antialiased coverage in [0, 1] from a signed distance in pixels."""
     return (0.5 - distance / softness).clamp(0, 1)
 
 
-def _over(canvas: Tensor, color: Tensor, alpha: Tensor) -> Tensor:
+def over(canvas: Tensor, color: Tensor, alpha: Tensor) -> Tensor:
     return canvas + (color - canvas) * alpha.unsqueeze(-3)
 
 
@@ -170,25 +177,46 @@ def _hint(canvas: Tensor, motion: str, color: Tensor, ink: Tensor, x: Tensor, y:
         along, across = (x, y) if motion in ("left", "right") else (y, x)
         behind = along if motion in ("left", "up") else -along
         fade = torch.exp(-(behind - radius).clamp(min=0) / 7) * (behind > 0)
-        return _over(canvas, color, 0.5 * fade * _cover(across.abs() - 0.55 * radius))
+        return over(canvas, color, 0.5 * fade * cover(across.abs() - 0.55 * radius))
     if motion in ("clockwise", "counter-clockwise"):
         sign = 1.0 if motion == "clockwise" else -1.0
-        ring = _cover((torch.hypot(x, y) - (1.3 * radius + 3)).abs() - 1.0)
+        ring = cover((torch.hypot(x, y) - (1.3 * radius + 3)).abs() - 1.0)
         lag = torch.remainder(sign * (angle - torch.atan2(x, -y)), torch.pi)  # angle behind the nearest arc's head
-        return _over(canvas, ink, ring * (1 - lag / 2.4).clamp(min=0))
+        return over(canvas, ink, ring * (1 - lag / 2.4).clamp(min=0))
     if motion == "grow":
-        return _over(canvas, color, 0.55 * torch.exp(-(torch.hypot(x, y) - radius).clamp(min=0) / 4))
+        return over(canvas, color, 0.55 * torch.exp(-(torch.hypot(x, y) - radius).clamp(min=0) / 4))
     if motion == "shrink":
-        return _over(canvas, ink, 0.8 * _cover((torch.hypot(x, y) - (radius + 7)).abs() - 0.8))
+        return over(canvas, ink, 0.8 * cover((torch.hypot(x, y) - (radius + 7)).abs() - 0.8))
     if motion == "bounce":
         height = (FLOOR - pose[..., 1, None, None] - radius) / TRAVEL
         below = y + pose[..., 1, None, None] - (FLOOR + 1.5)
         width = radius * (1 - 0.4 * height)
-        return _over(canvas, ink, (0.7 - 0.35 * height) * _cover((torch.hypot(x, below * 4) - width) / 2))
+        return over(canvas, ink, (0.7 - 0.35 * height) * cover((torch.hypot(x, below * 4) - width) / 2))
     return canvas
 
 
-def render(scenes: list[Scene], *, only_frames: np.ndarray | None = None) -> Tensor:
+class Style:
+    """How scenes are painted: this is the plain look, others are in shapes_styles.py.
+
+    Colours are RGB in [0, 1], (n, 1, 3, 1, 1); canvases (n, f, 3, H, W); distances in pixels (n, f, H, W).
+    """
+
+    def palette(self, color: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+        return color, background
+
+    def body(self, canvas: Tensor, color: Tensor, distance: Tensor, mark: Tensor) -> Tensor:
+        """Paint the shape and its mark, each given by a signed distance, over the canvas."""
+        canvas = over(canvas, color, cover(distance))
+        return over(canvas, torch.full_like(color, 0.07), cover(mark))
+
+    def finish(self, canvas: Tensor) -> Tensor:
+        return canvas
+
+
+PLAIN = Style()
+
+
+def render(scenes: list[Scene], *, only_frames: np.ndarray | None = None, style: Style = PLAIN) -> Tensor:
     """Draw clips, float32 in [-1, 1].
 
     Returns (n, 16, 3, 64, 64), or (n, k, 3, 64, 64) where `only_frames` (n, k) names the frames of each clip to draw.
@@ -210,6 +238,7 @@ def render(scenes: list[Scene], *, only_frames: np.ndarray | None = None) -> Ten
 
         color = rgb(COLORS, [scenes[i].color for i in members])
         background = rgb(BACKGROUNDS, [scenes[i].background for i in members])
+        color, background = style.palette(color, background)
         ink = torch.where(background.mean(2, keepdim=True) > 0.4, 0.12, 0.85).expand_as(background)
         x = grid[None, :] - pose[..., 0, None, None]
         y = grid[:, None] - pose[..., 1, None, None]
@@ -219,8 +248,7 @@ def render(scenes: list[Scene], *, only_frames: np.ndarray | None = None) -> Ten
         radius, angle = pose[..., 2, None, None], pose[..., 3, None, None]
         cos, sin = torch.cos(angle), torch.sin(angle)
         u, v = x * cos + y * sin, -x * sin + y * cos  # undo the rotation
-        canvas = _over(canvas, color, _cover(shape_distance(shape, u, v, radius)))
         mark = torch.hypot(u, v + 0.45 * radius) - 0.24 * radius  # a dark spot shows how a circle is turned
-        canvas = _over(canvas, torch.full_like(color, 0.07), _cover(mark))
-        out[members] = canvas * 2 - 1
+        canvas = style.body(canvas, color, shape_distance(shape, u, v, radius), mark)
+        out[members] = style.finish(canvas) * 2 - 1
     return out

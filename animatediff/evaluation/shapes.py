@@ -104,13 +104,13 @@ def score_clip(video: Tensor) -> Score:
     video = video.detach().cpu().float().clamp(-1, 1)
     steps = video.diff(dim=0).abs().mean(dim=(0, 1))
     pixels = (video + 1) * 127.5
-    background, background_rgb, own_background = _read_background(pixels)
-    color, color_rgb, own_color = _read_color(pixels)
+    background, background_rgb, own_background = read_background(pixels)
+    color, color_rgb, own_color = read_color(pixels)
     shape, own_shape, motion = NONE, np.full(FRAMES, NONE), NONE
     amplitudes, smoothness = dict.fromkeys((*OPPOSITES, "bounce"), 0.0), 0.0
-    body = _body(pixels, color_rgb, background_rgb)
-    if color != NONE and bool((body.sum(dim=(1, 2)) >= MIN_PIXELS).all()):
-        shape, own_shape, path, trust = _read_path(body)
+    body = body_of(pixels, color_rgb, background_rgb)
+    if color != NONE and visible(body):
+        shape, own_shape, path, trust = read_path(body)
         motion, amplitudes, smoothness = _read_motion(path, trust)
     same = (own_color == color) & (own_shape == shape) & (own_background == background)
     return Score(
@@ -134,7 +134,7 @@ def _palette(table: dict[str, tuple[int, int, int]]) -> Tensor:
     return torch.tensor(list(table.values())).float()
 
 
-def _read_background(pixels: Tensor) -> tuple[str, Tensor, np.ndarray]:
+def read_background(pixels: Tensor) -> tuple[str, Tensor, np.ndarray]:
     """Name, RGB (3,) and the name in every frame (f,), from the median of the outer pixels."""
     edges = (pixels[..., :2, :], pixels[..., -2:, :], pixels[..., :2], pixels[..., -2:])
     ring = torch.cat([edge.flatten(2) for edge in edges], dim=2)
@@ -145,7 +145,7 @@ def _read_background(pixels: Tensor) -> tuple[str, Tensor, np.ndarray]:
     return name, rgb, np.array(list(BACKGROUNDS))[torch.cdist(per_frame, _palette(BACKGROUNDS)).argmin(dim=1)]
 
 
-def _read_color(pixels: Tensor) -> tuple[str, Tensor, np.ndarray]:
+def read_color(pixels: Tensor) -> tuple[str, Tensor, np.ndarray]:
     """Name, RGB (3,) and the name in every frame (f,), from the pixels next to one of the body colours.
 
     Trails and halos are at most 0.55 opaque, which is nowhere close to another body colour.
@@ -165,17 +165,33 @@ def _read_color(pixels: Tensor) -> tuple[str, Tensor, np.ndarray]:
     return list(COLORS)[best], flat[:, nearest == best].median(dim=1).values, own
 
 
-def _body(pixels: Tensor, color: Tensor, background: Tensor) -> Tensor:
+def visible(body: Tensor) -> bool:
+    """Whether every frame shows some of a body (f, h, w)."""
+    return bool((body.sum(dim=(1, 2)) >= MIN_PIXELS).all())
+
+
+def body_of(pixels: Tensor, color: Tensor, background: Tensor) -> Tensor:
     """(f, h, w) in [0, 1]: where the body is opaque, its dark mark left out.
 
-    Each pixel is background + a (color - background) + b (ink - background) by least squares, ink being the colour of
-    arcs, rings and shadows; a ramp on a drops the half-transparent trails and halos.
+    A ramp on the colour's share drops the half-transparent trails and halos.
+    """
+    return ramp(unmix(pixels, color, background)[0])
+
+
+def unmix(pixels: Tensor, color: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares a and b (f, h, w) of body and ink, the colour of arcs, rings and shadows.
+
+    Each pixel is background + a (color - background) + b (ink - background) by least squares.
     """
     ink = torch.full((3,), 30.0 if background.mean() > 102 else 217.0)
     basis = torch.stack([color - background, ink - background], dim=1)
-    unmix = torch.linalg.pinv(basis)[0]
-    opacity = torch.einsum("c,fchw->fhw", unmix, pixels - background[:, None, None])
-    return ((opacity - 0.6) / 0.3).clamp(0, 1)
+    body, inked = torch.einsum("kc,fchw->kfhw", torch.linalg.pinv(basis), pixels - background[:, None, None])
+    return body, inked
+
+
+def ramp(share: Tensor) -> Tensor:
+    """0 up to a share of 0.6, 1 from 0.9."""
+    return ((share - 0.6) / 0.3).clamp(0, 1)
 
 
 # Shape and pose
@@ -210,7 +226,7 @@ def _templates() -> _Templates:
     return _Templates(crops, offsets.numpy(), radius / size.reshape(len(SHAPES), ANGLES).mean(1).numpy())
 
 
-def _read_path(body: Tensor) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+def read_path(body: Tensor) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     """Shape, the shape in every frame (f,), x, y, log radius and angle (f, 4), and weights (f,) of the angles."""
     center, size, crops = _normalise(body)
     center, size = center.numpy(), size.numpy()
@@ -235,7 +251,7 @@ def _read_path(body: Tensor) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
 # Motion
 
 
-def _explain(values: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
+def explain(values: np.ndarray, basis: np.ndarray) -> tuple[float, float]:
     """Least-squares factor of `basis` in `values`, both (f,) and centred here, and the share of variance explained."""
     values, basis = values - values.mean(), basis - basis.mean()
     product, power = float(values @ basis), float(basis @ basis)
@@ -259,11 +275,11 @@ def _fit_motions(path: np.ndarray, trust: np.ndarray) -> dict[str, tuple[float, 
         "down": (1, TRAVEL * time),
         "grow": (2, np.log(RADII[1] / RADII[0]) * time),
         "clockwise": (3, 2 * np.pi / FRAMES * k),
-        "bounce": (1, max(hops, key=lambda hop: _explain(path[:, 1], hop)[1])),
+        "bounce": (1, max(hops, key=lambda hop: explain(path[:, 1], hop)[1])),
     }
     found = {}
     for name, (channel, basis) in true.items():
-        amplitude, fit = _turning(path[:, 3], trust) if channel == 3 else _explain(path[:, channel], basis)
+        amplitude, fit = _turning(path[:, 3], trust) if channel == 3 else explain(path[:, channel], basis)
         found[name] = amplitude, fit, amplitude * np.eye(4)[channel] * basis[:, None]
     return found
 

@@ -22,13 +22,13 @@ from animatediff.evaluation.world_encoder import (
 from animatediff.model_config import SmallCLIPConfig
 from animatediff.models.small_clip import SmallCLIP
 from animatediff.models.text import Tokenizer
-from animatediff.training.loop import LoopConfig, train, world
+from animatediff.training.loop import LoopConfig, Stage, train, world
 
 FILE = "encoder.safetensors"
 CPU = torch.device("cpu")
 
 
-class ContrastiveStage:
+class ContrastiveStage(Stage):
     """CLIP's loss (Radford et al. 2021): a frame finds its caption in the batch, and a caption its frame.
 
     The world's scenes repeat within a batch, so every caption that is true of a frame counts as right.

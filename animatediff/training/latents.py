@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from animatediff.data.clips import Clips
-from animatediff.data.shapes import make_scene, render
+from animatediff.data.clips import Series
+from animatediff.data.world import World
 from animatediff.models.text import Tokenizer
 from animatediff.models.vae import VAE
 from animatediff.training.loop import world
@@ -26,11 +26,18 @@ Batch = tuple[Tensor, list[str]]  # clips (b, f, 3, H, W) in [-1, 1] and their c
 
 
 class LatentClips:
-    """Latents (n, f, c, h, w) float16, scaled, and caption tokens (n, 77) int32 of clips, read from memory."""
+    """Latents (n, f, c, h, w) float16, scaled, and caption tokens (n, 77) int32 of clips, read from memory.
+
+    Attributes:
+        weights: how often each is drawn, relative to the others.
+        single_frames: whether a batch has one random frame of each clip.
+        names: of the clips of the last batch.
+    """
 
     def __init__(self, latents: Tensor, tokens: Tensor, empty: Tensor):
         self.latents, self.tokens, self.empty = latents, tokens, empty
-        self.weights = torch.ones(len(latents))  # how often each is drawn, relative to the others
+        self.weights, self.single_frames = torch.ones(len(latents)), False
+        self.names: list[str] = []
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -46,23 +53,24 @@ class LatentClips:
     def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Clips drawn by `generator`: a `ClipSource`."""
         which = self.draw(batch_size, generator)
+        self.names = [f"clip {i}" for i in which.tolist()]
+        if self.single_frames:
+            frame = torch.randint(self.latents.shape[1], (batch_size,), generator=generator)
+            return self.latents[which, frame].float()[:, None], self.captions(which, generator)
         return self.latents[which].float(), self.captions(which, generator)
 
     @classmethod
-    def of_shapes(
-        cls, path: Path, vae: VAE, *, count: int, seed: int = 0, favoured: Sequence[str] = (), log: Log = print
-    ) -> LatentClips:
-        """The first `count` clips of the built-in world's series `seed`; `favoured` motions are drawn more often."""
+    def of_world(cls, path: Path, vae: VAE, world: World, *, log: Log = print) -> LatentClips:
+        """Clips of the built-in world; favoured motions are drawn more often."""
 
         def batches() -> Iterator[Batch]:
-            for start in range(0, count, CHUNK):
-                scenes = [make_scene(i, seed=seed) for i in range(start, min(start + CHUNK, count))]
-                yield render(scenes), [scene.caption for scene in scenes]
+            for start in range(0, world.clips, CHUNK):
+                yield world.render(range(start, min(start + CHUNK, world.clips)))
 
-        key = {"count": count, "seed": seed}
-        clips = cls.build(path, key, batches(), vae, Tokenizer(), count=count, chunk_frames=64, log=log)
-        motions = (make_scene(i, seed=seed).motion for i in range(count))
-        clips.weights = torch.tensor([FAVOUR if motion in favoured else 1.0 for motion in motions])
+        key = {"world": world.key()}
+        clips = cls.build(path, key, batches(), vae, Tokenizer(), count=world.clips, chunk_frames=64, log=log)
+        motions = (world.scene(i).motion for i in range(world.clips))
+        clips.weights = torch.tensor([FAVOUR if motion in world.favoured else 1.0 for motion in motions])
         return clips
 
     @classmethod
@@ -90,10 +98,9 @@ class LatentClips:
             log: told how far it is.
         """
         empty = tokenize(tokenizer, [""])[0]
-        if path.exists():
+        if made_from(path, key):
             state = torch.load(path, weights_only=True, mmap=True)
-            if all(state.get(name) == value for name, value in key.items()):
-                return cls(state["latents"], state["tokens"], empty)
+            return cls(state["latents"], state["tokens"], empty)
         latents, tokens, done = [], [], 0
         for number, (video, captions) in enumerate(batches):
             latents.append(encode(vae, video, chunk_frames=chunk_frames).half().cpu())
@@ -108,10 +115,18 @@ class LatentClips:
         return clips
 
 
+def made_from(path: Path, key: dict[str, Any]) -> bool:
+    """Whether `path` is there and holds the clips of `key`."""
+    if not path.exists():
+        return False
+    state = torch.load(path, weights_only=True, mmap=True)
+    return all(state.get(name) == value for name, value in key.items())
+
+
 class ClipReader:
     """Reads clips in threads, each of which waits for a process of ffmpeg's."""
 
-    def __init__(self, clips: Clips, *, threads: int):
+    def __init__(self, clips: Series, *, threads: int):
         self.clips = clips
         self._pool = ThreadPoolExecutor(threads)
         self._reads: dict[int, Future[tuple[Tensor, str]]] = {}
@@ -136,12 +151,15 @@ class StreamedClips:
 
     def __init__(self, reader: ClipReader, vae: VAE, tokenizer: Tokenizer):
         self.reader, self.vae, self.tokenizer = reader, vae, tokenizer
+        self.names: list[str] = []
         self.empty = tokenize(tokenizer, [""])[0]
 
     def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Clips of the series: a `ClipSource`."""
         start, after = index * batch_size, (index + world()[1]) * batch_size  # what this process is asked for next
-        video, captions = self.reader.read(range(start, start + batch_size), range(after, after + batch_size))
+        wanted = range(start, start + batch_size)
+        video, captions = self.reader.read(wanted, range(after, after + batch_size))
+        self.names = [self.reader.clips.name(number) for number in wanted]
         with torch.no_grad():
             latents = encode(self.vae, video).float()
         return latents, drop_captions(tokenize(self.tokenizer, captions), self.empty, generator)

@@ -2,251 +2,273 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module
+from animatediff.checkpoints.export import save_image_model, save_motion_module
+from animatediff.checkpoints.load import ImageModel, load_motion_module
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.config import SD15_FOLDER
-from animatediff.data.clips import ClipConfig, Clips
-from animatediff.data.shapes import MOTIONS
+from animatediff.data.clips import ClipConfig
+from animatediff.data.images import ImageConfig
+from animatediff.data.world import World
 from animatediff.dataclass_io import build_dataclass, parse_overrides, read_yaml
-from animatediff.model_config import MOTION_VERSIONS, MotionConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from animatediff.model_config import MOTION_VERSIONS, MotionConfig, ScheduleConfig
 from animatediff.models.lora import LoRAStack
-from animatediff.models.text import Tokenizer
+from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
-from animatediff.models.vae import VAE
-from animatediff.pipelines.components import place
-from animatediff.pipelines.weights import find_file
-from animatediff.training.autoencoder import AutoencoderStage
+from animatediff.pipelines.components import Components, place
 from animatediff.training.contrastive import ShapesEncoder
-from animatediff.training.diffusion_stages import ImageStage, MotionStage, checkpoint_activations, insert_motion
-from animatediff.training.latents import ClipReader, LatentClips, StreamedClips
-from animatediff.training.loop import LoopConfig, first_process_first, train
+from animatediff.training.diffusion_stages import (
+    DiffusionStage,
+    Save,
+    checkpoint_activations,
+    freeze,
+    insert_motion,
+    learn_motion,
+)
+from animatediff.training.loop import LoopConfig, train
+from animatediff.training.lora import attach_lora
+from animatediff.training.losses import MEAN_SQUARE, LossConfig
+from animatediff.training.samples import SampleClips, SampleConfig
+from animatediff.training.shapes_image import ShapesDecoder, ShapesImage
+from animatediff.training.sources import Data, existing, load_complete, own_tokenizer
 from animatediff.utils import UserError
 
 Log = Callable[[str], None]
 CPU = torch.device("cpu")
-SHAPES_NOISY_SHARE = 0.5  # of clips noised beyond the middle of the schedule, where the paths of shapes are decided
 
 
-@dataclass(frozen=True)
-class ShapesImage:
-    """Stage `shapes_image`: VAE, then text encoder and UNet, on single frames of the built-in world."""
-
-    output_dir: str
-    clips: int  # how many clips are encoded once and drawn from
-    vae: VAEConfig
-    unet: UNetConfig
-    text: TextConfig
-    autoencoder: LoopConfig
-    image: LoopConfig
-    favoured: tuple[str, ...] = ()  # motions to draw more often than others
-    prediction_type: str = "epsilon"  # what the UNet learns to predict: epsilon, v_prediction or sample
-    init_from: str = ""  # an image model to start from, of these sizes; its VAE is kept
-    seed: int = 0
-
-    def run(self, log: Log, device: torch.device = CPU) -> None:
-        """Train, or go on; writes `output_dir`/image.safetensors, an SD 1.x single file.
-
-        Raises: UserError where `init_from` has no VAE or other sizes than the config.
-        """
-        folder = Path(self.output_dir)
-        base = load_complete(self.init_from) if self.init_from else None
-        vae = base.vae if base else self._autoencoder(folder / "vae", log, device)
-        vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
-        folder.mkdir(parents=True, exist_ok=True)
-        clips = encode_clips(
-            folder / "clips.pt", vae, count=self.clips, seed=self.seed, favoured=self.favoured, log=log
-        )
-        torch.manual_seed(self.seed)
-        schedule = ScheduleConfig(prediction_type=self.prediction_type)
-        stage = ImageStage(self.unet, self.text, schedule, vae, clips)
-        if base:
-            if (base.unet.config, base.text_encoder.config) != (self.unet, self.text):
-                raise UserError(
-                    f"got {self.init_from} with {base.unet.config} and {base.text_encoder.config}, "
-                    f"expected {self.unet} and {self.text}: give the file's sizes in the config"
-                )
-            stage.unet.load_state_dict(base.unet.state_dict())
-            stage.text_encoder.load_state_dict(base.text_encoder.state_dict())
-        stage.modules().to(device)
-        train(stage, self.image, folder, log=log)
-
-    def _autoencoder(self, folder: Path, log: Log, device: torch.device) -> VAE:
-        """The trained VAE of an earlier start, or a new one."""
-        if not (folder / "vae.pt").exists():
-            torch.manual_seed(self.seed)
-            stage = AutoencoderStage(self.vae, data_seed=self.seed)
-            stage.modules().to(device)
-            train(stage, self.autoencoder, folder, log=log)
-        vae = VAE(self.vae)
-        vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
-        return vae
-
-
-@dataclass(frozen=True)
-class ShapesMotion:
-    """Stage `shapes_motion`: motion modules on clips of the built-in world, the image model frozen."""
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What all stages on top of an image model share. A stage says in `networks` which video or image UNet it wants,
+    and in `learner` which parameters of the frozen networks learn and how they are saved.
+    """
 
     output_dir: str
-    image_model: str
-    clips: int
-    motion: MotionConfig
-    loop: LoopConfig
-    favoured: tuple[str, ...] = ()  # motions to draw more often than others
-    init_from: str = ""  # a motion module to start from; its own sizes count, not `motion`
-    seed: int = 0
-
-    def run(self, log: Log, device: torch.device = CPU) -> None:
-        """Train, or go on; writes `output_dir`/motion.safetensors, an official motion module."""
-        folder = Path(self.output_dir)
-        base = load_complete(self.image_model)
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = Path(self.image_model).parent / "clips.pt"  # the image stage encoded the same clips
-        cache = beside if beside.exists() else folder / "clips.pt"
-        vae = place(base.vae, device, torch.float32)
-        clips = encode_clips(cache, vae, count=self.clips, seed=self.seed, favoured=self.favoured, log=log)
-        torch.manual_seed(self.seed)
-        if self.init_from:
-            unet, _ = load_motion_module(base.unet, self.init_from)
-        else:
-            unet = insert_motion(base.unet, self.motion)
-        unet, text_encoder = (place(m, device, torch.float32) for m in (unet, base.text_encoder))
-        schedule = base.schedule or ScheduleConfig()
-        stage = MotionStage(unet, text_encoder, schedule, clips, noisy_share=SHAPES_NOISY_SHARE)
-        train(stage, self.loop, folder, log=log)
-
-
-@dataclass(frozen=True)
-class VideoMotion:
-    """Stage `motion_module`: motion modules on video files, any image model frozen (arXiv 2307.04725, sec. 4.2)."""
-
-    output_dir: str
-    train_data: ClipConfig
     loop: LoopConfig
     pretrained_model_path: str = SD15_FOLDER  # a diffusers folder or an SD 1.x single file, with a VAE
-    adapter_lora_path: str = ""  # a domain adapter that takes the videos' look upon itself; frozen too
-    adapter_lora_scale: float = 1.0
-    version: Literal["", "v1", "v2", "v3"] = ""  # of fresh modules, v3 by default; of `init_from` where it cannot tell
-    init_from: str = ""  # a motion module to start from
-    cache: bool = False  # encode one clip of each video before the start, instead of other clips in every epoch
-    threads: int = 4  # that read videos
+    train_data: ClipConfig | None = None  # videos,
+    image_data: ImageConfig | None = None  # or pictures,
+    world: World | None = None  # or the built-in world
+    loss: LossConfig = MEAN_SQUARE
+    noisy_share: float = 0.0  # of clips noised beyond the middle of the schedule, where paths and places are decided
+    beta_schedule: Literal["linear", "scaled_linear"] = "linear"  # as motion modules; scaled_linear as SD 1.x itself
+    samples: SampleConfig | None = None  # drawn during training
+    cache: bool = False  # encode one clip of each file before the start, instead of other clips in every epoch
+    threads: int = 4  # that read files
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the UNet's matrix products; weights stay float32
     gradient_checkpointing: bool = False  # a third more time for much less memory
     seed: int = 0
 
+    def networks(self, base: ImageModel, log: Log) -> UNet:
+        """The UNet that denoises, on the CPU."""
+        return base.unet
+
+    def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
+        """The module whose parameters with `requires_grad` learn, all else being frozen, and how to save it."""
+        raise NotImplementedError
+
+    def data(self) -> Data:
+        return Data(self.train_data, self.image_data, self.world, single_frames=True, seed=self.seed)
+
     def run(self, log: Log, device: torch.device = CPU) -> None:
-        """Train, or go on; writes `output_dir`/motion.safetensors, an official motion module.
+        """Train, or go on; writes the result into `output_dir`.
 
         Raises: UserError where a file is missing or is something else, or clips do not fit the networks.
         """
-        folder = Path(self.output_dir)
-        clips = Clips(self.train_data, seed=self.seed, log=log)
-        base_path = existing(self.pretrained_model_path)
-        base = load_complete(str(base_path))
-        unet = self._video_unet(base, log)
-        self._check_fit(unet, base.vae)
-        folder.mkdir(parents=True, exist_ok=True)
-        unet, vae, text_encoder = (place(m, device, torch.float32) for m in (unet, base.vae, base.text_encoder))
+        folder, data, base_path = Path(self.output_dir), self.data(), existing(self.pretrained_model_path)
+        if not data.world:
+            data.series(log)  # mistakes in the list are told before anything is loaded
+        base = load_complete(base_path)
+        torch.manual_seed(self.seed)
+        unet = self.networks(base, log)
+        self.check_fit(data, unet, base)
+        base = replace(
+            base,
+            unet=place(unet, device, torch.float32),
+            vae=place(base.vae, device, torch.float32),
+            text_encoder=place(base.text_encoder, device, torch.float32),
+            schedule=replace(base.schedule or ScheduleConfig(), beta_schedule=self.beta_schedule),
+        )
+        freeze(base.unet, base.vae, base.text_encoder)
+        learns, save = self.learner(base.unet, base)
+        sampler = self._sampler(base, base_path, log)
         if self.gradient_checkpointing:
-            checkpoint_activations(unet)
-        tokenizer_folder = base_path / "tokenizer"
-        tokenizer = Tokenizer.from_folder(tokenizer_folder) if tokenizer_folder.is_dir() else Tokenizer()
-        reader = ClipReader(clips, threads=self.threads)
-        if self.cache:
-            made_from = repr((self.train_data, self.seed, base.report.sha256, clips.videos))
-            key = {"made_from": hashlib.sha256(made_from.encode()).hexdigest()}
-            count = len(clips.videos)
-            with first_process_first():
-                source = LatentClips.build(
-                    folder / "clips.pt", key, reader.batches(count), vae, tokenizer, count=count, log=log
-                )
-        else:
-            source = StreamedClips(reader, vae, tokenizer)
-        schedule = base.schedule or ScheduleConfig()
-        stage = MotionStage(unet, text_encoder, schedule, source, autocast=self.dtype == "bfloat16")
-        train(stage, self.loop, folder, log=log)
+            checkpoint_activations(base.unet)
+        folder.mkdir(parents=True, exist_ok=True)
+        clips = data.source(base, base_path, folder, cache=self.cache, threads=self.threads, log=log)
+        stage = DiffusionStage(
+            STAGE_NAMES[type(self)],
+            base.unet,
+            base.text_encoder,
+            base.schedule,
+            clips,
+            learns=learns,
+            save=save,
+            loss=self.loss,
+            noisy_share=self.noisy_share,
+            autocast=self.dtype == "bfloat16",
+        )
+        train(stage, self.loop, folder, log=log, sampler=sampler)
 
     def check_data(self, log: Log) -> None:
-        """Look at every video and log the report.
+        """Look at every file and log the report. Raises: UserError where none can be used."""
+        self.data().check(log)
 
-        Raises: UserError where none can be used.
-        """
-        report = Clips(self.train_data, seed=self.seed, log=log).scan(threads=self.threads)
-        log(str(report))
-        if not report.usable:
-            raise UserError(f"got {report.total} videos of which none can be used, expected some: see the report")
+    def check_fit(self, data: Data, unet: UNet, base: ImageModel) -> None:
+        """Raises: UserError where the clips are none for these networks."""
+        assert base.vae is not None
+        data.check_fit(base.vae)
 
-    def _video_unet(self, base: ImageModel, log: Log) -> UNet:
-        if self.adapter_lora_path:
-            loras = LoRAStack(base.unet)
-            log(str(loras.add(read_lora(existing(self.adapter_lora_path)), self.adapter_lora_scale)))
-            loras.merge()
-        torch.manual_seed(self.seed)
-        if not self.init_from:
-            return insert_motion(base.unet, MOTION_VERSIONS[self.version or "v3"])
-        unet, report = load_motion_module(base.unet, existing(self.init_from), version=self.version or None)
-        log(str(report))
-        return unet
+    def _sampler(self, base: ImageModel, base_path: Path, log: Log) -> SampleClips | None:
+        if self.samples is None:
+            return None
+        parts = Components(
+            unet=base.unet,
+            vae=base.vae,
+            text_encoder=base.text_encoder,
+            tokenizer=own_tokenizer(base_path),
+            schedule=base.schedule,
+            loras=LoRAStack(base.unet, base.text_encoder),
+        )
+        return SampleClips(self.samples, parts, log)
 
-    def _check_fit(self, unet: UNet, vae: VAE | None) -> None:
-        assert unet.config.motion is not None and vae is not None
-        frames, most = self.train_data.sample_n_frames, unet.config.motion.max_frames
-        if frames > most:
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFinetune(Training):
+    """Stage `image_finetune`: a personalised model from pictures, every weight of the UNet (as DreamBooth does)."""
+
+    train_text_encoder: bool = False
+
+    def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
+        learns = nn.ModuleDict({"unet": unet})
+        if self.train_text_encoder:
+            learns["text_encoder"] = base.text_encoder
+        learns.requires_grad_(True)
+
+        def save(folder: Path, metadata: dict[str, str]) -> None:
+            model = SimpleNamespace(unet=unet, vae=base.vae, text_encoder=base.text_encoder, schedule=base.schedule)
+            facts = metadata | {"beta_schedule": self.beta_schedule}
+            save_image_model(model, folder / "image.safetensors", metadata=facts, dtype=torch.float16)
+
+        return learns, save
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLoRA(Training):
+    """Stage `image_lora`: the same as a small file in kohya's grammar, `lora_model_path` of a prompt config."""
+
+    rank: int = 16
+    alpha: float | None = None  # the change is multiplied by alpha / rank; rank by default
+    train_text_encoder: bool = False
+
+    def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
+        text_encoder: TextEncoder | None = base.text_encoder if self.train_text_encoder else None
+        lora = attach_lora("lora", unet, text_encoder, rank=self.rank, alpha=self.alpha)
+        return lora.attached, lambda folder, metadata: lora.save(folder / "lora.safetensors", metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainAdapter(Training):
+    """Stage `domain_adapter`: takes the look of a video set upon itself, from single frames (sec. 4.1)."""
+
+    rank: int = 128
+
+    def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
+        lora = attach_lora("domain-adapter", unet, rank=self.rank)
+        return lora.attached, lambda folder, metadata: lora.save(folder / "adapter.safetensors", metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTraining(Training):
+    """What stages on clips share: motion modules take part, and perhaps a domain adapter, active and frozen."""
+
+    adapter_lora_path: str = ""  # takes the videos' look upon itself
+    adapter_lora_scale: float = 1.0
+    version: Literal["", "v1", "v2", "v3"] = ""  # of the motion module, where its file cannot tell
+
+    def data(self) -> Data:
+        return Data(self.train_data, self.image_data, self.world, single_frames=False, seed=self.seed)
+
+    def check_fit(self, data: Data, unet: UNet, base: ImageModel) -> None:
+        super().check_fit(data, unet, base)
+        assert unet.config.motion is not None
+        most = unet.config.motion.max_frames
+        if data.videos and (frames := data.videos.sample_n_frames) > most:
             raise UserError(
                 f"train_data: sample_n_frames: got {frames}, expected at most {most}, what the module holds"
             )
-        if side := next((s for s in self.train_data.size if s % vae.config.downsampling), None):
-            raise UserError(
-                f"train_data: sample_size: got a side of {side} pixels, expected multiples of {vae.config.downsampling}"
-            )
+
+    def adapted(self, unet: UNet, log: Log) -> UNet:
+        if self.adapter_lora_path:
+            loras = LoRAStack(unet)
+            log(str(loras.add(read_lora(existing(self.adapter_lora_path)), self.adapter_lora_scale)))
+            loras.merge()
+        return unet
+
+    def with_module(self, unet: UNet, path: str, log: Log) -> UNet:
+        unet, report = load_motion_module(unet, existing(path), version=self.version or None)
+        log(str(report))
+        return unet
 
 
-def existing(path: str) -> Path:
-    """A file or folder, from the current folder or the repository's root.
+@dataclass(frozen=True, kw_only=True)
+class MotionModule(ClipTraining):
+    """Stage `motion_module`: motion modules on clips, any image model frozen around them (sec. 4.2)."""
 
-    Raises: UserError where there is none.
-    """
-    if (found := find_file(path)) is None:
-        raise UserError(f"got {path}, which is not there: check the path; nothing is downloaded for you")
-    return found
+    init_from: str = ""  # a motion module to start from, in place of a fresh one of `version`, v3 by default,
+    motion: MotionConfig | None = None  # or of these sizes
+    zero_init: bool = True  # of fresh ones, which then change nothing at first
 
+    def networks(self, base: ImageModel, log: Log) -> UNet:
+        unet = self.adapted(base.unet, log)
+        if self.init_from:
+            return self.with_module(unet, self.init_from, log)
+        torch.manual_seed(self.seed)
+        motion = self.motion or MOTION_VERSIONS[self.version or "v3"]
+        return insert_motion(unet, motion, zero_init=self.zero_init)
 
-def encode_clips(path: Path, vae: VAE, *, favoured: Sequence[str], **series: Any) -> LatentClips:
-    """`LatentClips.of_shapes`, once for all processes.
+    def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
+        def save(folder: Path, metadata: dict[str, str]) -> None:
+            save_motion_module(unet, folder / "motion.safetensors", metadata=metadata, dtype=torch.float16)
 
-    Raises: UserError where `favoured` names no motion of the world.
-    """
-    if unknown := set(favoured) - set(MOTIONS):
-        raise UserError(f"favoured: got {min(unknown)!r}, expected motions of the world: {', '.join(MOTIONS)}")
-    with first_process_first():
-        return LatentClips.of_shapes(path, vae, favoured=favoured, **series)
-
-
-def load_complete(path: str) -> ImageModel:
-    """An image model with a VAE.
-
-    Raises: UserError where the file has none.
-    """
-    model = load_base(path)
-    if model.vae is None:
-        raise UserError(f"got {path} without a VAE, expected a complete image model: take a file that has one")
-    return model
+        return learn_motion(unet), save
 
 
-StageConfig = ShapesImage | ShapesMotion | VideoMotion | ShapesEncoder
+@dataclass(frozen=True, kw_only=True)
+class MotionLoRA(ClipTraining):
+    """Stage `motion_lora`: a new motion from few clips, image model and motion module frozen (sec. 4.3)."""
+
+    motion_module: str
+    rank: int = 64
+
+    def networks(self, base: ImageModel, log: Log) -> UNet:
+        return self.with_module(self.adapted(base.unet, log), self.motion_module, log)
+
+    def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
+        lora = attach_lora("motion-lora", unet, rank=self.rank)
+        return lora.attached, lambda folder, metadata: lora.save(folder / "motion_lora.safetensors", metadata)
+
+
+StageConfig = ShapesImage | ShapesDecoder | ShapesEncoder | Training
 STAGES: dict[str, type[StageConfig]] = {
     "shapes_image": ShapesImage,
-    "shapes_motion": ShapesMotion,
-    "motion_module": VideoMotion,
+    "shapes_decoder": ShapesDecoder,
     "shapes_encoder": ShapesEncoder,
+    "image_finetune": ImageFinetune,
+    "image_lora": ImageLoRA,
+    "domain_adapter": DomainAdapter,
+    "motion_module": MotionModule,
+    "motion_lora": MotionLoRA,
 }
+STAGE_NAMES = {cls: name for name, cls in STAGES.items()}
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
@@ -255,9 +277,14 @@ def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> StageC
     Raises: UserError for an unknown stage or key, a missing or mistyped value.
     """
     raw: Any = read_yaml(Path(path))
+    return build_stage(raw, overrides, where=str(path))
+
+
+def build_stage(raw: Any, overrides: Sequence[str] = (), *, where: str) -> StageConfig:
+    """`load_train_config` of what a YAML holds; `where` starts every message."""
     if not isinstance(raw, Mapping) or raw.get("stage") not in STAGES:
         got = raw.get("stage") if isinstance(raw, Mapping) else raw
-        raise UserError(f"{path}: got stage {got!r}, expected one of {', '.join(STAGES)}")
+        raise UserError(f"{where}: got stage {got!r}, expected one of {', '.join(STAGES)}")
     cls = STAGES[raw["stage"]]
     values = {key: value for key, value in raw.items() if key != "stage"} | parse_overrides(cls, overrides)
-    return build_dataclass(cls, values, where=str(path))
+    return build_dataclass(cls, values, where=where)

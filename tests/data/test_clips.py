@@ -173,7 +173,7 @@ def test_training_goes_on_with_the_next_video_and_names_the_bad_one_once(broken)
 def test_nothing_but_bad_videos(tmp_path):
     (tmp_path / "list.csv").write_text("videoid,name\n1,a\n2,b\n")
     clips = Clips(ClipConfig(csv_path=str(tmp_path / "list.csv")), log=lambda line: None)
-    with pytest.raises(UserError, match="2 videos of which none gives a clip of 61 frames"):
+    with pytest.raises(UserError, match="2 files of which none gives a clip of 61 frames"):
         clips.clip(0)
 
 

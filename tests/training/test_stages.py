@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ import yaml
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.data.shapes import make_scene
+from animatediff.data.world import World
 from animatediff.training.latents import FAVOUR, LatentClips
-from animatediff.training.loop import LoopConfig, learning_rate, train
+from animatediff.training.loop import LoopConfig, Stage, learning_rate, train
 from animatediff.training.stages import load_train_config
 from animatediff.utils import UserError
 
@@ -38,8 +40,9 @@ IMAGE = {
     "image": LOOP,
 }
 MOTION = {
-    "stage": "shapes_motion",
-    "clips": 4,
+    "stage": "motion_module",
+    "world": {"clips": 4},
+    "noisy_share": 0.5,
     "motion": {"version": "v2", "mid_block": True, "num_heads": 2, "resolutions": [2]},
     "loop": LOOP,
 }
@@ -55,7 +58,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     image = write(folder / "image.yaml", IMAGE | {"output_dir": str(folder / "image")})
     load_train_config(image).run(lambda line: None)
-    motion = {"output_dir": str(folder / "motion"), "image_model": str(folder / "image/image.safetensors")}
+    motion = {"output_dir": str(folder / "motion"), "pretrained_model_path": str(folder / "image/image.safetensors")}
     load_train_config(write(folder / "motion.yaml", MOTION | motion)).run(lambda line: None)
     return folder
 
@@ -73,17 +76,34 @@ def test_both_stages_go_on_from_files(trained, tmp_path):
     unlearnt = LOOP | {"learning_rate": 1e-12, "weight_decay": 0.0, "steps": 1}
     changes = {"output_dir": str(tmp_path / "image"), "init_from": str(image), "image": unlearnt}
     load_train_config(write(tmp_path / "image.yaml", IMAGE | changes)).run(lambda line: None)
-    changes = {"output_dir": str(tmp_path), "image_model": str(image), "init_from": str(motion), "loop": unlearnt}
+    changes = {
+        "output_dir": str(tmp_path),
+        "pretrained_model_path": str(image),
+        "init_from": str(motion),
+        "loop": unlearnt,
+    }
     load_train_config(write(tmp_path / "motion.yaml", MOTION | changes)).run(lambda line: None)
     for before, after in ((image, tmp_path / "image/image.safetensors"), (motion, tmp_path / "motion.safetensors")):
         old, new = read_state_dict(before).tensors, read_state_dict(after).tensors
         assert old.keys() == new.keys() and all(torch.allclose(old[k], new[k], atol=1e-4) for k in old)
 
 
+def test_a_decoder_learns_other_looks_and_the_latents_stay(trained, tmp_path):
+    image = trained / "image/image.safetensors"
+    decoder = {"stage": "shapes_decoder", "pretrained_model_path": str(image), "output_dir": str(tmp_path)}
+    load_train_config(write(tmp_path / "decoder.yaml", decoder | {"loop": LOOP})).run(lambda line: None)
+    old, new = load_base(image), load_base(tmp_path / "image.safetensors")
+    for name, tensor in old.vae.state_dict().items():
+        learnt = name.startswith(("decoder.", "post_quant_conv."))
+        assert learnt or torch.equal(new.vae.state_dict()[name], tensor), name
+    assert not torch.equal(new.vae.decoder.conv_in.weight, old.vae.decoder.conv_in.weight)
+    assert all(torch.equal(a, b) for a, b in zip(old.unet.parameters(), new.unet.parameters(), strict=True))
+
+
 def test_the_number_of_processes_does_not_change_the_result(trained, tmp_path):
     """Two micro-batches a step, one after the other here or shared out by torchrun."""
     twice = LOOP | {"micro_batches": 2}
-    given = {"image_model": str(trained / "image/image.safetensors"), "loop": twice}
+    given = {"pretrained_model_path": str(trained / "image/image.safetensors"), "loop": twice}
     load_train_config(write(tmp_path / "a.yaml", MOTION | given | {"output_dir": str(tmp_path / "one")})).run(print)
     config = write(tmp_path / "b.yaml", MOTION | given | {"output_dir": str(tmp_path / "two")})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -107,7 +127,10 @@ def test_the_motion_module_learns_what_its_image_model_predicts(trained, tmp_pat
     load_train_config(write(tmp_path / "image.yaml", IMAGE | changes)).run(lambda line: None)
     base = load_base(tmp_path / "image/image.safetensors")
     assert base.schedule.prediction_type == "v_prediction"
-    motion = {"output_dir": str(tmp_path / "motion"), "image_model": str(tmp_path / "image/image.safetensors")}
+    motion = {
+        "output_dir": str(tmp_path / "motion"),
+        "pretrained_model_path": str(tmp_path / "image/image.safetensors"),
+    }
     load_train_config(write(tmp_path / "motion.yaml", MOTION | motion)).run(lambda line: None)
     plain, v = (json.loads((f / "motion/log.jsonl").read_text().splitlines()[0]) for f in (trained, tmp_path))
     assert plain["loss"] != v["loss"]
@@ -135,7 +158,7 @@ def test_words_the_world_never_says_stay_zero(trained):
 def test_favoured_motions_are_drawn_more_often(trained):
     motions = [make_scene(i).motion for i in range(4)]
     file, vae = trained / "image/clips.pt", load_base(trained / "image/image.safetensors").vae
-    clips = LatentClips.of_shapes(file, vae, count=4, favoured=[motions[0]])
+    clips = LatentClips.of_world(file, vae, World(4, favoured=(motions[0],)))
     wanted = torch.tensor([FAVOUR if motion == motions[0] else 1.0 for motion in motions])
     drawn = clips.draw(2000, torch.Generator().manual_seed(0)).bincount(minlength=4) / 2000
     assert wanted.min() < wanted.max() and torch.allclose(drawn, wanted / wanted.sum(), atol=0.04)
@@ -152,7 +175,7 @@ def test_latents_are_normalised(trained):
     assert latents.mean().abs() < 0.3 and 0.7 < latents.std() < 1.4
 
 
-class Line:
+class Line(Stage):
     """A stage of one weight matrix: fit y = 2 x."""
 
     name = "line"
@@ -213,6 +236,14 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         train(Line(), replace(CONFIG, batch_size=4), tmp_path, log=lambda line: None)
 
 
+def test_another_network_in_the_same_folder_is_refused(tmp_path):
+    train(Line(), CONFIG, tmp_path, log=lambda line: None)
+    other = Line()
+    other.net = torch.nn.Linear(3, 4)
+    with pytest.raises(UserError, match=r"got bias of shape \(4,\) .* expected \(3,\) as it began"):
+        train(other, CONFIG, tmp_path, log=lambda line: None)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     stage = Line()
     loss = stage.loss
@@ -222,10 +253,63 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 20
 
 
+def test_a_run_that_began_before_a_setting_existed_goes_on(tmp_path):
+    train(Line(), replace(CONFIG, steps=10), tmp_path, log=lambda line: None)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    del state["config"]["schedule"]
+    torch.save(state, tmp_path / "state.pt")
+    again = Line()
+    train(again, replace(CONFIG, steps=10), tmp_path, log=lambda line: None)
+    assert again.calls == 0
+    with pytest.raises(UserError, match="got schedule=constant .* expected cosine as it began"):
+        train(Line(), replace(CONFIG, steps=10, schedule="constant"), tmp_path, log=lambda line: None)
+
+
+def test_scalars_for_tensorboard(tmp_path, monkeypatch):
+    wanted = replace(CONFIG, steps=2, log_every=1, tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="which is not installed: pip install"):
+        train(Line(), wanted, tmp_path / "without", log=lambda line: None)
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "with/tensorboard")
+
+        def add_scalar(self, name, value, step):
+            written.append((step, name))
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    train(Line(), wanted, tmp_path / "with", log=lambda line: None)
+    assert written == [(step, name) for step in (1, 2) for name in ("loss", "lr", "grad_norm", "steps_per_s")]
+
+
+def test_samples_are_drawn_from_the_averages_and_change_nothing(tmp_path):
+    plain, shown = Line(), Line()
+    train(plain, CONFIG, tmp_path / "plain", log=lambda line: None)
+    seen = []
+
+    class Sampler:
+        every = 10
+
+        def __call__(self, folder, step):
+            seen.append((folder.name, step, shown.net.weight.detach().clone()))
+
+    train(shown, CONFIG, tmp_path / "shown", log=lambda line: None, sampler=Sampler())
+    assert [entry[:2] for entry in seen] == [("samples", step) for step in (10, 20, 30, 40)]
+    assert torch.equal(seen[-1][2], plain.exported["weight"])  # which are the averages, too
+    assert all(torch.equal(shown.exported[k], v) for k, v in plain.exported.items())
+
+
 def test_learning_rate_warms_up_and_falls():
     rates = [learning_rate(CONFIG, step) for step in range(CONFIG.steps)]
     assert rates[0] == 0.0125 and max(rates) == pytest.approx(0.05) and rates[-1] < 0.002
     assert rates[4:] == sorted(rates[4:], reverse=True)
+    constant = replace(CONFIG, schedule="constant")
+    assert [learning_rate(constant, step) for step in (0, 3, 4, 39)] == [0.0125, 0.05, 0.05, 0.05]
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,15 @@ from animatediff.models.text import TextEncoder, Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.pipelines.run import animate
 from animatediff.training import latents
-from animatediff.training.diffusion_stages import MotionStage, checkpoint_activations, insert_motion
+from animatediff.training.diffusion_stages import (
+    DiffusionStage,
+    checkpoint_activations,
+    freeze,
+    insert_motion,
+    learn_motion,
+)
 from animatediff.training.latents import ClipReader, LatentClips, StreamedClips
-from animatediff.training.stages import VideoMotion, load_train_config
+from animatediff.training.stages import MotionModule, load_train_config
 from animatediff.utils import UserError
 from scripts import train
 from tests.data.videos import write
@@ -57,7 +63,7 @@ def config_file(files: Path, folder: Path, **values) -> Path:
     return folder / "config.yaml"
 
 
-def config(files: Path, folder: Path, **values) -> VideoMotion:
+def config(files: Path, folder: Path, **values) -> MotionModule:
     return load_train_config(config_file(files, folder, **values))
 
 
@@ -68,7 +74,7 @@ def trained(files, tmp_path_factory) -> Path:
     return folder / "motion.safetensors"
 
 
-def motion_stage(**options) -> MotionStage:
+def motion_stage(**options) -> DiffusionStage:
     """Two levels of random weights, with motion modules that are no longer the identity, and clips of noise."""
     torch.manual_seed(0)
     image = UNetConfig(block_out_channels=(16, 32), attention_levels=(True, False), context_dim=8, norm_num_groups=4)
@@ -79,7 +85,9 @@ def motion_stage(**options) -> MotionStage:
     noise = torch.randn(2, 2, 4, 8, 8).half()
     tokens = Tokenizer()(["", "a", "b"])[:, 0].int()
     clips = LatentClips(noise, tokens[1:], tokens[0])
-    return MotionStage(unet, text_encoder, ScheduleConfig(), clips, **options)
+    freeze(unet, text_encoder)
+    learns = learn_motion(unet)
+    return DiffusionStage("m", unet, text_encoder, ScheduleConfig(), clips, learns=learns, save=print, **options)
 
 
 def unread():
@@ -88,7 +96,7 @@ def unread():
     yield
 
 
-def loss_and_gradients(stage: MotionStage) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(stage: DiffusionStage) -> tuple[float, dict[str, torch.Tensor]]:
     loss, _ = stage.loss(0, 2, torch.Generator().manual_seed(0))
     loss.backward()
     return loss.item(), {n: p.grad for n, p in stage.modules().named_parameters() if p.grad is not None}
@@ -160,6 +168,9 @@ def test_the_next_clips_of_this_process_are_read_ahead(monkeypatch):
             asked.append(index)
             return torch.full((1, 3, 8, 8), float(index)), str(index)
 
+        def name(self, index):
+            return str(index)
+
     monkeypatch.setattr(latents, "world", lambda: (1, 2))
     monkeypatch.setattr(latents, "encode", lambda vae, video: video)
     source = StreamedClips(ClipReader(Numbered(), threads=1), None, Tokenizer())
@@ -173,7 +184,7 @@ def test_the_next_clips_of_this_process_are_read_ahead(monkeypatch):
 def test_a_killed_run_goes_on_to_the_same_weights(files, tmp_path, monkeypatch):
     whole, cut = (config(files, tmp_path / name, version="v3") for name in ("whole", "cut"))
     whole.run(quiet)
-    loss = MotionStage.loss
+    loss = DiffusionStage.loss
 
     def dies(self, index, *rest):
         if index == 1:
@@ -181,7 +192,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(files, tmp_path, monkeypatch):
         return loss(self, index, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(InterruptedError):
-        patched.setattr(MotionStage, "loss", dies)
+        patched.setattr(DiffusionStage, "loss", dies)
         cut.run(quiet)
     cut.run(quiet)
     one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "cut"))

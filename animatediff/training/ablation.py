@@ -1,0 +1,176 @@
+"""A grid of trainings in the built-in world that differ in a few values, and one table of what each of them can do."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from animatediff.config import load_config
+from animatediff.dataclass_io import build_dataclass, read_yaml
+from animatediff.evaluation.report import align, write_csv
+from animatediff.evaluation.run_shapes import evaluate_shapes
+from animatediff.pipelines.animate import AnimateDiffPipeline
+from animatediff.pipelines.components import seeded
+from animatediff.training.sources import existing
+from animatediff.training.stages import MotionModule, build_stage
+from animatediff.utils import UserError, naming
+
+Log = Callable[[str], None]
+MEASURES = {"motion": "motion %", "shape": "shape %", "all": "all %", "smoothness": "", "flicker": "", "drift": ""}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which trainings to compare.
+
+    Raises:
+        UserError: no cell, no seed, or a value out of its range.
+    """
+
+    output_dir: str
+    train: str  # the training YAML of every cell, a stage motion_module on the built-in world
+    animate: str  # the prompt config whose sampling the clips are made with
+    cells: dict  # name -> values that differ from it, nested as they are there
+    common: dict  # values that differ from it in every cell
+    quick: dict  # with --quick: fields of this grid; `common` is added to the one above
+    seeds: tuple[int, ...] = (0, 1, 2)
+    captions: int = 100  # clips that are scored
+
+    def __post_init__(self) -> None:
+        if not self.cells or not self.seeds or self.captions < 1:
+            raise UserError(
+                f"got {len(self.cells)} cells, {len(self.seeds)} seeds and {self.captions} captions, "
+                "expected at least one of each"
+            )
+
+    def stage(self, cell: str, seed: int) -> MotionModule:
+        """The training of one cell.
+
+        Raises:
+            UserError: a value that the training does not have, or another stage.
+        """
+        folder = Path(self.output_dir) / cell / str(seed)
+        own = {"output_dir": str(folder), "seed": seed, "loop": {"seed": seed}}
+        values = merged(read_yaml(existing(self.train)), self.common, self.cells[cell] or {}, own)
+        with naming(f"cell {cell!r}"):
+            stage = build_stage(values, where=self.train)
+            if not isinstance(stage, MotionModule) or stage.world is None:
+                raise UserError("got another stage, expected motion_module on the built-in world")
+        return stage
+
+
+def load_grid(path: str | Path, *, quick: bool = False) -> Grid:
+    """Read a grid's YAML. Raises: UserError for an unknown key, or a missing or mistyped value."""
+    values = read_yaml(path)
+    grid = build_dataclass(Grid, values, where=str(path))
+    if quick:
+        grid = build_dataclass(Grid, merged(values, grid.quick), where=f"{path}: quick")
+    return grid
+
+
+def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
+    """Later values win; mappings within mappings are merged alike."""
+    result: dict[str, Any] = {}
+    for mapping in mappings:
+        for key, value in mapping.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def run_grid(grid: Grid, *, jobs: int = 1, log: Log = print) -> str:
+    """Train and measure what is missing; writes table.md and table.csv into `output_dir` and returns the table.
+
+    Args:
+        grid: what to compare.
+        jobs: processes that each work on a cell, on one CPU core, at a time.
+
+    Raises:
+        UserError: a cell cannot be trained, or its folder holds the result of another one.
+    """
+    tasks = [(grid, cell, seed) for cell in grid.cells for seed in grid.seeds]
+    for task in tasks:
+        grid.stage(*task[1:])  # mistakes are told before anything starts
+    if jobs == 1:
+        results = [run_cell(*task, log=log) for task in tasks]
+    else:
+        spawned = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=spawned, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            results = list(pool.map(run_cell, *zip(*tasks, strict=True)))
+    by_cell = {cell: [r for (_, name, _), r in zip(tasks, results, strict=True) if name == cell] for cell in grid.cells}
+    rows = [table_row(cell, found) for cell, found in by_cell.items()]
+    loop = grid.stage(tasks[0][1], tasks[0][2]).loop
+    clips = loop.steps * loop.batch_size * loop.micro_batches
+    caption = (
+        f"{loop.steps} steps, {clips} clips seen, {grid.captions} captions, seeds {', '.join(map(str, grid.seeds))}, "
+        "on the CPU; mean ± standard deviation over the seeds"
+    )
+    header = ["", *(title or name for name, title in MEASURES.items())]
+    lines = [header, *([row["cell"], *(row[name] for name in MEASURES)] for row in rows)]
+    markdown = ["| " + " | ".join(line) + " |" for line in (lines[0], ["---"] * len(header), *lines[1:])]
+    folder = Path(grid.output_dir)
+    (folder / "table.md").write_text("\n".join([*markdown, "", caption, ""]), encoding="utf-8")
+    write_csv(folder / "table.csv", rows)
+    return f"{align(lines)}\n{caption}"
+
+
+def run_cell(grid: Grid, cell: str, seed: int, log: Log = print) -> dict[str, Any]:
+    """What one training scores; read from its folder where it is done."""
+    stage = grid.stage(cell, seed)
+    path, made = Path(stage.output_dir) / "result.json", repr((stage, grid.captions))
+    if path.exists():
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["made"] != made:
+            raise UserError(f"got {path} of other values than the grid's, expected the same: take another output_dir")
+        return result
+    torch.set_flush_denormal(True)
+    stage.run(lambda line: log(f"{cell}, seed {seed}: {line}"))
+    result = {"made": made, **measure(grid, stage)}
+    path.with_suffix(".tmp").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(path.with_suffix(".tmp"), path)
+    return result
+
+
+def measure(grid: Grid, stage: MotionModule) -> dict[str, Any]:
+    """Scores of held-out captions, animated by what a stage has written, with its own noise schedule."""
+    pipeline = AnimateDiffPipeline.from_config(
+        existing(grid.animate),
+        device="cpu",
+        pretrained_model_path=stage.pretrained_model_path,
+        motion_module=str(Path(stage.output_dir) / "motion.safetensors"),
+    )
+    parts = pipeline.components
+    parts.schedule = replace(parts.schedule, beta_schedule=stage.beta_schedule)
+    sampling = load_sampling(grid.animate)
+
+    def generate(captions: list[str], seeds: list[int]) -> torch.Tensor:
+        made = pipeline(captions, generator=[seeded(seed) for seed in seeds], output_type="pt", **sampling)
+        return made.frames * 2 - 1
+
+    return evaluate_shapes(generate, captions=grid.captions)["generated"]
+
+
+def load_sampling(path: str) -> dict[str, Any]:
+    """Steps and guidance of a prompt config's first entry."""
+    entry = load_config(existing(path)).entries[0]
+    return {"num_inference_steps": entry.steps, "guidance_scale": entry.guidance_scale, "num_frames": entry.L}
+
+
+def table_row(cell: str, results: list[dict[str, Any]]) -> dict[str, str]:
+    """Mean ± deviation of every measure over a cell's seeds."""
+    row = {"cell": cell}
+    for name in MEASURES:
+        values = np.array([result[name] for result in results])
+        digits = 1 if MEASURES[name] else 3
+        spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+        row[name] = f"{values.mean():.{digits}f}{spread}"
+    return row

@@ -1,0 +1,89 @@
+"""LoRAs that learn: image LoRA, domain adapter and MotionLoRA are one mechanism on different layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from animatediff.checkpoints.lora_files import lora_keys, write_lora
+from animatediff.models.lora import AttachedLoRA, LoRA, LoRAEntry, LoRAStack
+from animatediff.models.text import TextEncoder
+from animatediff.models.unet import UNet
+from animatediff.utils import UserError
+
+Kind = Literal["lora", "motion-lora", "domain-adapter"]
+QKV_OUT = r"to_(q|k|v|out\.0)"
+SPATIAL = r"(.*\.)?attentions\.\d+\."
+TRANSFORMER = r"transformer_blocks\.\d+\."
+LAYERS: dict[str, str] = {  # of the UNet, by kind
+    "lora": rf"{SPATIAL}(proj_in|proj_out|{TRANSFORMER}(attn[12]\.{QKV_OUT}|ff\.net\.(0\.proj|2)))",
+    "domain-adapter": rf"{SPATIAL}{TRANSFORMER}attn[12]\.{QKV_OUT}",
+    "motion-lora": rf".*motion_modules\.\d+\..*\.attention_blocks\.\d+\.{QKV_OUT}",
+}
+TEXT_LAYERS = r".*\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+
+
+@dataclass(frozen=True)
+class TrainableLoRA:
+    """A LoRA on a network. `attached` is the module whose parameters learn; `lora` names its tensors."""
+
+    lora: LoRA
+    attached: AttachedLoRA
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
+        """Write the weights as they are now, in float16."""
+        branches = self.attached.branches
+        entries = [replace(e, down=b.down, up=b.up) for e, b in zip(self.lora.entries, branches, strict=True)]
+        facts = {**self.lora.metadata, **metadata}
+        return write_lora(replace(self.lora, entries=tuple(entries), metadata=facts), path, dtype=torch.float16)
+
+
+def attach_lora(
+    kind: Kind, unet: UNet, text_encoder: TextEncoder | None = None, *, rank: int, alpha: float | None = None
+) -> TrainableLoRA:
+    """Put a fresh LoRA, which changes nothing yet, on the layers of its kind.
+
+    Args:
+        kind: "lora" changes the spatial transformers, "domain-adapter" their attentions (arXiv 2307.04725, sec. 4.1),
+            "motion-lora" those of the motion modules (sec. 4.3).
+        text_encoder: changed as well where it is given.
+        rank: of every change.
+        alpha: the change is multiplied by alpha / rank; rank by default. Only for "lora", the others know no alpha.
+
+    Raises:
+        UserError: a rank below 1, or a network without such layers.
+    """
+    if rank < 1:
+        raise UserError(f"rank: got {rank}, expected at least 1")
+    layers = [("unet", name, layer) for name, layer in unet.named_modules() if re.fullmatch(LAYERS[kind], name)]
+    if text_encoder is not None:
+        layers += [("text", n, layer) for n, layer in text_encoder.named_modules() if re.fullmatch(TEXT_LAYERS, n)]
+    if not layers:
+        raise UserError(f"got an image model without layers for a {kind}, expected a network that has attention")
+    facts = {}
+    if kind == "lora":
+        alpha = float(rank) if alpha is None else alpha
+        facts = {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
+    entries = tuple(_fresh(kind, network, name, layer.weight, rank, alpha) for network, name, layer in layers)
+    lora = LoRA("trained", kind, entries, metadata=facts)
+    stack = LoRAStack(unet, text_encoder)
+    stack.add(lora)
+    attached = stack.loras[0]
+    attached.requires_grad_(True)
+    return TrainableLoRA(lora, attached)
+
+
+def _fresh(kind: str, network: str, name: str, weight: torch.Tensor, rank: int, alpha: float | None) -> LoRAEntry:
+    """down is normal, up zero (Hu et al. 2021, arXiv 2106.09685, sec. 4.1)."""
+    return LoRAEntry(
+        target=f"{network}.{name.replace('.', '_')}",
+        down=torch.randn(rank, *weight.shape[1:]) / rank,
+        up=torch.zeros(weight.shape[0], rank, *(1 for _ in weight.shape[2:])),
+        alpha=alpha,
+        keys=lora_keys(kind, network, name),
+    )

@@ -1,0 +1,77 @@
+"""Sample clips during training: the same prompts and seeds every time, as the weights are by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from animatediff.data.video_io import save_video
+from animatediff.pipelines.animate import AnimateDiffPipeline
+from animatediff.pipelines.components import Components, seeded
+from animatediff.utils import UserError
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What to draw, and how often.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    every: int  # steps
+    prompt: tuple[str, ...]
+    n_prompt: str = ""
+    seed: int = 0  # of the first prompt; the next has seed + 1
+    steps: int = 25
+    guidance_scale: float = 7.5
+    L: int = 16  # frames; 1 where no motion module takes part
+    H: int = 256  # pixels
+    W: int = 256
+    fps: float = 8.0
+
+    def __post_init__(self) -> None:
+        for key in ("every", "steps", "L", "H", "W"):
+            if (value := getattr(self, key)) < 1:
+                raise UserError(f"{key}: got {value}, expected at least 1")
+        if not self.prompt:
+            raise UserError("prompt: got none, expected at least one")
+
+
+class SampleClips:
+    """Draws the prompts with networks that are being trained, and no randomness but its own.
+
+    Raises:
+        UserError: the networks make no clips of that size or length.
+    """
+
+    def __init__(self, config: SampleConfig, components: Components, log: Callable[[str], None]):
+        self.config, self.log, self.every = config, log, config.every
+        self.pipeline = AnimateDiffPipeline(components, default_size=(config.H, config.W))
+        cell, motion = components.vae.config.downsampling, components.unet.config.motion
+        if side := next((s for s in (config.H, config.W) if s % cell), None):
+            raise UserError(f"samples: got a side of {side} pixels, expected multiples of {cell}: change H or W")
+        if motion and config.L > motion.max_frames:
+            raise UserError(f"samples: L: got {config.L}, expected at most {motion.max_frames}, what the module holds")
+
+    def __call__(self, folder: Path, step: int) -> None:
+        """Write `folder`/<step>-<number>.gif, or a PNG folder of that name for a single frame."""
+        config = self.config
+        for number, prompt in enumerate(config.prompt):
+            with torch.no_grad():
+                clip = self.pipeline(
+                    prompt,
+                    num_frames=config.L,
+                    num_inference_steps=config.steps,
+                    guidance_scale=config.guidance_scale,
+                    negative_prompt=config.n_prompt,
+                    generator=seeded(config.seed + number),
+                    output_type="pt",
+                ).frames[0]
+            name = f"{step:06d}-{number}" + (".gif" if config.L > 1 else "")
+            settings = {"prompt": prompt, "seed": config.seed + number, "training_step": step}
+            save_video(clip, folder / name, fps=config.fps, metadata=settings)
+        self.log(f"drew {len(config.prompt)} samples of step {step} into {folder}")

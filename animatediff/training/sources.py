@@ -1,0 +1,136 @@
+"""What a stage learns from: videos, pictures or the built-in world, as latents and caption tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from animatediff.checkpoints.load import ImageModel, load_base
+from animatediff.data.clips import ClipConfig, Clips, Series
+from animatediff.data.images import ImageConfig, Images
+from animatediff.data.world import World
+from animatediff.models.text import Tokenizer
+from animatediff.models.vae import VAE
+from animatediff.pipelines.weights import find_file
+from animatediff.training.diffusion_stages import ClipSource
+from animatediff.training.latents import ClipReader, LatentClips, StreamedClips, made_from
+from animatediff.training.loop import first_process_first
+from animatediff.utils import UserError
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """One of three sources; `single_frames` draws one random frame of each clip.
+
+    Raises:
+        UserError: none, or more than one.
+    """
+
+    videos: ClipConfig | None
+    images: ImageConfig | None
+    world: World | None
+    single_frames: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        given = [self.videos, self.images, self.world]
+        if sum(source is not None for source in given) != 1:
+            raise UserError(
+                f"got {3 - given.count(None)} of train_data (videos), image_data (pictures) and world (the built-in "
+                "one), expected exactly one: say what to learn from"
+            )
+        if self.images and not self.single_frames:
+            raise UserError("got image_data for a stage that learns motion, expected train_data or world")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels, where the config chooses them."""
+        files = self.videos or self.images
+        return files.size if files else None
+
+    def series(self, log: Log) -> Series:
+        """The files as an endless series of clips."""
+        if self.images:
+            return Images(self.images, seed=self.seed, log=log)
+        assert self.videos is not None
+        videos = replace(self.videos, sample_n_frames=1) if self.single_frames else self.videos
+        return Clips(videos, seed=self.seed, log=log)
+
+    def check(self, log: Log) -> None:
+        """Look at every file and log the report.
+
+        Raises:
+            UserError: none can be used, or there are no files.
+        """
+        if self.world:
+            raise UserError("got --check-data for the built-in world, which draws its own clips, expected files")
+        series = self.series(log)
+        report = series.scan()
+        log(str(report))
+        if isinstance(series, Clips) and not report.usable:
+            raise UserError(f"got {report.total} videos of which none can be used, expected some: see the report")
+
+    def check_fit(self, vae: VAE) -> None:
+        """Raises: UserError where the size is none that the VAE encodes."""
+        if self.size and (side := next((s for s in self.size if s % vae.config.downsampling), None)):
+            where = "train_data" if self.videos else "image_data"
+            raise UserError(
+                f"{where}: sample_size: got a side of {side} pixels, expected multiples of {vae.config.downsampling}"
+            )
+
+    def source(
+        self, base: ImageModel, base_path: Path, folder: Path, *, cache: bool, threads: int, log: Log
+    ) -> ClipSource:
+        """Latents by the image model's VAE; those that are kept are in `folder`/clips.pt."""
+        assert base.vae is not None
+        if self.world:
+            return self._of_world(self.world, base.vae, base_path, folder, log)
+        series, tokenizer = self.series(log), own_tokenizer(base_path)
+        reader = ClipReader(series, threads=threads)
+        if not cache:
+            return StreamedClips(reader, base.vae, tokenizer)
+        made = repr((self.videos or self.images, self.single_frames, self.seed, base.report.sha256, series.files))
+        key, count = {"made_from": hashlib.sha256(made.encode()).hexdigest()}, len(series.files)
+        with first_process_first():
+            return LatentClips.build(
+                folder / "clips.pt", key, reader.batches(count), base.vae, tokenizer, count=count, log=log
+            )
+
+    def _of_world(self, world: World, vae: VAE, base_path: Path, folder: Path, log: Log) -> LatentClips:
+        beside = base_path.parent / "clips.pt"  # the image stage may have encoded the same clips
+        path = beside if made_from(beside, {"world": world.key()}) else folder / "clips.pt"
+        with first_process_first():
+            clips = LatentClips.of_world(path, vae, world, log=log)
+        clips.single_frames = self.single_frames
+        return clips
+
+
+def own_tokenizer(model: Path) -> Tokenizer:
+    """The tokenizer in a model folder, or CLIP's."""
+    folder = model / "tokenizer"
+    return Tokenizer.from_folder(folder) if folder.is_dir() else Tokenizer()
+
+
+def existing(path: str) -> Path:
+    """A file or folder, from the current folder or the repository's root.
+
+    Raises: UserError where there is none.
+    """
+    if (found := find_file(path)) is None:
+        raise UserError(f"got {path}, which is not there: check the path; nothing is downloaded for you")
+    return found
+
+
+def load_complete(path: str | Path) -> ImageModel:
+    """An image model with a VAE.
+
+    Raises: UserError where the file has none.
+    """
+    model = load_base(existing(str(path)))
+    if model.vae is None:
+        raise UserError(f"got {path} without a VAE, expected a complete image model: take a file that has one")
+    return model

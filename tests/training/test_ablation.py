@@ -1,0 +1,82 @@
+"""A grid of two cells on networks of a few thousand weights: it runs, goes on, and tables what it found."""
+
+import csv
+import json
+
+import pytest
+import yaml
+
+from animatediff.training.ablation import load_grid, merged, table_row
+from animatediff.utils import UserError
+from scripts import ablate
+from tests.training.test_stages import IMAGE, LOOP, MOTION, write
+from tests.training.test_stages import trained as trained
+
+CELLS = {"as it is": {}, "no zero-init": {"zero_init": False}, "one": {"motion": {"attentions_per_block": 1}}}
+
+
+@pytest.fixture
+def grid_file(trained, tmp_path):
+    model = str(trained / "image/image.safetensors")
+    train = write(tmp_path / "train.yaml", MOTION | {"output_dir": "unused", "pretrained_model_path": model})
+    animate = {"pretrained_model_path": model, "prompt": "a", "steps": 1, "guidance_scale": 1.0, "H": 64, "W": 64}
+    grid = {
+        "output_dir": str(tmp_path / "out"),
+        "train": str(train),
+        "animate": str(write(tmp_path / "animate.yaml", animate)),
+        "common": {"loop": LOOP | {"steps": 2}},
+        "cells": CELLS,
+        "seeds": [0, 1],
+        "captions": 2,
+        "quick": {"seeds": [3], "common": {"loop": {"steps": 1}}},
+    }
+    return write(tmp_path / "grid.yaml", grid)
+
+
+def test_a_grid(grid_file, tmp_path, capsys, monkeypatch):
+    ablate.main(["--grid", str(grid_file), "--quick"])
+    table = capsys.readouterr().out
+    assert "motion %" in table and "1 steps, 2 clips seen, 2 captions, seeds 3, on the CPU" in table
+    rows = list(csv.DictReader((tmp_path / "out/table.csv").open()))
+    assert [row["cell"] for row in rows] == list(CELLS)
+    results = {cell: json.loads((tmp_path / f"out/{cell}/3/result.json").read_text()) for cell in CELLS}
+    assert all(result["clips"] == 2 for result in results.values())
+    assert "| as it is | " in (tmp_path / "out/table.md").read_text()
+    monkeypatch.setattr("animatediff.training.ablation.measure", lambda *rest: pytest.fail("done already"))
+    ablate.main(["--grid", str(grid_file), "--quick"])
+    assert table.splitlines()[-5:] == capsys.readouterr().out.splitlines()[-5:]
+    path = tmp_path / "out/one/3/result.json"
+    path.write_text(json.dumps(results["one"] | {"made": "otherwise"}))
+    with pytest.raises(UserError, match="of other values than the grid's"):
+        ablate.main(["--grid", str(grid_file), "--quick"])
+
+
+def test_mistakes_are_told_before_anything_starts(grid_file, tmp_path):
+    values = yaml.safe_load(grid_file.read_text())
+    for cells, message in (
+        ({"a": {"motions": {}}}, "cell 'a': .*unknown key 'motions'"),
+        ({}, "got 0 cells"),
+        ({"a": IMAGE}, "cell 'a': got another stage|cell 'a': .*unknown key"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ablate.main(["--grid", str(write(tmp_path / "bad.yaml", values | {"cells": cells}))])
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging():
+    assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"c": 4}}, {"d": {}}) == {"a": {"b": 1, "c": 4}, "d": {}}
+
+
+def test_a_row_is_a_mean_and_a_deviation():
+    results = [{"motion": m, "shape": 50, "all": 1, "smoothness": 0.5, "flicker": 0, "drift": 0} for m in (70, 80, 90)]
+    row = table_row("x", results)
+    assert (row["motion"], row["smoothness"]) == ("80.0 ± 10.0", "0.500 ± 0.000")
+    assert table_row("x", results[:1])["motion"] == "70.0"
+
+
+def test_the_shipped_grid():
+    for quick in (False, True):
+        grid = load_grid("configs/eval/ablation.yaml", quick=quick)
+        stages = [grid.stage(cell, 0) for cell in grid.cells]
+        assert len({repr(stage) for stage in stages}) == len(stages) == 8
+        assert {stage.loop.steps for stage in stages} == {400 if quick else 3000}
