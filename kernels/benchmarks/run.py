@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import functools
 import math
 import os
 import platform
@@ -245,6 +246,7 @@ def device_label(device: str) -> str:
     return f"{device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
 
 
+@functools.cache
 def provenance() -> Row:
     triton = __import__("triton").__version__ if HAS_TRITON else "none"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
