@@ -30,6 +30,7 @@ WORLD = {  # options that make the clips of the built-in world, and their defaul
     "motion": None,
     "captions": 200,
     "batch": 8,
+    "style": "plain",
     "steps": None,
     "guidance_scale": None,
     "seed": 1,
@@ -62,6 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--motion", metavar="FILE", help="another motion module; none: every frame on its own")
     parser.add_argument("--captions", type=int, help="clips to make and score (200)")
     parser.add_argument("--batch", type=int, help="clips made at a time (8)")
+    parser.add_argument("--style", help="that the model paints in: plain, neon, hatched or pixelated (plain)")
     parser.add_argument("--steps", type=int, help="by default the config's")
     parser.add_argument("--guidance-scale", type=float, help="by default the config's")
     parser.add_argument("--seed", type=int, help="of the series of captions; the model was trained on 0 (1)")
@@ -172,7 +174,13 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         "guidance_scale": sampling.guidance_scale,
     }
     result = evaluate_shapes(
-        generate, captions=args.captions, seed=args.seed, batch=args.batch, output_dir=folder, settings=settings
+        generate,
+        captions=args.captions,
+        seed=args.seed,
+        batch=args.batch,
+        style=args.style,
+        output_dir=folder,
+        settings=settings,
     )
     return format_table({name: result[name] for name in ("generated", "shuffled", "rendered")})
 

@@ -12,9 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from animatediff.data.shapes import MOTIONS, Scene, make_scene, render
+from animatediff.data.shapes_styles import STYLES
 from animatediff.evaluation.report import contact_sheet, write_csv
-from animatediff.evaluation.shapes import Score, score_clips
-from animatediff.evaluation.shapes_report import captioned, csv_row, summarise
+from animatediff.evaluation.shapes import Score
+from animatediff.evaluation.shapes_report import LOOKS, captioned, csv_row, summarise
+from animatediff.evaluation.shapes_styles import has_watermark, read_style, score_styled
 from animatediff.utils import UserError
 
 Generate = Callable[[list[str], list[int]], Tensor]
@@ -27,6 +29,7 @@ def evaluate_shapes(
     captions: int = 200,
     seed: int = HELD_OUT_SEED,
     batch: int = 8,
+    style: str = "plain",
     output_dir: Path | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -37,20 +40,25 @@ def evaluate_shapes(
         captions: how many.
         seed: of the series of scenes; clip i has the noise seed i.
         batch: captions to a call of `generate`.
+        style: the key of STYLES that the model paints in; labels are read from what is beneath it.
         output_dir: gets `summary.json`, `clips.csv` (a row per clip) and `sheet.png` (the first clip of every motion).
         settings: what made the clips, for `summary.json`.
 
     Returns:
         `settings`, and `summarise` of the `generated` clips, of the same clips with their frames `shuffled` (motion
-        must come out at chance), and of the `rendered` clips of the same scenes (what a perfect model reaches).
+        must come out at chance), and of the `rendered` clips of the same scenes (what a perfect model reaches);
+        generated and rendered ones also have `style`, percent in that style, and `watermark`, percent under one.
 
     Raises:
-        UserError: fewer than one caption or one to a batch, or clips of another shape.
+        UserError: fewer than one caption or one to a batch, clips of another shape, or an unknown style.
     """
+    if style not in STYLES:
+        raise UserError(f"got style {style!r}, expected one of {', '.join(STYLES)}")
     if captions < 1 or batch < 1:
         raise UserError(f"got {captions} captions in batches of {batch}, expected at least one of each")
     scenes = [make_scene(i, seed=seed, motion=list(MOTIONS)[i % len(MOTIONS)]) for i in range(captions)]
     scores: dict[str, list[Score]] = {"generated": [], "shuffled": [], "rendered": []}
+    looks: dict[str, list[dict[str, bool]]] = {"generated": [], "rendered": []}
     shown: list[Tensor] = []
     with tqdm(total=captions, desc="captions", unit="clip") as bar:
         for start in range(0, captions, batch):
@@ -58,13 +66,19 @@ def evaluate_shapes(
             videos = generate([scene.caption for scene in part], list(range(start, start + len(part)))).float().cpu()
             if len(videos) != len(part):
                 raise UserError(f"got {len(videos)} clips for {len(part)} captions, expected one for each")
-            scores["generated"] += score_clips(videos)
-            scores["shuffled"] += score_clips(shuffle_frames(videos, first_seed=start))
-            scores["rendered"] += score_clips(render(part))
+            clips = {"generated": videos, "rendered": render(part, style=STYLES[style])}
+            for name, found in (clips | {"shuffled": shuffle_frames(videos, first_seed=start)}).items():
+                scores[name] += [score_styled(clip, style) for clip in found]
+            for name, found in clips.items():
+                looks[name] += [
+                    {"style": read_style(clip) == style, "watermark": has_watermark(clip)} for clip in found
+                ]
             shown += videos[: max(len(MOTIONS) - start, 0)].clamp(-1, 1)
             bar.update(len(part))
     summary = {name: summarise(found, scenes) for name, found in scores.items()}
-    result = {"settings": {"captions": captions, "seed": seed, **(settings or {})}, **summary}
+    for name, found in looks.items():
+        summary[name] |= {key: 100 * sum(look[key] for look in found) / captions for key in LOOKS}
+    result = {"settings": {"captions": captions, "seed": seed, "style": style, **(settings or {})}, **summary}
     if output_dir is not None:
         _write(Path(output_dir), result, scenes, scores, shown)
     return result

@@ -94,14 +94,7 @@ def score_clip(video: Tensor) -> Score:
     Raises:
         UserError: another shape, or values that are not finite.
     """
-    if tuple(video.shape) != (FRAMES, 3, SIZE, SIZE):
-        raise UserError(
-            f"got a clip of shape {tuple(video.shape)}, expected ({FRAMES}, 3, {SIZE}, {SIZE}): generate "
-            f"{FRAMES} frames at {SIZE}x{SIZE}, only those can be scored"
-        )
-    if not bool(video.isfinite().all()):
-        raise UserError("got a clip with values that are not finite, expected [-1, 1]: try float32")
-    video = video.detach().cpu().float().clamp(-1, 1)
+    video = checked(video)
     steps = video.diff(dim=0).abs().mean(dim=(0, 1))
     pixels = (video + 1) * 127.5
     background, background_rgb, own_background = read_background(pixels)
@@ -125,6 +118,22 @@ def score_clip(video: Tensor) -> Score:
         drift=float(1 - same.mean()),
         seam=loop_seam(video),
     )
+
+
+def checked(video: Tensor) -> Tensor:
+    """A clip (16, 3, 64, 64) on the CPU, float32, within [-1, 1].
+
+    Raises:
+        UserError: another shape, or values that are not finite.
+    """
+    if tuple(video.shape) != (FRAMES, 3, SIZE, SIZE):
+        raise UserError(
+            f"got a clip of shape {tuple(video.shape)}, expected ({FRAMES}, 3, {SIZE}, {SIZE}): generate "
+            f"{FRAMES} frames at {SIZE}x{SIZE}, only those can be scored"
+        )
+    if not bool(video.isfinite().all()):
+        raise UserError("got a clip with values that are not finite, expected [-1, 1]: try float32")
+    return video.detach().cpu().float().clamp(-1, 1)
 
 
 # Colours

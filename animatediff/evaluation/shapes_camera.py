@@ -13,6 +13,7 @@ from animatediff.evaluation.shapes import (
     MIN_FIT,
     NONE,
     body_of,
+    checked,
     explain,
     read_background,
     read_color,
@@ -28,7 +29,7 @@ def read_camera(video: Tensor) -> str:
     As strict as `score_clip`: what moves otherwise, or restlessly, is none. Shapes that grow or shrink where they are
     do not zoom: a zoom moves them away from the picture's middle or towards it, in proportion.
     """
-    pixels = (video.detach().cpu().float().clamp(-1, 1) + 1) * 127.5
+    pixels = (checked(video) + 1) * 127.5
     _, background, _ = read_background(pixels)
     color, rgb, _ = read_color(pixels)
     body = body_of(pixels, rgb, background)

@@ -14,6 +14,7 @@ from animatediff.data.video_io import to_uint8
 from animatediff.evaluation.report import INK, RIGHT, WRONG, Row, align
 from animatediff.evaluation.shapes import LABELS, OPPOSITES, Score
 
+LOOKS = ("style", "watermark")
 MEASURES = ("smoothness", "flicker", "change", "drift", "seam")
 
 
@@ -52,6 +53,10 @@ def format_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(summaries)
     lines = [("", *names), ("clips", *(str(summaries[name]["clips"]) for name in names))]
     lines += [(f"{label} %", *(f"{summaries[name][label]:.1f}" for name in names)) for label in (*LABELS, "all")]
+    for label in LOOKS:
+        cells = [summaries[name].get(label) for name in names]
+        if any(cell is not None for cell in cells):
+            lines.append((f"{label} %", *("-" if cell is None else f"{cell:.1f}" for cell in cells)))
     for label in MEASURES:
         cells = [summaries[name][label] for name in names]
         lines.append((label, *("-" if cell is None else f"{cell:.3f}" for cell in cells)))

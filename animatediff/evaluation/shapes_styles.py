@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animatediff.data.shapes import SIZE
-from animatediff.data.shapes_styles import BLOCK, NIGHT, PASTEL, STYLES, strokes, watermark
-from animatediff.evaluation.shapes import Score, ramp, read_background, read_color, score_clip, unmix
+from animatediff.data.shapes_styles import BAND, BLOCK, LETTERS, NIGHT, PASTEL, STYLES, strokes, watermark
+from animatediff.evaluation.shapes import Score, checked, ramp, read_background, read_color, score_clip, unmix
 
 HOLLOW = 0.25  # share of a neon shape that its outline does not cover
 PALE = 0.36  # brightness of the darkest pixels
@@ -22,8 +22,8 @@ STAMPED = 0.4  # correlation with the watermark
 
 @torch.no_grad()
 def read_style(video: Tensor) -> str:
-    """The key of STYLES that a clip (f, 3, 64, 64), range [-1, 1], looks like."""
-    found = style_signs(video)
+    """The key of STYLES that a clip (16, 3, 64, 64), range [-1, 1], looks like."""
+    found = style_signs(without_watermark(checked(video)))
     if found["pale"] > PALE and found["blocky"] < BLOCKY:
         return "pixelated"
     if found["stroked"] > STROKED:
@@ -46,27 +46,40 @@ def style_signs(video: Tensor) -> dict[str, float]:
 
 
 def read_watermark(video: Tensor) -> float:
-    """How clearly the watermark is to be seen in a clip (f, 3, 64, 64), range [-1, 1]: 1 clearly, 0 not at all."""
+    """How clearly the watermark is to be seen in a clip (16, 3, 64, 64), range [-1, 1]: 1 clearly, 0 not at all."""
     band, letters = watermark()
     rows = band.any(dim=1)
-    still = video.mean(dim=1).median(dim=0).values
+    still = checked(video).mean(dim=1).median(dim=0).values
     return _correlation(_fine(still[None], band[None])[:, rows], _fine(letters[None], band[None])[:, rows])
+
+
+def has_watermark(video: Tensor) -> bool:
+    """Whether the watermark can be read."""
+    return read_watermark(video) > STAMPED
+
+
+def without_watermark(video: Tensor) -> Tensor:
+    """A clip (16, 3, 64, 64), range [-1, 1], with its watermark, if it can be read, subtracted as it was laid on."""
+    if not has_watermark(video):
+        return video
+    band, letters = (opacity * where for opacity, where in zip((BAND, LETTERS), watermark(), strict=True))
+    return (((video - letters) / (1 - letters) + band) / (1 - band)).clamp(-1, 1)
 
 
 def watermark_rate(videos: Sequence[Tensor]) -> float:
     """Percent of the clips whose watermark can be read."""
-    return 100 * sum(read_watermark(video) > STAMPED for video in videos) / len(videos)
+    return 100 * sum(map(has_watermark, videos)) / len(videos)
 
 
 @torch.no_grad()
 def score_styled(video: Tensor, style: str) -> Score:
-    """`score_clip` of what a clip in a style shows.
+    """`score_clip` of what a clip in a style shows, beneath a watermark if it has one.
 
     Args:
         video: (16, 3, 64, 64), range [-1, 1].
         style: the key of STYLES that it is in.
     """
-    return score_clip(UNDO[style](video.detach().cpu().float()))
+    return score_clip(UNDO[style](without_watermark(checked(video))))
 
 
 # ---- what a style looks like, and what is beneath

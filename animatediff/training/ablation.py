@@ -149,6 +149,7 @@ def measure(grid: Grid, stage: MotionModule) -> dict[str, Any]:
         motion_module=str(Path(stage.output_dir) / "motion.safetensors"),
     )
     parts = pipeline.components
+    assert stage.world is not None
     parts.schedule = replace(parts.schedule, beta_schedule=stage.beta_schedule)
     sampling = load_sampling(grid.animate)
 
@@ -156,7 +157,7 @@ def measure(grid: Grid, stage: MotionModule) -> dict[str, Any]:
         made = pipeline(captions, generator=[seeded(seed) for seed in seeds], output_type="pt", **sampling)
         return made.frames * 2 - 1
 
-    return evaluate_shapes(generate, captions=grid.captions)["generated"]
+    return evaluate_shapes(generate, captions=grid.captions, style=stage.world.style)["generated"]
 
 
 def load_sampling(path: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from animatediff.data import shapes
 from animatediff.data.shapes import FRAMES, MOTIONS, SIZE, make_scene, poses, render
+from animatediff.data.shapes_styles import STYLES, stamp
 from animatediff.evaluation.run_shapes import evaluate_shapes, shuffle_frames
 from animatediff.evaluation.shapes import LABELS, NONE, OPPOSITES, Score, score_clip, score_clips
 from animatediff.evaluation.shapes_report import format_table, summarise
@@ -209,7 +210,8 @@ def test_evaluation_of_a_perfect_model(tmp_path):
     assert result["generated"] == result["rendered"] and result["generated"]["all"] == 100
     assert result["shuffled"]["motion"] == pytest.approx(100 * 2 / 11, abs=0.01)  # two stand still
     assert json.loads((tmp_path / "summary.json").read_text()) == result
-    assert result["settings"] == {"captions": 11, "seed": 1, "steps": 25}
+    assert result["settings"] == {"captions": 11, "seed": 1, "style": "plain", "steps": 25}
+    assert (result["generated"]["style"], result["generated"]["watermark"]) == (100, 0)
     rows = list(csv.DictReader((tmp_path / "clips.csv").open()))
     assert [row["caption"] for row in rows] == asked
     assert all(row["motion"] == row["read_motion"] for row in rows) and rows[1]["read_motion_shuffled"] == NONE
@@ -218,7 +220,20 @@ def test_evaluation_of_a_perfect_model(tmp_path):
         assert sheet.height < 11 * (SIZE + 24)
 
 
+def test_evaluation_of_a_style():
+    def generate(captions: list[str], seeds: list[int]) -> Tensor:
+        scenes = [make_scene(seed, seed=HELD_OUT, motion=list(MOTIONS)[seed % 10]) for seed in seeds]
+        return stamp(render(scenes, style=STYLES["neon" if seeds[0] < 2 else "plain"]))
+
+    result = evaluate_shapes(generate, captions=4, batch=2, style="neon")
+    assert result["rendered"]["all"] == result["rendered"]["style"] == 100 and result["rendered"]["watermark"] == 0
+    assert (result["generated"]["style"], result["generated"]["watermark"]) == (50, 100)
+    assert format_table({"a": result["generated"]}).splitlines()[7].split() == ["style", "%", "50.0"]
+
+
 def test_refused_evaluations():
+    with pytest.raises(UserError, match="got style 'oil', expected one of plain"):
+        evaluate_shapes(lambda captions, seeds: torch.zeros(0), captions=1, style="oil")
     with pytest.raises(UserError, match="0 captions"):
         evaluate_shapes(lambda captions, seeds: torch.zeros(0), captions=0)
     with pytest.raises(UserError, match="1 clips for 2 captions"):

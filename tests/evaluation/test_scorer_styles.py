@@ -10,7 +10,13 @@ from animatediff.evaluation.run_shapes import shuffle_frames
 from animatediff.evaluation.shapes import LABELS, NONE
 from animatediff.evaluation.shapes_camera import read_camera
 from animatediff.evaluation.shapes_report import summarise
-from animatediff.evaluation.shapes_styles import read_style, read_watermark, score_styled, watermark_rate
+from animatediff.evaluation.shapes_styles import (
+    read_style,
+    read_watermark,
+    score_styled,
+    watermark_rate,
+    without_watermark,
+)
 from tests.evaluation.test_scorer import blurred, degraded
 
 SCENES = [make_scene(i, seed=1, motion=list(MOTIONS)[i % 10]) for i in range(60)]
@@ -40,6 +46,13 @@ def test_watermarks(styled):
     assert watermark_rate(clips) <= 1 and watermark_rate(stamp(clips)) >= 99
     assert watermark_rate(degraded(stamp(clips[:20]))) >= 97
     assert read_watermark(stamp(clips[0])) > 0.8
+
+
+def test_watermarks_hide_nothing(styled):
+    style, clips = styled
+    assert torch.allclose(without_watermark(stamp(clips[3])), clips[3], atol=1e-5)
+    assert torch.equal(without_watermark(clips[3]), clips[3])
+    assert [read_style(clip) for clip in stamp(clips[:10])].count(style) == 10
 
 
 def test_an_empty_picture_has_no_style_and_no_watermark():
