@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,8 +20,10 @@ from animatediff.diffusion.prompt_travel import Travel
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.diffusion.windows import Windows
 from animatediff.pipelines.assemble import Assembler
+from animatediff.pipelines.call_checks import check_call
 from animatediff.pipelines.components import Components, draw_seed, pick_device, pick_dtype, place, seeded
 from animatediff.pipelines.control import ConditionImages, make_control
+from animatediff.pipelines.outputs import decode
 from animatediff.pipelines.prompts import Prompts, encode_prompts
 from animatediff.pipelines.sample import ClipSampler
 from animatediff.pipelines.sampling import Sampling, complete_sampling
@@ -30,7 +31,6 @@ from animatediff.pipelines.start import Pictures, chain_window, check_start, tak
 from animatediff.pipelines.weights import check_entries
 from animatediff.utils import UserError
 
-OUTPUT_TYPES = ("pil", "np", "pt", "tensor", "latent")
 RETURN_TYPES = {"tensor": "tensor", "numpy": "tensor", "image": "pil"}
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[["AnimateDiffPipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -228,9 +228,17 @@ class AnimateDiffPipeline:
         sampling.check_steering(said, c.distillation)
         window = chain_window(c.unet.config.motion.max_frames if c.unet.config.motion else None)
         at_once = min(num_frames, window) if extend and not windows else num_frames
-        self._check(at_once, height, width, sampling, num_videos_per_prompt, windows, said.pe_stretch)
-        if output_type not in OUTPUT_TYPES:
-            raise UserError(f"got output_type {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
+        check_call(
+            c,
+            sampling,
+            num_frames=at_once,
+            height=height,
+            width=width,
+            num_videos_per_prompt=num_videos_per_prompt,
+            windows=windows,
+            stretch=said.pe_stretch,
+            output_type=output_type,
+        )
         control = make_control(
             c,
             conditioning_frames,
@@ -304,7 +312,7 @@ class AnimateDiffPipeline:
             channels, *size = clips.latent_size
             noise = _given_latents(latents, (len(context), channels, num_frames, *size)).to(c.device)
         x = clips.sample(noise)
-        frames = self._decode(x, output_type, decode_chunk_size)
+        frames = decode(c.vae, x, output_type, chunk_frames=decode_chunk_size)
         return AnimateDiffOutput(frames) if return_dict else (frames,)
 
     def infer(
@@ -369,44 +377,6 @@ class AnimateDiffPipeline:
         defaults = Sampling(c.sampler, c.schedule.timestep_spacing, steps=50)
         return complete_sampling(asked, defaults, c.distillation)
 
-    def _check(
-        self,
-        frames: int,
-        height: int,
-        width: int,
-        sampling: Sampling,
-        videos: int,
-        windows: Windows | None,
-        stretch: float,
-    ) -> None:
-        for name, value in (
-            ("num_frames", frames),
-            ("height", height),
-            ("width", width),
-            ("num_inference_steps", sampling.steps),
-            ("num_videos_per_prompt", videos),
-        ):
-            if value < 1:
-                raise UserError(f"{name}: got {value}, expected at least 1")
-        c = self.components
-        for name, value in (("height", height), ("width", width)):
-            if value % c.vae.config.downsampling:
-                raise UserError(f"{name}: got {value} pixels, expected a multiple of {c.vae.config.downsampling}")
-        motion, seen = c.unet.config.motion, min(frames, windows.length) if windows else frames
-        if motion and seen > (longest := int(motion.max_frames * stretch)):
-            what = "window length" if windows else "num_frames"
-            raise UserError(
-                f"{what}: got {seen}, expected at most {longest}, the longest clip the {motion.version} motion module "
-                f"was trained on: animate in overlapping windows by windows=Windows(length={min(16, longest)}), make a "
-                "shorter clip, or set max_frames in the config"
-            )
-        if sampling.steps > (most := c.schedule.num_train_timesteps):
-            raise UserError(f"num_inference_steps: got {sampling.steps}, expected at most {most}")
-        if sampling.guidance_scale < 0:
-            raise UserError(f"guidance_scale: got {sampling.guidance_scale:g}, expected 0 or more (1 is no guidance)")
-        if not 0 <= sampling.eta <= 1:
-            raise UserError(f"eta: got {sampling.eta:g}, expected 0 (deterministic) to 1")
-
     @torch.no_grad()
     def decode_frames(self, latents: Tensor, *, chunk: int = 8) -> Iterator[np.ndarray]:
         """The frames of one clip, uint8 (H, W, 3), one after the other: only `chunk` of them are there at a time.
@@ -415,20 +385,9 @@ class AnimateDiffPipeline:
             latents: (1, c, f, h, w), as the output type "latent" gives them.
         """
         for part in latents.split(chunk, dim=2):
-            yield from to_uint8(self._decode(rearrange(part, "b c f h w -> b f c h w"), "pt", chunk)[0])
-
-    def _decode(self, latents: Tensor, output_type: str, chunk_frames: int) -> Any:
-        if output_type == "latent":
-            return rearrange(latents, "b f c h w -> b c f h w")
-        video = self.components.vae.decode_video(latents, chunk_frames=chunk_frames).float().cpu()
-        video = (video / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return video
-        if output_type == "tensor":
-            return rearrange(video, "b f c h w -> b c f h w")
-        if output_type == "np":
-            return rearrange(video, "b f c h w -> b f h w c").numpy()
-        return [[Image.fromarray(frame) for frame in to_uint8(clip)] for clip in video]
+            yield from to_uint8(
+                decode(self.components.vae, rearrange(part, "b c f h w -> b f c h w"), "pt", chunk_frames=chunk)[0]
+            )
 
 
 def advance(bar: tqdm) -> StepCallback:

@@ -8,8 +8,9 @@ import torch
 from animatediff_kernels import temporal_attention_packed, use_backend
 
 from animatediff.checkpoints.load import load_motion_module
+from animatediff.data.world import World
 from animatediff.pipelines.components import place
-from animatediff.training.diffusion_stages import MotionStage
+from animatediff.training.diffusion_stages import DiffusionStage, freeze, learn_motion
 from animatediff.training.latents import LatentClips
 from animatediff.training.stages import load_complete
 
@@ -55,9 +56,12 @@ def losses(folder: Path, backend: str, device: str, steps: int) -> torch.Tensor:
     """Of the bundled model's motion module, trained on in the built-in world."""
     base = load_complete(str(ASSETS / "shapes.safetensors"))
     unet, _ = load_motion_module(base.unet, ASSETS / "shapes_motion.safetensors")
-    clips = LatentClips.of_shapes(folder / "clips.pt", base.vae, count=16, log=lambda line: None)
+    clips = LatentClips.of_world(folder / "clips.pt", base.vae, World(clips=16), log=lambda line: None)
     unet, text_encoder = (place(m, torch.device(device), torch.float32) for m in (unet, base.text_encoder))
-    stage = MotionStage(unet, text_encoder, base.schedule, clips)
+    freeze(unet, text_encoder)
+    stage = DiffusionStage(
+        "motion", unet, text_encoder, base.schedule, clips, learns=learn_motion(unet), save=lambda *_: None
+    )
     optimizer = torch.optim.AdamW((p for _, p in unet.motion_parameters()), lr=1e-4)
     found = []
     with use_backend(backend):
