@@ -123,7 +123,8 @@ def wants_text(hint: Any) -> bool:
         return True
     if typing.get_origin(hint) is Literal:
         return all(isinstance(choice, str) for choice in typing.get_args(hint))
-    return any(wants_text(arg) for arg in typing.get_args(hint))
+    args = typing.get_args(hint)
+    return any(wants_text(arg) for arg in (args[1:] if typing.get_origin(hint) is dict else args))
 
 
 def may_be_mapping(hint: Any) -> bool:
@@ -143,10 +144,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         fits = (a for a in options if isinstance(value, by_value.get(typing.get_origin(a) or a, ())))
         return None if value is None else convert(value, next(fits, options[0]), where)
     if origin is dict and isinstance(value, Mapping):
-        numbered = {
-            int(k) if args[0] is int and isinstance(k, str) and k.isdecimal() else k: v for k, v in value.items()
-        }
-        return {convert(k, args[0], f"{where}: key"): convert(v, args[1], f"{where}[{k}]") for k, v in numbered.items()}
+        return {_key(k, args[0], where): convert(v, args[1], f"{where}[{k}]") for k, v in value.items()}
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(convert(v, args[0], f"{where}[{i}]" if len(items) > 1 else where) for i, v in enumerate(items))
@@ -163,6 +161,13 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     elif type(value) is hint:
         return value
     raise UserError(f"{where}: got {describe(value)}, expected {type_name(hint)}")
+
+
+def _key(key: Any, hint: Any, where: str) -> Any:
+    """Numbers may be written as text and texts as numbers: YAML and JSON differ in what a key can be."""
+    if hint is int and isinstance(key, str) and key.isdecimal():
+        return int(key)
+    return str(key) if hint is str else convert(key, hint, f"{where}: key")
 
 
 def type_name(hint: Any) -> str:
