@@ -164,11 +164,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _key(key: Any, hint: Any, where: str) -> Any:
-    """A key of a mapping, which YAML may have read as a number and the command line as a text."""
-    if hint is str and isinstance(key, (int, float)):
-        return str(key)
-    number = hint is int and isinstance(key, str) and key.isdecimal()
-    return convert(int(key) if number else key, hint, f"{where}: key")
+    """Numbers may be written as text and texts as numbers: YAML and JSON differ in what a key can be."""
+    if hint is int and isinstance(key, str) and key.isdecimal():
+        return int(key)
+    return str(key) if hint is str else convert(key, hint, f"{where}: key")
 
 
 def type_name(hint: Any) -> str:
