@@ -52,6 +52,8 @@ class WorldEncoder:
         """
         bundled = path is None
         path = Path(str(files("animatediff").joinpath(BUNDLED))) if bundled else Path(path)
+        if not path.is_file():
+            raise UserError(f"got no encoder at {path}: train stage shapes_encoder, or give a local CLIP's folder")
         loaded = read_state_dict(path)
         if CONFIG_KEY not in loaded.metadata:
             raise UserError(f"got {path}, expected an encoder of the built-in world: train stage shapes_encoder")

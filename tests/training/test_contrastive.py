@@ -51,3 +51,5 @@ def test_another_file_is_no_encoder(tmp_path):
     write_state_dict(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     with pytest.raises(UserError, match="x.safetensors, expected an encoder of the built-in world"):
         WorldEncoder.from_file(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="got no encoder at .*y.safetensors: train stage shapes_encoder"):
+        WorldEncoder.from_file(tmp_path / "y.safetensors")
