@@ -12,7 +12,7 @@ from torch import Tensor
 from animatediff.checkpoints.files import file_sha256, find_weights, read_json, read_state_dict
 from animatediff.evaluation.clip_metrics import Encoder
 from animatediff.evaluation.pictures import cover
-from animatediff.evaluation.world_encoder import WorldEncoder
+from animatediff.evaluation.world_encoder import CONFIG_KEY, WorldEncoder
 from animatediff.models.text import Tokenizer
 from animatediff.utils import UserError
 
@@ -21,12 +21,20 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def load_encoder(name: str, *, device: torch.device | None = None) -> Encoder:
-    """The encoder of a name: "world" is the built-in world's own, anything else a path that `LocalCLIP` takes.
+    """The encoder of a name.
+
+    Args:
+        name: "world", the bundled one; a file that stage `shapes_encoder` wrote; or a path that `LocalCLIP` takes.
+        device: of a `LocalCLIP`.
 
     Raises:
         UserError: what `LocalCLIP` refuses.
     """
-    return WorldEncoder.from_file() if name == WORLD else LocalCLIP(name, device=device)
+    if name == WORLD:
+        return WorldEncoder.from_file()
+    if Path(name).is_file() and CONFIG_KEY in read_state_dict(name).metadata:
+        return WorldEncoder.from_file(name)
+    return LocalCLIP(name, device=device)
 
 
 class LocalCLIP:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from animatediff.checkpoints.files import read_state_dict, write_state_dict
+from animatediff.checkpoints.files import file_sha256, read_state_dict, write_state_dict
 from animatediff.data.shapes import (
     BACKGROUNDS,
     COLORS,
@@ -39,10 +39,8 @@ LABELS = {"color": COLORS, "shape": SHAPES, "background": BACKGROUNDS, "motion":
 class WorldEncoder:
     """An `Encoder` (`clip_metrics`) that knows the words and the pictures of the built-in world only."""
 
-    name = "world"
-
-    def __init__(self, model: SmallCLIP):
-        self.model = model.eval()
+    def __init__(self, model: SmallCLIP, name: str = "world"):
+        self.model, self.name = model.eval(), name
         self._tokenizer = Tokenizer()
 
     @classmethod
@@ -52,23 +50,26 @@ class WorldEncoder:
         Raises:
             UserError: the file is missing, damaged or something else.
         """
-        path = Path(str(files("animatediff").joinpath(BUNDLED))) if path is None else Path(path)
+        bundled = path is None
+        path = Path(str(files("animatediff").joinpath(BUNDLED))) if bundled else Path(path)
+        if not path.is_file():
+            raise UserError(f"got no encoder at {path}: train stage shapes_encoder, or give a local CLIP's folder")
         loaded = read_state_dict(path)
         if CONFIG_KEY not in loaded.metadata:
             raise UserError(f"got {path}, expected an encoder of the built-in world: train stage shapes_encoder")
         config = build_dataclass(SmallCLIPConfig, json.loads(loaded.metadata[CONFIG_KEY]), where=str(path))
         model = SmallCLIP(config, loaded.tensors["tokens"])
         model.load_state_dict({key: t.float() for key, t in loaded.tensors.items()})
-        return cls(model)
+        return cls(model, "world" if bundled else f"{path} (sha256 {file_sha256(path)[:16]})")
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Unit embeddings (n, 64) of pictures (n, 3, H, W) in [-1, 1], shrunk and cropped to 64 x 64."""
+        """Unit embeddings (n, d) of pictures (n, 3, H, W) in [-1, 1], shrunk and cropped to 64 x 64."""
         return self.model.encode_images(cover(images, self.model.config.size))
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings (n, 64) of texts; what goes beyond 30 tokens is cut off."""
+        """Unit embeddings (n, d) of texts; what goes beyond 30 tokens is cut off."""
         return self.model.encode_tokens(tokenize(self._tokenizer, texts, self.model.config.max_length))
 
 

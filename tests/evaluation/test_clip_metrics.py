@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
 from animatediff.data.shapes import make_scene
 from animatediff.evaluation.clip_metrics import domain_similarity, frame_consistency, measure_clip, text_alignment
@@ -16,8 +16,7 @@ from animatediff.evaluation.pictures import cover, find_pictures, read_pictures,
 from animatediff.evaluation.world_encoder import matches
 from animatediff.models.text import Tokenizer
 from animatediff.utils import UserError
-
-TINY = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+from tests.tiny_clip import write_clip
 
 
 def test_known_vectors():
@@ -66,12 +65,7 @@ def test_pictures_are_resized_as_clip_was_trained(size):
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    text = TINY | {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=TINY | {"image_size": 32, "patch_size": 8}))
-    folder = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_a_local_clip_is_what_transformers_computes(clip_folder):

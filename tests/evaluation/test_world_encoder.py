@@ -11,7 +11,8 @@ from animatediff.evaluation.run_shapes import shuffle_frames
 from animatediff.evaluation.world_encoder import BUNDLED, WorldEncoder, retrieval
 from animatediff.utils import UserError
 
-ROOT = Path(__file__).parents[2]
+FILE = Path(__file__).parents[2] / "animatediff" / BUNDLED
+pytestmark = pytest.mark.skipif(not FILE.exists(), reason="no encoder is bundled: train stage shapes_encoder")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def encoder() -> WorldEncoder:
 
 
 def test_its_file_is_small():
-    assert (ROOT / "animatediff" / BUNDLED).stat().st_size <= 600_000
+    assert FILE.stat().st_size <= 600_000
 
 
 def test_frames_and_captions_of_held_out_scenes(encoder):

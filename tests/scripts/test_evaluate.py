@@ -6,15 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from animatediff.data.shapes import make_scene, render
 from animatediff.data.video_io import save_video
 from animatediff.utils import UserError
 from scripts import evaluate
 from tests.nano import entry, write_config, write_files
+from tests.tiny_clip import write_clip
 
 
 @pytest.fixture(scope="module")
@@ -84,43 +83,38 @@ def test_options_are_checked_in_one_line():
         evaluate.main(["--videos"])
 
 
-def test_what_the_prompt_and_other_pictures_say(tmp_path, capsys):
-    """The world's encoder: a clip that is what its prompt says, one that is not; and both far from other clips."""
-    scenes = [make_scene(i, seed=1, color=color, shape="star") for i, color in enumerate(["red", "blue"])]
-    for i, video in enumerate(render(scenes) / 2 + 0.5):
-        save_video(video, tmp_path / "clips" / f"{i}.webp", metadata={"prompt": scenes[0].caption})
-        save_video(video.flip(0), tmp_path / "others" / f"{i}.webp")
-    save_video(render(scenes[:1], only_frames=np.array([[0, 8]]))[0] / 2 + 0.5, tmp_path / "images")
-    arguments = ["--videos", str(tmp_path / "clips"), "--reference", str(tmp_path / "images"), "--device", "cpu"]
-    evaluate.main([*arguments, "--fvd-against", str(tmp_path / "others"), "--output-dir", str(tmp_path / "out")])
-    rows = list(csv.DictReader((tmp_path / "out" / "clips.csv").open(encoding="utf-8")))
-    for name in ("text_alignment", "domain_similarity"):
-        assert float(rows[0][name]) > float(rows[1][name]) + 20
-    assert all(50 < float(row["frame_consistency"]) <= 100 for row in rows)
+def test_with_a_local_clip(tmp_path, capsys):
+    """A clip that moves and has a prompt, and one that stands still and has none, beside pictures of the second."""
+    clips, folder = tmp_path / "clips", write_clip(tmp_path / "clip")
+    moving, still = torch.rand(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    save_video(moving, clips / "a.webp", metadata={"prompt": "a red fox"})
+    save_video(still[:1].expand(3, -1, -1, -1), clips / "b.webp")
+    arguments = ["--videos", str(clips), "--clip", str(folder), "--reference", str(clips / "b.webp"), "--device", "cpu"]
+    evaluate.main([*arguments, "--fvd-against", str(clips), "--output-dir", str(tmp_path / "out")])
+    a, b = csv.DictReader((tmp_path / "out" / "clips.csv").open(encoding="utf-8"))
+    assert -100 <= float(a["text_alignment"]) <= 100 and b["text_alignment"] == ""
+    assert float(b["frame_consistency"]) == float(b["domain_similarity"]) == 100
+    assert float(a["frame_consistency"]) < 100 > float(a["domain_similarity"])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["settings"]["encoder"] == "world" and summary["settings"]["references"] == [str(tmp_path / "images")]
-    assert summary["measures"]["text_alignment"]["clips"] == 2
-    assert summary["fvd"] | {"distance": 0} == {
-        "distance": 0,
-        "clips": 2,
-        "against": 2,
-        "features": 192,
-        "extractor": "frames and changes of world",
-    }
-    out = capsys.readouterr().out
-    assert "text_alignment" in out and next(line for line in out.splitlines() if line.startswith("fvd")).endswith(
-        "2 to 2"
-    )
+    assert summary["settings"]["encoder"].startswith(f"{folder} (sha256 ")
+    assert summary["settings"]["references"] == [str(clips / "b.webp")]
+    assert summary["measures"]["text_alignment"]["clips"] == 1
+    fvd = summary["fvd"]
+    assert fvd["distance"] == pytest.approx(0, abs=1e-6) and (fvd["clips"], fvd["against"]) == (2, 2)
+    assert fvd["features"] == 3 * 512 and fvd["extractor"].startswith(f"frames and changes of {folder}")
+    out = capsys.readouterr().out.splitlines()
+    assert next(line for line in out if line.startswith("fvd")).endswith("2 to 2")
 
 
 def test_a_distance_needs_several_clips(tmp_path):
     for name in ("a.gif", "b/c.gif"):
         save_video(torch.rand(2, 3, 16, 16), tmp_path / name)
     one, both = ["--videos", str(tmp_path / "a.gif")], ["--videos", str(tmp_path)]
+    folder = ["--clip", str(write_clip(tmp_path / "clip"))]
     with pytest.raises(UserError, match="videos: got 1 clip, expected at least two for the Fréchet distance"):
-        evaluate.main([*one, "--fvd-against", str(tmp_path)])
+        evaluate.main([*one, *folder, "--fvd-against", str(tmp_path)])
     with pytest.raises(UserError, match="against: got 1 clip, expected at least two"):
-        evaluate.main([*both, "--fvd-against", str(tmp_path / "b")])
+        evaluate.main([*both, *folder, "--fvd-against", str(tmp_path / "b")])
     with pytest.raises(UserError, match="a.gif, which is no TorchScript file"):
         evaluate.main([*both, "--fvd-against", str(tmp_path), "--fvd-features", str(tmp_path / "a.gif")])
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 import yaml
 
+from animatediff.checkpoints.files import write_state_dict
+from animatediff.evaluation.encoders import load_encoder
 from animatediff.evaluation.world_encoder import WorldEncoder, new_small_clip
 from animatediff.model_config import SmallCLIPConfig
 from animatediff.models.text import Tokenizer
 from animatediff.training.stages import load_train_config
+from animatediff.utils import UserError
 
 CONFIG = {
     "stage": "shapes_encoder",
@@ -25,7 +28,8 @@ def test_the_stage(tmp_path):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert sum(losses[-5:]) < sum(losses[:5]) - 1
     assert lines[-1].startswith("held-out scenes, percent right: caption ")
-    encoder = WorldEncoder.from_file(tmp_path / "encoder.safetensors")
+    encoder = load_encoder(str(tmp_path / "encoder.safetensors"))
+    assert isinstance(encoder, WorldEncoder) and encoder.name.startswith(str(tmp_path))
     assert encoder.model.config == SmallCLIPConfig(channels=(8, 16), width=16, text_layers=1)
     texts = encoder.encode_texts(["a red star", "a red star moving left on a white background " * 9])
     assert torch.allclose(texts.norm(dim=1), torch.ones(2), atol=1e-5)
@@ -44,9 +48,8 @@ def test_words_of_the_world_and_others():
 
 
 def test_another_file_is_no_encoder(tmp_path):
-    from animatediff.checkpoints.files import write_state_dict
-    from animatediff.utils import UserError
-
     write_state_dict(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     with pytest.raises(UserError, match="x.safetensors, expected an encoder of the built-in world"):
         WorldEncoder.from_file(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="got no encoder at .*y.safetensors: train stage shapes_encoder"):
+        WorldEncoder.from_file(tmp_path / "y.safetensors")
