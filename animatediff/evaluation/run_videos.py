@@ -192,15 +192,8 @@ def _measure(
 
 def _read(path: Path) -> tuple[Tensor, float, dict[str, Any]]:
     """Frames uint8 (f, 3, H, W), fps and settings of a clip."""
-    try:
-        frames, fps = read_video(path)
-        return frames.movedim(-1, 1), fps, read_metadata(path)
-    except UserError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow and numpy raise for damaged or unequal frames
-        raise UserError(
-            f"got {path}, which cannot be read ({error}), expected a whole clip: replace the file"
-        ) from None
+    frames, fps = read_video(path)
+    return frames.movedim(-1, 1), fps, read_metadata(path)
 
 
 def _texts(paths: str | Sequence[str | Path]) -> str | list[str]:

@@ -121,9 +121,9 @@ def test_mistakes(tmp_path):
 def test_damaged_clips_are_named(tmp_path):
     whole = save_video(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)), tmp_path / "clip.gif")
     whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"clip\.gif, which cannot be read"):
+    with pytest.raises(UserError, match=r"clip\.gif, which cannot be decoded"):
         evaluate_videos([whole])
     frames = save_video(gray(0, 1), tmp_path / "frames")
     Image.new("RGB", (4, 4)).save(frames / "0002.png")
-    with pytest.raises(UserError, match="frames, which cannot be read"):
+    with pytest.raises(UserError, match="frames of 4x4 and 16x16 pixels, expected one size"):
         evaluate_videos([frames])
