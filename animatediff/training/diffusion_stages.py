@@ -32,6 +32,7 @@ class ClipSource(Protocol):
     """Where a stage's clips come from."""
 
     names: list[str]  # of the clips of the last batch, for messages
+    scribbles: Tensor | None  # of the last batch, bool (b, f, H, W), where the source was asked for them
 
     def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Scaled latents (b, f, c, h, w), float32, and caption tokens (b, 77) of micro-batch `index` of the run.
@@ -114,12 +115,12 @@ def learn_motion(unet: UNet) -> UNet:
     return unet
 
 
-def checkpoint_activations(unet: UNet) -> None:
-    """Keep only the inputs of the UNet's layers; the backward pass computes the rest again (arXiv 1604.06174).
+def checkpoint_activations(network: nn.Module) -> None:
+    """Keep only the inputs of the network's layers; the backward pass computes the rest again (arXiv 1604.06174).
 
     The gradients are the same, for about a third more time and a small part of the memory.
     """
-    for module in unet.modules():
+    for module in network.modules():
         if isinstance(module, (ResnetBlock, SpatialTransformer, MotionModule)):
             module.forward = functools.partial(
                 checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False

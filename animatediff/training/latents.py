@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from animatediff.data.clips import Series
+from animatediff.data.scribble import draw_scribbles, pack, unpack
 from animatediff.data.world import World
 from animatediff.models.text import Tokenizer
 from animatediff.models.vae import VAE
@@ -19,6 +20,7 @@ from animatediff.training.loop import world
 
 CAPTION_DROPOUT = 0.1  # share of empty captions, which teaches the unconditional half of guidance
 CHUNK = 16  # clips rendered and encoded at a time
+SCRIBBLED = {"scribbled": 1}  # in the key of clips with scribbles; another number where they are drawn differently
 FAVOUR = 4.0  # how many times as often a favoured motion is drawn
 
 Log = Callable[[str], None]
@@ -32,10 +34,13 @@ class LatentClips:
         weights: how often each is drawn, relative to the others.
         single_frames: whether a batch has one random frame of each clip.
         names: of the clips of the last batch.
+        scribbles: of the last batch, bool (b, f, H, W), where the clips have them.
     """
 
-    def __init__(self, latents: Tensor, tokens: Tensor, empty: Tensor):
+    def __init__(self, latents: Tensor, tokens: Tensor, empty: Tensor, lines: Tensor | None = None):
         self.latents, self.tokens, self.empty = latents, tokens, empty
+        self.lines = lines  # of all clips, packed
+        self.scribbles: Tensor | None = None
         self.weights, self.single_frames = torch.ones(len(latents)), False
         self.names: list[str] = []
 
@@ -54,21 +59,33 @@ class LatentClips:
         """Clips drawn by `generator`: a `ClipSource`."""
         which = self.draw(batch_size, generator)
         self.names = [f"clip {i}" for i in which.tolist()]
+        if self.lines is not None:
+            cell = self.lines.shape[-2] // self.latents.shape[-2]
+            self.scribbles = unpack(self.lines[which], cell * self.latents.shape[-1])
         if self.single_frames:
             frame = torch.randint(self.latents.shape[1], (batch_size,), generator=generator)
             return self.latents[which, frame].float()[:, None], self.captions(which, generator)
         return self.latents[which].float(), self.captions(which, generator)
 
     @classmethod
-    def of_world(cls, path: Path, vae: VAE, world: World, *, log: Log = print) -> LatentClips:
+    def of_world(cls, path: Path, vae: VAE, world: World, *, scribbles: bool = False, log: Log = print) -> LatentClips:
         """Clips of the built-in world; favoured motions are drawn more often."""
 
         def batches() -> Iterator[Batch]:
             for start in range(0, world.clips, CHUNK):
                 yield world.render(range(start, min(start + CHUNK, world.clips)))
 
-        key = {"world": world.key()}
-        clips = cls.build(path, key, batches(), vae, Tokenizer(), count=world.clips, chunk_frames=64, log=log)
+        clips = cls.build(
+            path,
+            {"world": world.key()},
+            batches(),
+            vae,
+            Tokenizer(),
+            count=world.clips,
+            chunk_frames=64,
+            scribbles=scribbles,
+            log=log,
+        )
         motions = (world.scene(i).motion for i in range(world.clips))
         clips.weights = torch.tensor([FAVOUR if motion in world.favoured else 1.0 for motion in motions])
         return clips
@@ -85,6 +102,7 @@ class LatentClips:
         *,
         count: int,
         chunk_frames: int = 16,
+        scribbles: bool = False,
         log: Log = print,
     ) -> LatentClips:
         """Read the clips at `path`, or encode `batches` and write that file.
@@ -95,22 +113,27 @@ class LatentClips:
             batches: `count` clips in all.
             vae, tokenizer: of the image model.
             chunk_frames: pictures encoded at a time.
+            scribbles: draw them too.
             log: told how far it is.
         """
         empty = tokenize(tokenizer, [""])[0]
+        key = key | SCRIBBLED if scribbles else key
         if made_from(path, key):
             state = torch.load(path, weights_only=True, mmap=True)
-            return cls(state["latents"], state["tokens"], empty)
-        latents, tokens, done = [], [], 0
+            return cls(state["latents"], state["tokens"], empty, state["lines"] if scribbles else None)
+        latents, tokens, lines, done = [], [], [], 0
         for number, (video, captions) in enumerate(batches):
             latents.append(encode(vae, video, chunk_frames=chunk_frames).half().cpu())
             tokens.append(tokenize(tokenizer, captions))
+            if scribbles:
+                lines.append(pack(draw_scribbles(video.to(vae.quant_conv.weight.device))))
             done += len(captions)
             if number % 32 == 0 or done == count:
                 log(f"encoded {done}/{count} clips")
-        clips = cls(torch.cat(latents), torch.cat(tokens), empty)
+        clips = cls(torch.cat(latents), torch.cat(tokens), empty, torch.cat(lines) if scribbles else None)
         temporary = path.with_suffix(".tmp")
-        torch.save({**key, "latents": clips.latents, "tokens": clips.tokens}, temporary)
+        drawn = {"lines": clips.lines} if scribbles else {}
+        torch.save({**key, "latents": clips.latents, "tokens": clips.tokens, **drawn}, temporary)
         os.replace(temporary, path)
         return clips
 
@@ -149,8 +172,10 @@ class ClipReader:
 class StreamedClips:
     """Clips of video files, encoded as they are needed: micro-batch `index` of size b begins with clip b * index."""
 
-    def __init__(self, reader: ClipReader, vae: VAE, tokenizer: Tokenizer):
+    def __init__(self, reader: ClipReader, vae: VAE, tokenizer: Tokenizer, *, scribbles: bool = False):
         self.reader, self.vae, self.tokenizer = reader, vae, tokenizer
+        self.draws = scribbles
+        self.scribbles: Tensor | None = None
         self.names: list[str] = []
         self.empty = tokenize(tokenizer, [""])[0]
 
@@ -162,6 +187,8 @@ class StreamedClips:
         self.names = [self.reader.clips.name(number) for number in wanted]
         with torch.no_grad():
             latents = encode(self.vae, video).float()
+        if self.draws:
+            self.scribbles = draw_scribbles(video.to(self.vae.quant_conv.weight.device))
         return latents, drop_captions(tokenize(self.tokenizer, captions), self.empty, generator)
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
+from animatediff.control_config import condition_frames
 from animatediff.data.video_io import save_video
 from animatediff.pipelines.animate import AnimateDiffPipeline
 from animatediff.pipelines.components import Components, seeded
-from animatediff.utils import UserError
+from animatediff.pipelines.control import read_condition_images
+from animatediff.training.sources import existing
+from animatediff.utils import UserError, naming
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class SampleConfig:
     H: int = 256  # pixels
     W: int = 256
     fps: float = 8.0
+    controlnet_images: tuple[str, ...] = ()  # for a SparseCtrl encoder that is being trained,
+    controlnet_image_indexs: tuple[int, ...] = (0,)  # the frame of each
 
     def __post_init__(self) -> None:
         for key in ("every", "steps", "L", "H", "W"):
@@ -45,7 +50,7 @@ class SampleClips:
     """Draws the prompts with networks that are being trained, and no randomness but its own.
 
     Raises:
-        UserError: the networks make no clips of that size or length.
+        UserError: the networks make no clips of that size or length, or take no such images.
     """
 
     def __init__(self, config: SampleConfig, components: Components, log: Callable[[str], None]):
@@ -56,6 +61,13 @@ class SampleClips:
             raise UserError(f"samples: got a side of {side} pixels, expected multiples of {cell}: change H or W")
         if motion and config.L > motion.max_frames:
             raise UserError(f"samples: L: got {config.L}, expected at most {motion.max_frames}, what the module holds")
+        if bool(config.controlnet_images) != (components.sparsectrl is not None):
+            raise UserError("samples: expected controlnet_images where a SparseCtrl encoder is trained, and only there")
+        self.images = [existing(path) for path in config.controlnet_images] or None
+        if self.images:
+            with naming("samples"):
+                condition_frames(config.controlnet_image_indexs, images=len(self.images), frames=config.L)
+                read_condition_images(self.images, (config.H, config.W))
 
     def __call__(self, folder: Path, step: int) -> None:
         """Write `folder`/<step>-<number>.gif, or a PNG folder of that name for a single frame."""
@@ -69,6 +81,8 @@ class SampleClips:
                     guidance_scale=config.guidance_scale,
                     negative_prompt=config.n_prompt,
                     generator=seeded(config.seed + number),
+                    conditioning_frames=self.images,
+                    controlnet_frame_indices=config.controlnet_image_indexs,
                     output_type="pt",
                 ).frames[0]
             name = f"{step:06d}-{number}" + (".gif" if config.L > 1 else "")

@@ -15,7 +15,7 @@ from animatediff.models.text import Tokenizer
 from animatediff.models.vae import VAE
 from animatediff.pipelines.weights import find_file
 from animatediff.training.diffusion_stages import ClipSource
-from animatediff.training.latents import ClipReader, LatentClips, StreamedClips, made_from
+from animatediff.training.latents import SCRIBBLED, ClipReader, LatentClips, StreamedClips, made_from
 from animatediff.training.loop import first_process_first
 from animatediff.utils import UserError
 
@@ -35,6 +35,7 @@ class Data:
     world: World | None
     single_frames: bool
     seed: int
+    scribbles: bool = False  # draw them too
 
     def __post_init__(self) -> None:
         given = [self.videos, self.images, self.world]
@@ -92,19 +93,27 @@ class Data:
         series, tokenizer = self.series(log), own_tokenizer(base_path)
         reader = ClipReader(series, threads=threads)
         if not cache:
-            return StreamedClips(reader, base.vae, tokenizer)
+            return StreamedClips(reader, base.vae, tokenizer, scribbles=self.scribbles)
         made = repr((self.videos or self.images, self.single_frames, self.seed, base.report.sha256, series.files))
         key, count = {"made_from": hashlib.sha256(made.encode()).hexdigest()}, len(series.files)
         with first_process_first():
             return LatentClips.build(
-                folder / "clips.pt", key, reader.batches(count), base.vae, tokenizer, count=count, log=log
+                folder / "clips.pt",
+                key,
+                reader.batches(count),
+                base.vae,
+                tokenizer,
+                count=count,
+                scribbles=self.scribbles,
+                log=log,
             )
 
     def _of_world(self, world: World, vae: VAE, base_path: Path, folder: Path, log: Log) -> LatentClips:
         beside = base_path.parent / "clips.pt"  # the image stage may have encoded the same clips
-        path = beside if made_from(beside, {"world": world.key()}) else folder / "clips.pt"
+        key = {"world": world.key()} | (SCRIBBLED if self.scribbles else {})
+        path = beside if made_from(beside, key) else folder / "clips.pt"
         with first_process_first():
-            clips = LatentClips.of_world(path, vae, world, log=log)
+            clips = LatentClips.of_world(path, vae, world, scribbles=self.scribbles, log=log)
         clips.single_frames = self.single_frames
         return clips
 

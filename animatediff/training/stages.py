@@ -14,6 +14,7 @@ from torch import nn
 from animatediff.checkpoints.export import save_image_model, save_motion_module
 from animatediff.checkpoints.load import ImageModel, load_motion_module
 from animatediff.checkpoints.lora_files import read_lora
+from animatediff.checkpoints.sparsectrl_files import load_sparsectrl, save_sparsectrl
 from animatediff.config import SD15_FOLDER
 from animatediff.data.clips import ClipConfig
 from animatediff.data.images import ImageConfig
@@ -21,8 +22,10 @@ from animatediff.data.world import World
 from animatediff.dataclass_io import build_dataclass, parse_overrides, read_yaml
 from animatediff.model_config import MOTION_VERSIONS, MotionConfig, ScheduleConfig
 from animatediff.models.lora import LoRAStack
+from animatediff.models.sparsectrl import SparseCtrl, build_sparsectrl
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
+from animatediff.models.vae import VAE
 from animatediff.pipelines.components import Components, place
 from animatediff.training.contrastive import ShapesEncoder
 from animatediff.training.diffusion_stages import (
@@ -39,6 +42,7 @@ from animatediff.training.losses import MEAN_SQUARE, LossConfig
 from animatediff.training.samples import SampleClips, SampleConfig
 from animatediff.training.shapes_image import ShapesDecoder, ShapesImage
 from animatediff.training.sources import Data, existing, load_complete, own_tokenizer
+from animatediff.training.sparsectrl import SparseCtrlStage, learn_control
 from animatediff.utils import UserError
 
 Log = Callable[[str], None]
@@ -66,6 +70,8 @@ class Training:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the UNet's matrix products; weights stay float32
     gradient_checkpointing: bool = False  # a third more time for much less memory
     seed: int = 0
+
+    stage_class = DiffusionStage  # without an annotation, and so no key of the YAML
 
     def networks(self, base: ImageModel, log: Log) -> UNet:
         """The UNet that denoises, on the CPU."""
@@ -99,12 +105,14 @@ class Training:
         )
         freeze(base.unet, base.vae, base.text_encoder)
         learns, save = self.learner(base.unet, base)
-        sampler = self._sampler(base, base_path, log)
+        sampler = self._sampler(base, base_path, learns, log)
         if self.gradient_checkpointing:
             checkpoint_activations(base.unet)
+            if isinstance(learns, SparseCtrl):
+                checkpoint_activations(learns)
         folder.mkdir(parents=True, exist_ok=True)
         clips = data.source(base, base_path, folder, cache=self.cache, threads=self.threads, log=log)
-        stage = DiffusionStage(
+        stage = self.stage_class(
             STAGE_NAMES[type(self)],
             base.unet,
             base.text_encoder,
@@ -127,7 +135,7 @@ class Training:
         assert base.vae is not None
         data.check_fit(base.vae)
 
-    def _sampler(self, base: ImageModel, base_path: Path, log: Log) -> SampleClips | None:
+    def _sampler(self, base: ImageModel, base_path: Path, learns: nn.Module, log: Log) -> SampleClips | None:
         if self.samples is None:
             return None
         parts = Components(
@@ -137,6 +145,7 @@ class Training:
             tokenizer=own_tokenizer(base_path),
             schedule=base.schedule,
             loras=LoRAStack(base.unet, base.text_encoder),
+            sparsectrl=learns if isinstance(learns, SparseCtrl) else None,
         )
         return SampleClips(self.samples, parts, log)
 
@@ -257,6 +266,46 @@ class MotionLoRA(ClipTraining):
         return lora.attached, lambda folder, metadata: lora.save(folder / "motion_lora.safetensors", metadata)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SparseCtrlTraining(ClipTraining):
+    """Stage `sparsectrl`: an encoder of given frames, image model and motion module frozen (arXiv 2311.16933)."""
+
+    motion_module: str
+    kind: Literal["rgb", "scribble"]
+    init_from: str = ""  # an encoder to start from, in place of a fresh one
+
+    stage_class = SparseCtrlStage
+
+    def data(self) -> Data:
+        return replace(super().data(), scribbles=self.kind == "scribble")
+
+    def networks(self, base: ImageModel, log: Log) -> UNet:
+        return self.with_module(self.adapted(base.unet, log), self.motion_module, log)
+
+    def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
+        encoder = place(self.encoder(unet, base.vae), unet.conv_in.weight.device, torch.float32)
+        most = encoder.config.unet.motion.max_frames
+        if self.train_data and (frames := self.train_data.sample_n_frames) > most:
+            raise UserError(
+                f"train_data: sample_n_frames: got {frames}, expected at most {most}, what the encoder holds"
+            )
+
+        def save(folder: Path, metadata: dict[str, str]) -> None:
+            save_sparsectrl(encoder, folder / "sparsectrl.safetensors", metadata=metadata, dtype=torch.float16)
+
+        return learn_control(encoder), save
+
+    def encoder(self, unet: UNet, vae: VAE) -> SparseCtrl:
+        """Raises: UserError where the file is no encoder of this kind for these networks."""
+        if self.init_from:
+            encoder, _ = load_sparsectrl(existing(self.init_from), unet, vae)
+            if encoder.config.kind != self.kind:
+                raise UserError(f"init_from: got an encoder of kind {encoder.config.kind}, expected {self.kind}")
+            return encoder
+        sizes = vae.config
+        return build_sparsectrl(unet, self.kind, downsampling=sizes.downsampling, latent_channels=sizes.latent_channels)
+
+
 StageConfig = ShapesImage | ShapesDecoder | ShapesEncoder | Training
 STAGES: dict[str, type[StageConfig]] = {
     "shapes_image": ShapesImage,
@@ -267,6 +316,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "domain_adapter": DomainAdapter,
     "motion_module": MotionModule,
     "motion_lora": MotionLoRA,
+    "sparsectrl": SparseCtrlTraining,
 }
 STAGE_NAMES = {cls: name for name, cls in STAGES.items()}
 
