@@ -24,5 +24,5 @@ setup(
         "pillow",
         "tqdm",
     ],
-    extras_require={"dev": ["pytest", "ruff"], "tensorboard": ["tensorboard"], "bench": ["matplotlib"]},
+    extras_require={"dev": ["pytest", "pytest-xdist", "ruff"], "tensorboard": ["tensorboard"], "bench": ["matplotlib"]},
 )

@@ -1,4 +1,4 @@
-"""On a GPU (pytest -m gpu): every shape of the real network, and fifty steps of training with and without kernels."""
+"""On a GPU (pytest -n 0 -m gpu): every shape of the real network, and fifty training steps with and without kernels."""
 
 import sys
 from pathlib import Path
