@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ class ScanReport:
         return "\n".join(lines)
 
 
-class Series:
+class Series(ABC):
     """An endless series of clips in which every file comes once before any comes again.
 
     Clip `index` is a function of (seed, index) and the files alone, whoever asks for it and in which order; threads
@@ -141,9 +142,9 @@ class Series:
         order = _shuffled(self.seed, epoch, len(self.files))
         return (int(order[(place + attempt) % len(order)]) for attempt in range(len(order)))
 
+    @abstractmethod
     def _draw(self, file: CaptionedVideo, rng: np.random.Generator) -> Tensor:
         """Raises: UnusableVideo."""
-        raise NotImplementedError
 
 
 class Clips(Series):

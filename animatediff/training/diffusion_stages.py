@@ -73,7 +73,7 @@ class DiffusionStage(Stage):
     ):
         self.name, self.unet, self.text_encoder, self.clips = name, unet, text_encoder, clips
         self.schedule = NoiseSchedule(schedule)
-        self.learns, self.export = learns, save
+        self.learns, self.save = learns, save
         self.loss_config, self.noisy_share, self.autocast = loss, noisy_share, autocast
 
     def modules(self) -> nn.Module:
@@ -81,6 +81,9 @@ class DiffusionStage(Stage):
 
     def names(self) -> list[str]:
         return self.clips.names
+
+    def export(self, folder: Path, metadata: dict[str, str]) -> None:
+        self.save(folder, metadata)
 
     def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         x0, tokens = self.clips.batch(index, batch_size, generator)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -44,26 +45,26 @@ class LoopConfig:
 MAY_CHANGE = ("log_every", "checkpoint_every", "tensorboard")  # of a run that has begun
 
 
-class Stage:
+class Stage(ABC):
     """What one training stage is."""
 
     name: str
 
+    @abstractmethod
     def modules(self) -> nn.Module:
         """The module, on its device, whose parameters with `requires_grad` are trained and averaged."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Scalar loss of micro-batch `index` of the whole run, and numbers to log."""
-        raise NotImplementedError
 
     def names(self) -> list[str]:
         """What the last loss was computed from, for messages."""
         return []
 
+    @abstractmethod
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
         """Write the weights now in the modules as files that the loader reads."""
-        raise NotImplementedError
 
 
 class Sampler(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(ABC):
     """What all stages on top of an image model share. A stage says in `networks` which video or image UNet it wants,
     and in `learner` which parameters of the frozen networks learn and how they are saved.
     """
@@ -77,9 +78,9 @@ class Training:
         """The UNet that denoises, on the CPU."""
         return base.unet
 
+    @abstractmethod
     def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
         """The module whose parameters with `requires_grad` learn, all else being frozen, and how to save it."""
-        raise NotImplementedError
 
     def data(self) -> Data:
         return Data(self.train_data, self.image_data, self.world, single_frames=True, seed=self.seed)
