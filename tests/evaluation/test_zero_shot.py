@@ -1,5 +1,7 @@
 """Text2Video-Zero on the golden network: its first frame is the image model's, the others move away from it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from animatediff.pipelines.components import seeded
 from animatediff.utils import UserError
 from tests.nano import entry, write_config, write_files
 
+CONFIG = Path(__file__).parents[2] / "configs/animate/shapes.yaml"
 PROMPTS = ["a red fox", "a cat"]
 
 
@@ -57,7 +60,7 @@ def test_levels_say_how_free_the_frames_are(run):
 @pytest.mark.parametrize("side", [1, -1])
 def test_motion_goes_where_it_is_told(side):
     """Whatever the prompt says. The bundled model's noise levels are those of 16 x 16 cells."""
-    bundled = AnimateDiffPipeline.from_config("configs/animate/shapes.yaml", motion_module="", device="cpu")
+    bundled = AnimateDiffPipeline.from_config(CONFIG, motion_module="", device="cpu")
     clip = text2video_zero(
         bundled,
         ["a large yellow cross standing still on a gray background"],
