@@ -44,8 +44,8 @@ def test_first_frame_is_the_image_models(pipeline, run, levels, visited):
     generators = [seeded(3), seeded(4)]
     images = pipeline(PROMPTS, num_frames=1, timesteps=visited, generator=generators, output_type="pt").frames
     assert clips.shape == (2, 4, 3, 32, 32) and clips.isfinite().all() and clips.abs().max() <= 1
-    assert torch.allclose(clips[:, :1] / 2 + 0.5, images, atol=1e-4)
-    assert torch.allclose(run(levels=levels, frames=1), clips[:, :1], atol=1e-4)
+    assert torch.allclose(clips[:, :1] / 2 + 0.5, images, atol=1e-3)
+    assert torch.allclose(run(levels=levels, frames=1), clips[:, :1], atol=1e-3)
 
 
 def test_levels_say_how_free_the_frames_are(run):
@@ -76,7 +76,7 @@ def test_motion_goes_where_it_is_told(side):
 
 
 def test_each_clip_for_itself(run):
-    assert torch.allclose(run()[1:], run(PROMPTS[1:], [4]), atol=1e-4)
+    assert torch.allclose(run()[1:], run(PROMPTS[1:], [4]), atol=1e-3)
 
 
 def test_move():
