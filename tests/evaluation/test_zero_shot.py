@@ -1,14 +1,18 @@
 """Text2Video-Zero on the golden network: its first frame is the image model's, the others move away from it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from animatediff.evaluation.zero_shot import move, text2video_zero
+from animatediff.evaluation.shapes import score_clip
+from animatediff.evaluation.zero_shot import MOTION, move, text2video_zero
 from animatediff.pipelines.animate import AnimateDiffPipeline
 from animatediff.pipelines.components import seeded
 from animatediff.utils import UserError
 from tests.nano import entry, write_config, write_files
 
+CONFIG = Path(__file__).parents[2] / "configs/animate/shapes.yaml"
 PROMPTS = ["a red fox", "a cat"]
 
 
@@ -19,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipeline(folder):
-    config = write_config(folder / "image.yaml", entry(folder, motion_module="", H=64, W=64))
+    config = write_config(folder / "image.yaml", entry(folder, motion_module="", H=32, W=32))
     return AnimateDiffPipeline.from_config(config, device="cpu")
 
 
@@ -39,9 +43,9 @@ def test_first_frame_is_the_image_models(pipeline, run, levels, visited):
     clips = run(levels=levels)
     generators = [seeded(3), seeded(4)]
     images = pipeline(PROMPTS, num_frames=1, timesteps=visited, generator=generators, output_type="pt").frames
-    assert clips.shape == (2, 4, 3, 64, 64) and clips.isfinite().all() and clips.abs().max() <= 1
-    assert torch.allclose(clips[:, :1] / 2 + 0.5, images, atol=1e-4)
-    assert torch.allclose(run(levels=levels, frames=1), clips[:, :1], atol=1e-4)
+    assert clips.shape == (2, 4, 3, 32, 32) and clips.isfinite().all() and clips.abs().max() <= 1
+    assert torch.allclose(clips[:, :1] / 2 + 0.5, images, atol=1e-3)
+    assert torch.allclose(run(levels=levels, frames=1), clips[:, :1], atol=1e-3)
 
 
 def test_levels_say_how_free_the_frames_are(run):
@@ -53,15 +57,26 @@ def test_levels_say_how_free_the_frames_are(run):
     assert means[0] < 0.01 < means[1] < means[2]
 
 
-def test_motion(run):
-    still = {"levels": (941, 940.999)}
-    moved, held = run(motion=(0.25, 0.0), **still), run(motion=(0.0, 0.0), **still)
-    assert torch.allclose(moved[:, 0], held[:, 0], atol=1e-4)
-    assert not torch.allclose(moved[:, 1:], held[:, 1:], atol=0.05)
+@pytest.mark.parametrize("side", [1, -1])
+def test_motion_goes_where_it_is_told(side):
+    """Whatever the prompt says. The bundled model's noise levels are those of 16 x 16 cells."""
+    bundled = AnimateDiffPipeline.from_config(CONFIG, motion_module="", device="cpu")
+    clip = text2video_zero(
+        bundled,
+        ["a large yellow cross standing still on a gray background"],
+        [9],
+        steps=4,
+        guidance_scale=3.0,
+        motion=(side * MOTION / 2, 0.0),  # of the world's own slides this is 0.4
+        levels=(636, 546),
+    )
+    score = score_clip(clip[0])
+    assert (score.color, score.shape, score.background) == ("yellow", "cross", "gray")
+    assert side * score.amplitudes["right"] > 0.25 > abs(score.amplitudes["down"])
 
 
 def test_each_clip_for_itself(run):
-    assert torch.allclose(run()[1:], run(PROMPTS[1:], [4]), atol=1e-4)
+    assert torch.allclose(run()[1:], run(PROMPTS[1:], [4]), atol=1e-3)
 
 
 def test_move():
