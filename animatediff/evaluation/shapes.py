@@ -62,6 +62,7 @@ class Score:
     shape: str
     background: str
     motion: str
+    place: str
     amplitudes: dict[str, float]
     smoothness: float
     flicker: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from animatediff.utils import UserError, naming
 
 Log = Callable[[str], None]
 SHOWN = 1  # number of the caption whose clips are in strips.png
-MEASURES = {"motion": "motion %", "shape": "shape %", "all": "all %", "smoothness": "", "flicker": "", "drift": ""}
+MEASURES = {"motion": "motion %", "place": "place %", "shape": "shape %", "all": "all %", "smoothness": "", "flicker": "", "drift": ""}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Grid:
     cells: dict  # name -> values that differ from it, nested as they are there
     common: dict  # values that differ from it in every cell
     quick: dict  # with --quick: fields of this grid; `common` is added to the one above
+    sampling: dict = field(default_factory=dict)  # keys of the prompt config that differ in every cell
     seeds: tuple[int, ...] = (0, 1, 2)
     captions: int = 100  # clips that are scored
 
@@ -141,7 +142,7 @@ def run_grid(grid: Grid, *, jobs: int = 1, device: str = "cpu", log: Log = print
 def run_cell(grid: Grid, cell: str, seed: int, device: str = "cpu", log: Log = print) -> dict[str, Any]:
     """What one training scores; read from its folder where it is done."""
     stage = grid.stage(cell, seed)
-    path, made = Path(stage.output_dir) / "result.json", repr((stage, grid.captions))
+    path, made = Path(stage.output_dir) / "result.json", repr((stage, grid.captions, grid.sampling))
     if (result := read_result(path, made)) is None:
         torch.set_flush_denormal(True)
         stage.run(lambda line: log(f"{cell}, seed {seed}: {line}"), torch.device(device))
@@ -153,7 +154,7 @@ def run_cell(grid: Grid, cell: str, seed: int, device: str = "cpu", log: Log = p
 def measure(grid: Grid, stage: MotionModule, device: str) -> dict[str, Any]:
     """Scores of held-out captions, animated by what a stage has written, with its own noise schedule."""
     config, folder = existing(grid.animate), Path(stage.output_dir)
-    overrides = {
+    overrides = grid.sampling | {
         "pretrained_model_path": stage.pretrained_model_path,
         "motion_module": str(folder / "motion.safetensors"),
     }
