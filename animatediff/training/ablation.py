@@ -34,7 +34,15 @@ from animatediff.utils import UserError, naming
 
 Log = Callable[[str], None]
 SHOWN = 1  # number of the caption whose clips are in strips.png
-MEASURES = {"motion": "motion %", "place": "place %", "shape": "shape %", "all": "all %", "smoothness": "", "flicker": "", "drift": ""}
+MEASURES = {
+    "motion": "motion %",
+    "place": "place %",
+    "shape": "shape %",
+    "all": "all %",
+    "smoothness": "",
+    "flicker": "",
+    "drift": "",
+}
 
 
 @dataclass(frozen=True)

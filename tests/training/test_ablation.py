@@ -57,7 +57,7 @@ def test_a_grid(grid_file, tmp_path, capsys, monkeypatch):
     assert table.splitlines()[-5:] == capsys.readouterr().out.splitlines()[-5:]
     path = tmp_path / "out/one/3/result.json"
     path.write_text(json.dumps(results["one"] | {"made": "otherwise"}))
-    with pytest.raises(UserError, match="of other values than the grid's"):
+    with pytest.raises(UserError, match="of other values than the config's"):
         ablate.main(["--grid", str(grid_file), "--quick"])
 
 
@@ -97,7 +97,10 @@ def test_merging():
 
 
 def test_a_row_is_a_mean_and_a_deviation():
-    results = [{"motion": m, "place": 0, "shape": 50, "all": 1, "smoothness": 0.5, "flicker": 0, "drift": 0} for m in (70, 80, 90)]
+    results = [
+        {"motion": m, "place": 0, "shape": 50, "all": 1, "smoothness": 0.5, "flicker": 0, "drift": 0}
+        for m in (70, 80, 90)
+    ]
     row = table_row("x", results)
     assert (row["motion"], row["smoothness"]) == ("80.0 ± 10.0", "0.500 ± 0.000")
     assert table_row("x", results[:1])["motion"] == "70.0"
