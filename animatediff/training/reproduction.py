@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from animatediff.evaluation.run_shapes import Generate, evaluate_shapes
 from animatediff.evaluation.zero_shot import MOTION, text2video_zero
 from animatediff.pipelines.animate import AnimateDiffPipeline
 from animatediff.pipelines.components import pick_device
-from animatediff.training.ablation import load_grid, merged, run_grid
+from animatediff.training.ablation import Grid, load_grid, merged, run_grid
 from animatediff.training.results import (
     device_name,
     keeping_strip,
@@ -229,7 +228,7 @@ def run_reproduction(plan: Reproduction, *, jobs: int = 1, device: str = "auto",
     return text
 
 
-def grid_of(table: Table, quick: bool):
+def grid_of(table: Table, quick: bool) -> Grid:
     """The grid of a table, with the cells that it wants."""
     grid = load_grid(existing(table.grid), quick=quick)
     if unknown := sorted(set(table.cells) - grid.cells.keys()):
@@ -272,15 +271,14 @@ def run_training(plan: Reproduction, name: str, device: str = "cpu", log: Log = 
     path, made = plan.folder(name) / "made.json", repr(stage)
     if read_result(path, made) is None:
         torch.set_flush_denormal(True)
-        start = time.perf_counter()
         stage.run(lambda line: log(f"{name}: {line}"), torch.device(device))
-        loop = stage.loop
+        loop, last = stage.loop, (path.parent / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
         facts = {
             "stage": STAGE_NAMES[type(stage)],
             "steps": loop.steps,
             "samples": loop.steps * loop.batch_size * loop.micro_batches,
+            "minutes": round(loop.steps / json.loads(last)["steps_per_s"] / 60, 1),
             "device": device_name(device),
-            "minutes": round((time.perf_counter() - start) / 60, 1),
         }
         write_result(path, made, facts)
 
