@@ -119,8 +119,9 @@ def test_a_spread_is_of_the_values_that_are_there():
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_the_shipped_plan(quick):
-    plan = load_reproduction("configs/eval/reproduction.yaml", quick=quick)
+@pytest.mark.parametrize("name", ["reproduction", "steering"])
+def test_the_shipped_plans(name, quick):
+    plan = load_reproduction(f"configs/eval/{name}.yaml", quick=quick)
     assert isinstance(plan, Reproduction) and len(plan.seeds) >= 3
     assert set(plan.trainings) == {name for name in plan_tasks(plan) if "/" not in name}
     for name in plan.trainings:
