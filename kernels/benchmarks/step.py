@@ -19,11 +19,11 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from floor import breakdown
 from run import RESULTS, device_label, provenance, write_rows
 from shapes import CONFIG, TEXT_TOKENS
 from torch import Tensor, nn
@@ -36,15 +36,6 @@ from animatediff.models.unet import UNet
 NETWORKS = ("ours", "diffusers")
 KEY = ("network", "device", "size", "frames", "dtype", "threads")
 COLUMNS = (*KEY, "seconds", "cpu_seconds", "peak_mb", "ratio", "error", "repeat", "versions", "commit", "date")
-KINDS = {  # a kind of work, and the torch operators whose own time it is
-    "convolutions": ("conv",),
-    "linear layers": ("addmm", "::mm", "::bmm", "linear"),
-    "attention": ("scaled_dot_product", "attention"),
-    "GroupNorm, LayerNorm": ("group_norm", "layer_norm", "batch_norm"),
-    "gates": ("gelu", "silu", "::mul", "geglu"),
-    "sums": ("::add",),
-    "copies": ("copy_", "cat", "::stack", "pad", "upsample", "::fill_"),
-}
 
 
 def main() -> None:
@@ -79,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--breakdown", action="store_true", help="print where our step's time goes, and stop")
+    parser.add_argument("--breakdown", action="store_true", help="print our step's time by kind of work, and stop")
     parser.add_argument("--worker", choices=NETWORKS, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -118,7 +109,7 @@ def work(args: argparse.Namespace) -> None:
         return network(latents.transpose(1, 2), t, encoder_hidden_states=texts).sample.transpose(1, 2)
 
     if args.breakdown:
-        return breakdown(step, device)
+        return breakdown(step, device, dtype)
     if device.type == "cuda":
         step()
         torch.cuda.synchronize()
@@ -192,32 +183,6 @@ def fill(network: nn.Module, names: dict[str, str]) -> nn.Module:
             bound = (3 / parameter[0].numel()) ** 0.5
             parameter.uniform_(-bound, bound, generator=generator)
     return network
-
-
-def breakdown(step, device: torch.device) -> None:
-    """Seconds of torch's operators by kind of work, and the time their matrix products alone would take."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    cuda = device.type == "cuda"
-    if cuda:
-        step()
-    with profile(activities=[ProfilerActivity.CPU] + cuda * [ProfilerActivity.CUDA]) as profiler:
-        step()
-    seconds = dict.fromkeys([*KINDS, "others"], 0.0)
-    for event in profiler.key_averages():
-        if event.device_type != DeviceType.CPU:  # kernels, whose time is that of the operators that launched them
-            continue
-        own = event.self_device_time_total if cuda else event.self_cpu_time_total
-        seconds[kind_of(event.key)] += own / 1e6
-    total = sum(seconds.values())
-    for kind, value in seconds.items():
-        print(f"{kind:<22}{value:10.4f} s {value / total:7.1%}")
-    print(f"{'all':<22}{total:10.4f} s")
-
-
-def kind_of(operator: str, kinds: Iterable[tuple[str, tuple[str, ...]]] = tuple(KINDS.items())) -> str:
-    return next((kind for kind, parts in kinds if any(part in operator for part in parts)), "others")
 
 
 if __name__ == "__main__":
