@@ -75,7 +75,7 @@ def test_the_dispatch_is_told_of_the_calls_that_it_will_see(op, monkeypatch):
     door = sys.modules[f"animatediff_kernels.{op}"]
     monkeypatch.setattr(door, "choose", lambda call, backend: seen.append(call) or dispatch.choose(call, backend))
     spec.run(sizes, "torch")(*ops.make_inputs(spec, sizes, "cpu", torch.float32))
-    assert dict(seen[0].shape) == spec.key(sizes)
+    assert {"rows": seen[0].rows} | dict(seen[0].shape) == spec.key(sizes)
 
 
 def rows(**ms):
@@ -116,14 +116,14 @@ def test_rows_of_one_key_replace_each_other(tmp_path):
 
 def test_the_dispatch_reads_what_the_benchmark_notes(tmp_path, monkeypatch):
     path = tmp_path / "measured.csv"
-    path.write_text("op,arch,dtype,mode,shape,triton_ms,torch_ms\n")
+    path.write_text("op,arch,dtype,mode,shape,rows,triton_ms,torch_ms\n")
     monkeypatch.setattr(run, "device_name", lambda device: "sm_90")
     shape = shapes.Shape("temporal_attention", "16f-512", "layer", tuple(SMALL["temporal_attention"].items()))
     measured = rows(**{"sdpa-flash": "4", "torch": "3", "triton": "2"})
     run.note_measured(path, shape, "fwd", "cpu", torch.float16, measured)
     run.note_measured(path, shape, "fwd+bwd", "cpu", torch.float16, measured[:2])
     key = ("temporal_attention", "sm_90", "float16", "forward", "frames=3 head_dim=8")
-    assert dispatch.read_measurements(path) == {key: (2.0, 3.0)}
+    assert dispatch.read_measurements(path) == {key: {2 * 3 * 5: (2.0, 3.0)}}
 
 
 def test_only_one_device_is_drawn():
