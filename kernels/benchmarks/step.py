@@ -4,7 +4,8 @@ python kernels/benchmarks/step.py --device cpu --size 256        # beside diffus
 python kernels/benchmarks/step.py --device cuda --size 512
 
 Every network runs in a process of its own, in turns, with the same weights, inputs and allocator; the least of
-`--repeat` runs counts. The motion module's GroupNorm is pooled over frames, as diffusers has it.
+`--repeat` runs counts. The ratio is of seconds on CUDA, of CPU seconds on the CPU, to diffusers run eagerly. The motion
+module's GroupNorm is pooled over frames, as diffusers has it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import sys
 import tempfile
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from animatediff_kernels import use_backend
 from floor import breakdown
 from run import RESULTS, device_label, provenance, write_rows
 from shapes import CONFIG, TEXT_TOKENS
@@ -34,6 +37,8 @@ from animatediff.models.motion import positional_encoding
 from animatediff.models.unet import UNet
 
 NETWORKS = ("ours", "diffusers")
+ON_CUDA = ("ours-triton", "diffusers-compiled")  # beside them; ours alone asks `auto` and the environment
+CUDA_STEPS = 10  # per run; the CPU takes one
 KEY = ("network", "device", "size", "frames", "dtype", "threads")
 COLUMNS = (*KEY, "seconds", "cpu_seconds", "peak_mb", "ratio", "error", "repeat", "versions", "commit", "date")
 
@@ -42,8 +47,9 @@ def main() -> None:
     args = parse()
     if args.worker:
         return work(args)
-    networks = [n for n in NETWORKS if n == "ours" or importlib.util.find_spec("diffusers")]
-    if len(networks) == 1:
+    networks = NETWORKS + (ON_CUDA if args.device.startswith("cuda") else ())
+    if not importlib.util.find_spec("diffusers"):
+        networks = tuple(n for n in networks if n.startswith("ours"))
         print("diffusers is not installed: ours alone (pip install diffusers for the comparison)")
     with tempfile.TemporaryDirectory() as folder:
         runs = {network: [] for network in networks}
@@ -71,7 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--breakdown", action="store_true", help="print our step's time by kind of work, and stop")
-    parser.add_argument("--worker", choices=NETWORKS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=NETWORKS + ON_CUDA, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
@@ -88,13 +94,16 @@ def run_worker(args: argparse.Namespace, network: str, folder: Path) -> dict[str
 
 
 def work(args: argparse.Namespace) -> None:
-    """One network, one step; prints what it took. On CUDA a first step, which sets everything up, does not count."""
+    """One network; prints what a step took. On CUDA a first step, which sets everything up, does not count."""
     torch.set_num_threads(args.threads)
+    whose, _, how = args.worker.partition("-")
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    network = {"ours": our_network, "diffusers": diffusers_network}[args.worker]()
+    network = {"ours": our_network, "diffusers": diffusers_network}[whose]()
     network.to(device, dtype)
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)
+    if how == "compiled":
+        network = torch.compile(network)
     side = args.size // 8
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, args.frames, 4, side, side, generator=generator).to(device, dtype)
@@ -104,21 +113,25 @@ def work(args: argparse.Namespace) -> None:
 
     @torch.no_grad()
     def step() -> Tensor:
-        if args.worker == "ours":
-            return network(latents, t, text)
+        if whose == "ours":
+            with use_backend("triton") if how == "triton" else nullcontext():
+                return network(latents, t, text)
         return network(latents.transpose(1, 2), t, encoder_hidden_states=texts).sample.transpose(1, 2)
 
     if args.breakdown:
         return breakdown(step, device, dtype)
+    steps = 1
     if device.type == "cuda":
+        steps = CUDA_STEPS
         step()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     wall, cpu = time.perf_counter(), time.process_time()
-    out = step()
+    for _ in range(steps):
+        out = step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    used = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    used = {"seconds": (time.perf_counter() - wall) / steps, "cpu_seconds": (time.process_time() - cpu) / steps}
     torch.save(out.float().cpu(), args.output)
     on_device = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else None
     used["peak_mb"] = on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # Linux: kilobytes
@@ -132,10 +145,10 @@ def summary(
     row = {"network": network, "device": device_label(args.device), "dtype": args.dtype}
     row |= {"size": str(args.size), "frames": str(args.frames), "repeat": str(args.repeat)}
     row |= {name: f"{value:.4g}" for name, value in least.items()} | {"ratio": "", "error": ""}
-    if network == "ours" and "diffusers" in runs:
+    if network.startswith("ours") and "diffusers" in runs:
         clock = "seconds" if args.device.startswith("cuda") else "cpu_seconds"
         theirs = outputs["diffusers"]
-        error = ((outputs["ours"] - theirs).norm() / theirs.norm()).item()
+        error = ((outputs[network] - theirs).norm() / theirs.norm()).item()
         right = error < (1e-5 if args.dtype == "float32" else 3e-2)
         row["error"] = f"{error:.1e}"
         row["ratio"] = f"{min(run[clock] for run in runs['diffusers']) / least[clock]:.3f}" if right else ""
