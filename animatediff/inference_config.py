@@ -78,7 +78,7 @@ class InferenceConfig:
         self._compare("num_attention_heads", kwargs.num_attention_heads, motion.num_heads, motion)
         self._compare("num_transformer_block", kwargs.num_transformer_block, motion.num_transformer_blocks, motion)
         self._compare("attention_block_types", len(kwargs.attention_block_types), motion.attentions_per_block, motion)
-        self._compare("temporal_position_encoding", kwargs.temporal_position_encoding, True, motion)
+        self._compare("temporal_position_encoding", kwargs.temporal_position_encoding, motion.tells_positions, motion)
         self._compare("temporal_attention_dim_div", kwargs.temporal_attention_dim_div, 1, motion)
 
     def check_version(self, motion: MotionConfig) -> None:

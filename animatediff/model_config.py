@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,13 @@ class MotionConfig:
     resolutions: tuple[int, ...] = (1, 2, 4, 8)  # down-sampling factors that carry motion modules
     up_block_modules: bool = True  # SparseCtrl's encoder has them in the down blocks only
     norm_over_frames: bool = False  # the module's own GroupNorm: False official SD 1.5; True as diffusers runs it
+    temporal: Literal["attention", "convolution"] = "attention"  # what mixes the frames; convolution is for ablations
+    positional_encoding: bool = True  # of attention; a convolution knows the order of its frames without
+
+    @property
+    def tells_positions(self) -> bool:
+        """Whether a frame's number in the clip is told to the network."""
+        return self.temporal == "attention" and self.positional_encoding
 
 
 # Rows of differences between released versions; everything else is the same network.

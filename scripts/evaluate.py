@@ -137,35 +137,16 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
     entry = load_config(args.config, overrides).entries[0]
 
     # Here, because these import torch: mistakes above are told at once.
+    from animatediff.evaluation.run_model import clip_maker
     from animatediff.evaluation.run_shapes import evaluate_shapes
     from animatediff.evaluation.shapes_report import format_table
     from animatediff.pipelines.animate import AnimateDiffPipeline
-    from animatediff.pipelines.components import seeded
     from animatediff.pipelines.weights import check_entries
 
     pipeline = AnimateDiffPipeline.from_config(args.config, device=args.device, dtype=args.dtype, **overrides)
     for line in pipeline.components.reports:
         print(line, file=sys.stderr)
-
-    (checked,) = check_entries([entry])
-    sampling = checked.sampling
-
-    def generate(captions: list[str], seeds: list[int]):
-        clips = pipeline(
-            captions,
-            num_frames=entry.L,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
-            eta=sampling.eta,
-            sampler=sampling.sampler,
-            timestep_spacing=sampling.timestep_spacing,
-            timesteps=sampling.timesteps,
-            negative_prompt=entry.n_prompt[0],
-            generator=[seeded(seed) for seed in seeds],
-            output_type="pt",
-        )
-        return clips.frames * 2 - 1
-
+    sampling = check_entries([entry])[0].sampling
     settings = {
         "model": entry.pretrained_model_path,
         "motion_module": entry.motion_module or "none",
@@ -174,7 +155,7 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         "guidance_scale": sampling.guidance_scale,
     }
     result = evaluate_shapes(
-        generate,
+        clip_maker(pipeline, entry),
         captions=args.captions,
         seed=args.seed,
         batch=args.batch,

@@ -1,6 +1,7 @@
 """Prompt configs and inference configs: both official grammars, typed overrides, and what mistakes are called."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -308,6 +309,8 @@ def test_inference_configs(version):
     for other in {"v1", "v2", "v3"} - {version}:
         with pytest.raises(UserError, match=f"describes a {version} module .* but the motion module is {other}"):
             config.check(MOTION_VERSIONS[other])
+    with pytest.raises(UserError, match="temporal_position_encoding true, but the motion module is .* with false"):
+        config.check(replace(MOTION_VERSIONS[version], positional_encoding=False))
 
 
 def test_older_inference_config(tmp_path):

@@ -248,7 +248,7 @@ def write_motion_adapter(parts: MotionParts, folder: str | Path, *, version: str
         version: as in `load_motion_module`; written into the weights' metadata, config.json has no place for it.
 
     Raises:
-        UserError: the version cannot be told or contradicts the file, or MotionAdapter has no such layout.
+        UserError: the version cannot be told or contradicts the file, or MotionAdapter has no such module.
     """
     folder, config = _replaceable(Path(folder)), _motion_sizes(parts, version)
     levels = motion_levels(parts.tensors)
@@ -256,6 +256,11 @@ def write_motion_adapter(parts: MotionParts, folder: str | Path, *, version: str
         raise UserError(
             f"got {parts.path} with modules at resolutions {config.resolutions} and {config.attentions_per_block} "
             "attentions each, expected all resolutions and 2: MotionAdapter has no other; keep the official format"
+        )
+    if not config.tells_positions:
+        raise UserError(
+            f"got {parts.path}, a module of temporal {config.temporal} without positional encoding, expected attention "
+            "with it: MotionAdapter has no other; keep the official format"
         )
     tensors = {motion_to_diffusers(key): t for key, t in parts.tensors.items()}
     for key, table in parts.positional.items():

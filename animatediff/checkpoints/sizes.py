@@ -2,8 +2,9 @@
 
 Metadata names of an image model: `num_heads`, `norm_num_groups`, `prediction_type`, `vae_norm_num_groups`,
 `vae_scaling_factor`, `text_num_heads`, `text_activation`. Of a motion module: `version`, `num_heads`, `max_frames`,
-`norm_over_frames`, `norm_num_groups`. Of a SparseCtrl encoder: `num_heads`, `norm_num_groups`, `motion_num_heads`,
-`max_frames`, `norm_over_frames`. Defaults are Stable Diffusion 1.5's. All keys are in our names (see keymaps.py).
+`norm_over_frames`, `positional_encoding`, `norm_num_groups`. Of a SparseCtrl encoder: `num_heads`, `norm_num_groups`,
+`motion_num_heads`, `max_frames`, `norm_over_frames`, `positional_encoding`. Defaults are Stable Diffusion 1.5's. All
+keys are in our names (see keymaps.py).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SPARSECTRL_MOTION = {
     "motion_num_heads": "num_heads",
     "max_frames": "max_frames",
     "norm_over_frames": "norm_over_frames",
+    "positional_encoding": "positional_encoding",
 }
 
 
@@ -118,6 +120,8 @@ def motion_metadata_of(config: MotionConfig, *, norm_num_groups: int = 32) -> di
     metadata = {"version": config.version, "num_heads": str(config.num_heads), "max_frames": str(config.max_frames)}
     if config.norm_over_frames:
         metadata["norm_over_frames"] = "true"
+    if not config.positional_encoding:  # files without the table say nothing: it is computed
+        metadata["positional_encoding"] = "false"
     return metadata | ({"norm_num_groups": str(norm_num_groups)} if norm_num_groups != 32 else {})
 
 
@@ -204,8 +208,11 @@ def motion_config(
         resolutions=tuple(2**i for i in sorted(levels_down | levels_up) if i >= 0),
         up_block_modules=bool(levels_up),
         norm_over_frames=norm_over_frames or metadata.get("norm_over_frames") == "true",
+        temporal="convolution" if any(".conv." in key for key in tensors) else "attention",
+        positional_encoding=_choice(metadata, "positional_encoding", ("true", "false")) != "false",
     )
-    _check_divides("num_heads", config.num_heads, motion_widths(tensors).values())
+    if config.temporal == "attention":
+        _check_divides("num_heads", config.num_heads, motion_widths(tensors).values())
     return config
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from animatediff.data.shapes import MOTIONS, Scene, make_scene, render
-from animatediff.data.shapes_styles import STYLES
+from animatediff.data.shapes import MOTIONS, Scene
+from animatediff.data.shapes_camera import CAMERA
+from animatediff.data.world import World
 from animatediff.evaluation.report import contact_sheet, write_csv
-from animatediff.evaluation.shapes import Score
+from animatediff.evaluation.shapes import Score, score_clip
+from animatediff.evaluation.shapes_camera import camera_amplitudes, read_camera
 from animatediff.evaluation.shapes_report import LOOKS, captioned, csv_row, summarise
-from animatediff.evaluation.shapes_styles import has_watermark, read_style, score_styled
+from animatediff.evaluation.shapes_styles import beneath, has_watermark, read_style
 from animatediff.utils import UserError
 
 Generate = Callable[[list[str], list[int]], Tensor]
@@ -30,10 +33,11 @@ def evaluate_shapes(
     seed: int = HELD_OUT_SEED,
     batch: int = 8,
     style: str = "plain",
+    motions: Sequence[str] = tuple(MOTIONS),
     output_dir: Path | None = None,
     settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Animate captions that share the motions evenly, and read the clips back.
+    """Animate captions that ask for some motions in turn, and read the clips back.
 
     Args:
         generate: (captions, noise seeds) -> clips (n, 16, 3, 64, 64) in [-1, 1].
@@ -41,6 +45,7 @@ def evaluate_shapes(
         seed: of the series of scenes; clip i has the noise seed i.
         batch: captions to a call of `generate`.
         style: the key of STYLES that the model paints in; labels are read from what is beneath it.
+        motions: that the captions ask for in turn, keys of MOTIONS or CAMERA.
         output_dir: gets `summary.json`, `clips.csv` (a row per clip) and `sheet.png` (the first clip of every motion).
         settings: what made the clips, for `summary.json`.
 
@@ -50,13 +55,21 @@ def evaluate_shapes(
         generated and rendered ones also have `style`, percent in that style, and `watermark`, percent under one.
 
     Raises:
-        UserError: fewer than one caption or one to a batch, clips of another shape, or an unknown style.
+        UserError: fewer than one caption or one to a batch, clips of another shape, or an unknown style or motion.
     """
-    if style not in STYLES:
-        raise UserError(f"got style {style!r}, expected one of {', '.join(STYLES)}")
     if captions < 1 or batch < 1:
         raise UserError(f"got {captions} captions in batches of {batch}, expected at least one of each")
-    scenes = [make_scene(i, seed=seed, motion=list(MOTIONS)[i % len(MOTIONS)]) for i in range(captions)]
+    world = World(captions, style=style, motions=tuple(motions), seed=seed)
+    scenes = [world.scene(i) for i in range(captions)]
+    camera = any(scene.motion in CAMERA for scene in scenes)
+
+    def score(clip: Tensor, scene: Scene) -> Score:
+        plain = beneath(clip, style)
+        found = score_clip(plain)
+        if camera:
+            found = replace(found, amplitudes=found.amplitudes | camera_amplitudes(plain))
+        return replace(found, motion=read_camera(plain)) if scene.motion in CAMERA else found
+
     scores: dict[str, list[Score]] = {"generated": [], "shuffled": [], "rendered": []}
     looks: dict[str, list[dict[str, bool]]] = {"generated": [], "rendered": []}
     shown: list[Tensor] = []
@@ -66,14 +79,14 @@ def evaluate_shapes(
             videos = generate([scene.caption for scene in part], list(range(start, start + len(part)))).float().cpu()
             if len(videos) != len(part):
                 raise UserError(f"got {len(videos)} clips for {len(part)} captions, expected one for each")
-            clips = {"generated": videos, "rendered": render(part, style=STYLES[style])}
+            clips = {"generated": videos, "rendered": world.render(range(start, start + len(part)))[0]}
             for name, found in (clips | {"shuffled": shuffle_frames(videos, first_seed=start)}).items():
-                scores[name] += [score_styled(clip, style) for clip in found]
+                scores[name] += [score(clip, scene) for clip, scene in zip(found, part, strict=True)]
             for name, found in clips.items():
                 looks[name] += [
                     {"style": read_style(clip) == style, "watermark": has_watermark(clip)} for clip in found
                 ]
-            shown += videos[: max(len(MOTIONS) - start, 0)].clamp(-1, 1)
+            shown += videos[: max(len(world.motions) - start, 0)].clamp(-1, 1)
             bar.update(len(part))
     summary = {name: summarise(found, scenes) for name, found in scores.items()}
     for name, found in looks.items():

@@ -45,6 +45,8 @@ REACH = 1.8  # half the side of a template, in radii of the disc with the body's
 class Score:
     """What was read from one clip; a label that could not be read is "none".
 
+    place: the motion that place and size show, however the shape is turned; a spin is "still". It can be read where the
+        shape is too vague to tell how it is turned.
     amplitudes: signed size of every motion over the true one: `right`, `down`, `clockwise`, `grow` (negative for their
         opposites) and `bounce`.
     smoothness: 1 / (1 + j), where j pixels of independent jitter per frame would be as uneven, in position, size and
@@ -60,6 +62,7 @@ class Score:
     shape: str
     background: str
     motion: str
+    place: str
     amplitudes: dict[str, float]
     smoothness: float
     flicker: float
@@ -99,18 +102,20 @@ def score_clip(video: Tensor) -> Score:
     pixels = (video + 1) * 127.5
     background, background_rgb, own_background = read_background(pixels)
     color, color_rgb, own_color = read_color(pixels)
-    shape, own_shape, motion = NONE, np.full(FRAMES, NONE), NONE
+    shape, own_shape, motion, place = NONE, np.full(FRAMES, NONE), NONE, NONE
     amplitudes, smoothness = dict.fromkeys((*OPPOSITES, "bounce"), 0.0), 0.0
     body = body_of(pixels, color_rgb, background_rgb)
     if color != NONE and visible(body):
         shape, own_shape, path, trust = read_path(body)
         motion, amplitudes, smoothness = _read_motion(path, trust)
+        place, _, _ = _read_motion(path, trust, channels=3)
     same = (own_color == color) & (own_shape == shape) & (own_background == background)
     return Score(
         color,
         shape,
         background,
         motion,
+        place,
         amplitudes,
         smoothness,
         flicker=float(steps.median()),
@@ -293,21 +298,23 @@ def _fit_motions(path: np.ndarray, trust: np.ndarray) -> dict[str, tuple[float, 
     return found
 
 
-def _read_motion(path: np.ndarray, trust: np.ndarray) -> tuple[str, dict[str, float], float]:
-    """Motion, amplitudes and smoothness of a path (f, 4)."""
+def _read_motion(path: np.ndarray, trust: np.ndarray, channels: int = 4) -> tuple[str, dict[str, float], float]:
+    """Motion, amplitudes and smoothness of a path (f, 4); the motion is read from the first `channels`."""
     found = _fit_motions(path, trust)
     amplitudes = {name: amplitude for name, (amplitude, _, _) in found.items()}
     clean = [
         name
-        for name, (amplitude, fit, _) in found.items()
-        if (amplitude if name == "bounce" else abs(amplitude)) >= MIN_AMPLITUDE and fit >= MIN_FIT
+        for name, (amplitude, fit, own) in found.items()
+        if (amplitude if name == "bounce" else abs(amplitude)) >= MIN_AMPLITUDE
+        and fit >= MIN_FIT
+        and own[:, :channels].any()
     ]
     winner = max(clean, key=lambda name: abs(amplitudes[name]), default=None)
     rest = path - found[winner][2] if winner else path
     smoothness = 1 / (1 + _unevenness(rest))
     resultant = np.clip(abs(np.exp(1j * rest[:, 3]) @ trust), 1e-9, 1)
     deviation = np.append(rest[:, :3].std(axis=0), np.sqrt(-2 * np.log(resultant)))
-    if (deviation > (CALM_MOVING if winner else CALM)).any():
+    if (deviation > (CALM_MOVING if winner else CALM))[:channels].any():
         return NONE, amplitudes, smoothness
     if winner is None:
         return "still", amplitudes, smoothness

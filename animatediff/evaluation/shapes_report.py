@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from animatediff.data.shapes import MOTIONS, Scene
+from animatediff.data.shapes import MOTIONS, SPINS, Scene
+from animatediff.data.shapes_camera import CAMERA
 from animatediff.data.video_io import to_uint8
 from animatediff.evaluation.report import INK, RIGHT, WRONG, Row, align
 from animatediff.evaluation.shapes import LABELS, OPPOSITES, Score
@@ -22,14 +23,16 @@ def summarise(scores: Sequence[Score], scenes: Sequence[Scene]) -> dict[str, Any
     """What share of the clips is as their scenes say.
 
     Returns:
-        `clips`: how many; `color`, `shape`, `background`, `motion`, and `all` four at once: percent right;
+        `clips`: how many; `color`, `shape`, `background`, `motion`, and `all` four at once: percent right; `place`: the
+        same of those that are not to spin;
         `by_motion`: for each motion that occurs, percent with this motion right, its mean amplitude over the true
-        one (None for still) and how often each motion was read; `smoothness`, `flicker`, `change`, `drift`, `seam`:
+        one (None for still) and how often each motion was read; `amplitudes`: the mean of each over all clips, over the
+        true one; `smoothness`, `flicker`, `change`, `drift`, `seam`:
         means over the clips that have them, None without any.
     """
     right = [score.matches(scene) for score, scene in zip(scores, scenes, strict=True)]
     by_motion = {}
-    for motion in MOTIONS:
+    for motion in {**MOTIONS, **CAMERA}:
         members = [score for score, scene in zip(scores, scenes, strict=True) if scene.motion == motion]
         if members:
             read = Counter(score.motion for score in members)
@@ -43,7 +46,9 @@ def summarise(scores: Sequence[Score], scenes: Sequence[Scene]) -> dict[str, Any
         "clips": len(right),
         **{label: _percent([r[label] for r in right]) for label in LABELS},
         "all": _percent([all(r.values()) for r in right]),
+        "place": _percent([s.place == c.motion for s, c in zip(scores, scenes, strict=True) if c.motion not in SPINS]),
         **{name: _mean([getattr(score, name) for score in scores]) for name in MEASURES},
+        "amplitudes": {name: _mean([score.amplitudes[name] for score in scores]) for name in scores[0].amplitudes},
         "by_motion": by_motion,
     }
 
@@ -53,14 +58,14 @@ def format_table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(summaries)
     lines = [("", *names), ("clips", *(str(summaries[name]["clips"]) for name in names))]
     lines += [(f"{label} %", *(f"{summaries[name][label]:.1f}" for name in names)) for label in (*LABELS, "all")]
-    for label in LOOKS:
+    for label in ("place", *LOOKS):
         cells = [summaries[name].get(label) for name in names]
         if any(cell is not None for cell in cells):
             lines.append((f"{label} %", *("-" if cell is None else f"{cell:.1f}" for cell in cells)))
     for label in MEASURES:
         cells = [summaries[name][label] for name in names]
         lines.append((label, *("-" if cell is None else f"{cell:.3f}" for cell in cells)))
-    for motion in MOTIONS:
+    for motion in {**MOTIONS, **CAMERA}:
         cells = [summaries[name]["by_motion"].get(motion) for name in names]
         if any(cells):
             lines.append((f"{motion} %", *("-" if cell is None else f"{cell['motion']:.1f}" for cell in cells)))
@@ -85,12 +90,12 @@ def captioned(video: Tensor, scene: Scene, score: Score) -> Row:
 
 def _amplitude(score: Score, motion: str) -> float:
     """Of the asked motion over the true one; negative the other way."""
-    forward = {backwards: name for name, backwards in OPPOSITES.items()}
+    forward = {backwards: name for name, backwards in (OPPOSITES | {"zoom_in": "zoom_out"}).items()}
     return -score.amplitudes[forward[motion]] if motion in forward else score.amplitudes[motion]
 
 
-def _percent(values: Sequence[bool]) -> float:
-    return round(100 * float(np.mean(values)), 2)
+def _percent(values: Sequence[bool]) -> float | None:
+    return None if not values else round(100 * float(np.mean(values)), 2)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

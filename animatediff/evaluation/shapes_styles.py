@@ -73,13 +73,18 @@ def watermark_rate(videos: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def score_styled(video: Tensor, style: str) -> Score:
-    """`score_clip` of what a clip in a style shows, beneath a watermark if it has one.
+    """`score_clip` of what a clip (16, 3, 64, 64), range [-1, 1], in a style shows; see `beneath`."""
+    return score_clip(beneath(video, style))
+
+
+@torch.no_grad()
+def beneath(video: Tensor, style: str) -> Tensor:
+    """A clip (16, 3, 64, 64), range [-1, 1], in the plain look, less the watermark if it has one.
 
     Args:
-        video: (16, 3, 64, 64), range [-1, 1].
         style: the key of STYLES that it is in.
     """
-    return score_clip(UNDO[style](without_watermark(checked(video))))
+    return UNDO[style](without_watermark(checked(video)))
 
 
 # ---- what a style looks like, and what is beneath

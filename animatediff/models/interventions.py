@@ -100,6 +100,29 @@ def perturbed_attentions(unet: UNet, layers: Sequence[str]) -> list[Attention]:
 
 
 @contextmanager
+def cross_frame_attention(unet: UNet) -> Iterator[None]:
+    """Give the self-attention of all frames the keys and values of the first frame of their clip.
+
+    Text2Video-Zero's cross-frame attention (arXiv 2303.13439): frames of other noise show the same things.
+    """
+    frames = 1
+
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal frames
+        frames = args[0].shape[1]
+
+    def look_at_first(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor, Tensor]:
+        return args[0], args[0][::frames]  # a context of one row per clip
+
+    with ExitStack() as stack:
+        stack.callback(unet.register_forward_pre_hook(count).remove)
+        for module in unet.modules():
+            if isinstance(module, SpatialTransformerBlock):
+                stack.callback(module.attn1.register_forward_pre_hook(look_at_first).remove)
+        yield
+
+
+@contextmanager
 def freed(unet: UNet, b: tuple[float, float], s: tuple[float, float]) -> Iterator[None]:
     """FreeU (arXiv 2309.11497, sec. 3.3) in the first two blocks on the way up, those of the coarsest features.
 

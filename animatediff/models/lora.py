@@ -347,7 +347,7 @@ def _mismatch_hint(entry: LoRAEntry, weight: Tensor) -> str:
 
 def _nothing_applies(lora: LoRA, layers: dict[str, nn.Module]) -> str:
     line = f"got {lora.kind} {lora.name} of which no key fits the model, expected at least one"
-    if lora.kind == "motion-lora" and not any("motion_modules" in name for name in layers):
-        return f"{line}: the model has no motion modules, load one first (the official MotionLoRAs go with v2)"
+    if lora.kind == "motion-lora" and not any("motion_modules" in n and n.endswith("_to_q") for n in layers):
+        return f"{line}: the model has no motion modules with attention, load one first (official ones go with v2)"
     names = [entry.target for entry in lora.entries[:3]]
     return f"{line}: it changes {', '.join(names)}…; use a LoRA made for the base model"

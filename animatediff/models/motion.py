@@ -10,6 +10,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from animatediff_kernels import temporal_attention
 from einops import rearrange
 from torch import Tensor, nn
@@ -49,16 +50,37 @@ class TemporalAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        """x: ((b f), s, width), with the codes of the frames in it."""
+        """x: ((b f), s, width), with the codes of the frames in it if there are any."""
         out = temporal_attention(self.to_q(x), self.to_k(x), self.to_v(x), frames=frames, num_heads=self.num_heads)
         return self.to_out[0](out)
+
+
+class TemporalConvolution(nn.Module):
+    """In place of attention, with as many parameters (arXiv 2307.04725, sec. 5.3): 4 width^2 + width.
+
+    A kernel of three frames, zeros beyond the clip, then a layer for each frame; SiLU keeps the two from being one. The
+    paper does not tell its own layers.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        # Tokens are a map of frames x places, channels_last as they lie in memory: nothing is copied.
+        self.conv = nn.Conv2d(width, width, (3, 1), padding=(1, 0), bias=False)
+        self.pointwise = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        """x: ((b f), s, width)."""
+        mixed = self.conv(rearrange(x, "(b f) s c -> b c f s", f=frames))
+        return self.pointwise(F.silu(rearrange(mixed, "b c f s -> (b f) s c")))
 
 
 class TemporalTransformerBlock(nn.Module):
     def __init__(self, width: int, config: MotionConfig):
         super().__init__()
+        self.tells_positions = config.tells_positions
         self.attention_blocks = nn.ModuleList(
-            TemporalAttention(width, config.num_heads) for _ in range(config.attentions_per_block)
+            TemporalAttention(width, config.num_heads) if config.temporal == "attention" else TemporalConvolution(width)
+            for _ in range(config.attentions_per_block)
         )
         self.norms = nn.ModuleList(LayerNorm(width) for _ in range(config.attentions_per_block))
         self.ff = FeedForward(width)
@@ -66,7 +88,9 @@ class TemporalTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         for attention, norm in zip(self.attention_blocks, self.norms, strict=True):
-            code = positional_encoding(frames, x.shape[-1], x.device, norm.weight.dtype, attention.stretch)
+            code = None
+            if self.tells_positions:
+                code = positional_encoding(frames, x.shape[-1], x.device, norm.weight.dtype, attention.stretch)
             x = x + attention(norm(x, code), frames)
         return x + self.ff(self.ff_norm(x))
 

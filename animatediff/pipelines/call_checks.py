@@ -48,6 +48,8 @@ def check_call(
             f"was trained on: animate in overlapping windows by windows=Windows(length={min(16, longest)}), make a "
             "shorter clip, or set max_frames in the config"
         )
+    if motion and stretch != 1 and not motion.tells_positions:
+        raise UserError(f"pe_stretch: got {stretch:g}, expected 1: the motion module has no positional encoding")
     if sampling.steps > (most := c.schedule.num_train_timesteps):
         raise UserError(f"num_inference_steps: got {sampling.steps}, expected at most {most}")
     if sampling.guidance_scale < 0:

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from animatediff.config import load_config
+from animatediff.data.shapes import MOTIONS
 from animatediff.dataclass_io import build_dataclass, read_yaml
 from animatediff.evaluation.report import align, write_csv
+from animatediff.evaluation.run_model import clip_maker
 from animatediff.evaluation.run_shapes import evaluate_shapes
 from animatediff.pipelines.animate import AnimateDiffPipeline
-from animatediff.pipelines.components import seeded
+from animatediff.pipelines.components import pick_device
+from animatediff.training.results import (
+    device_name,
+    keeping_strip,
+    markdown,
+    read_result,
+    spread,
+    stack_strips,
+    write_result,
+)
 from animatediff.training.sources import existing
 from animatediff.training.stages import MotionModule, build_stage
 from animatediff.utils import UserError, naming
 
 Log = Callable[[str], None]
-MEASURES = {"motion": "motion %", "shape": "shape %", "all": "all %", "smoothness": "", "flicker": "", "drift": ""}
+SHOWN = 1  # number of the caption whose clips are in strips.png
+MEASURES = {
+    "motion": "motion %",
+    "place": "place %",
+    "shape": "shape %",
+    "all": "all %",
+    "smoothness": "",
+    "flicker": "",
+    "drift": "",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,7 @@ class Grid:
     cells: dict  # name -> values that differ from it, nested as they are there
     common: dict  # values that differ from it in every cell
     quick: dict  # with --quick: fields of this grid; `common` is added to the one above
+    sampling: dict = field(default_factory=dict)  # keys of the prompt config that differ in every cell
     seeds: tuple[int, ...] = (0, 1, 2)
     captions: int = 100  # clips that are scored
 
@@ -87,91 +105,78 @@ def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def run_grid(grid: Grid, *, jobs: int = 1, log: Log = print) -> str:
-    """Train and measure what is missing; writes table.md and table.csv into `output_dir` and returns the table.
+def run_grid(grid: Grid, *, jobs: int = 1, device: str = "cpu", log: Log = print) -> str:
+    """Train and measure what is missing; writes table.md, table.csv and strips.png into `output_dir`.
 
     Args:
         grid: what to compare.
         jobs: processes that each work on a cell, on one CPU core, at a time.
+        device: auto, cuda, mps or cpu.
+
+    Returns:
+        The table, as text.
 
     Raises:
         UserError: a cell cannot be trained, or its folder holds the result of another one.
     """
-    tasks = [(grid, cell, seed) for cell in grid.cells for seed in grid.seeds]
-    for task in tasks:
-        grid.stage(*task[1:])  # mistakes are told before anything starts
+    target = str(pick_device(device))
+    tasks = [(grid, cell, seed, target) for cell in grid.cells for seed in grid.seeds]
+    for _, cell, seed, _ in tasks:
+        grid.stage(cell, seed)  # mistakes are told before anything starts
     if jobs == 1:
         results = [run_cell(*task, log=log) for task in tasks]
     else:
         spawned = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(jobs, mp_context=spawned, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             results = list(pool.map(run_cell, *zip(*tasks, strict=True)))
-    by_cell = {cell: [r for (_, name, _), r in zip(tasks, results, strict=True) if name == cell] for cell in grid.cells}
+    by_cell = {name: [r for task, r in zip(tasks, results, strict=True) if task[1] == name] for name in grid.cells}
     rows = [table_row(cell, found) for cell, found in by_cell.items()]
-    loop = grid.stage(tasks[0][1], tasks[0][2]).loop
+    stage = grid.stage(tasks[0][1], tasks[0][2])
+    loop = stage.loop
     clips = loop.steps * loop.batch_size * loop.micro_batches
     caption = (
-        f"{loop.steps} steps, {clips} clips seen, {grid.captions} captions, seeds {', '.join(map(str, grid.seeds))}, "
-        "on the CPU; mean ± standard deviation over the seeds"
+        f"{loop.steps} steps, {clips} clips seen, {grid.captions} captions, seeds {', '.join(map(str, grid.seeds))}; "
+        f"mean ± standard deviation over the seeds; {', '.join(sorted({r['device'] for r in results}))}"
     )
     header = ["", *(title or name for name, title in MEASURES.items())]
-    lines = [header, *([row["cell"], *(row[name] for name in MEASURES)] for row in rows)]
-    markdown = ["| " + " | ".join(line) + " |" for line in (lines[0], ["---"] * len(header), *lines[1:])]
+    lines = [[row["cell"], *(row[name] for name in MEASURES)] for row in rows]
     folder = Path(grid.output_dir)
-    (folder / "table.md").write_text("\n".join([*markdown, "", caption, ""]), encoding="utf-8")
+    (folder / "table.md").write_text(f"{markdown(header, lines)}\n\n{caption}\n", encoding="utf-8")
     write_csv(folder / "table.csv", rows)
-    return f"{align(lines)}\n{caption}"
+    stack_strips({cell: folder / cell / str(grid.seeds[0]) for cell in grid.cells}, folder / "strips.png")
+    return f"{align([header, *lines])}\n{caption}"
 
 
-def run_cell(grid: Grid, cell: str, seed: int, log: Log = print) -> dict[str, Any]:
+def run_cell(grid: Grid, cell: str, seed: int, device: str = "cpu", log: Log = print) -> dict[str, Any]:
     """What one training scores; read from its folder where it is done."""
     stage = grid.stage(cell, seed)
-    path, made = Path(stage.output_dir) / "result.json", repr((stage, grid.captions))
-    if path.exists():
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if result["made"] != made:
-            raise UserError(f"got {path} of other values than the grid's, expected the same: take another output_dir")
-        return result
-    torch.set_flush_denormal(True)
-    stage.run(lambda line: log(f"{cell}, seed {seed}: {line}"))
-    result = {"made": made, **measure(grid, stage)}
-    path.with_suffix(".tmp").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    path, made = Path(stage.output_dir) / "result.json", repr((stage, grid.captions, grid.sampling))
+    if (result := read_result(path, made)) is None:
+        torch.set_flush_denormal(True)
+        stage.run(lambda line: log(f"{cell}, seed {seed}: {line}"), torch.device(device))
+        result = {**measure(grid, stage, device), "device": device_name(device)}
+        write_result(path, made, result)
     return result
 
 
-def measure(grid: Grid, stage: MotionModule) -> dict[str, Any]:
+def measure(grid: Grid, stage: MotionModule, device: str) -> dict[str, Any]:
     """Scores of held-out captions, animated by what a stage has written, with its own noise schedule."""
-    pipeline = AnimateDiffPipeline.from_config(
-        existing(grid.animate),
-        device="cpu",
-        pretrained_model_path=stage.pretrained_model_path,
-        motion_module=str(Path(stage.output_dir) / "motion.safetensors"),
-    )
+    config, folder = existing(grid.animate), Path(stage.output_dir)
+    overrides = grid.sampling | {
+        "pretrained_model_path": stage.pretrained_model_path,
+        "motion_module": str(folder / "motion.safetensors"),
+    }
+    pipeline = AnimateDiffPipeline.from_config(config, device=device, **overrides)
     parts = pipeline.components
-    assert stage.world is not None
     parts.schedule = replace(parts.schedule, beta_schedule=stage.beta_schedule)
-    sampling = load_sampling(grid.animate)
-
-    def generate(captions: list[str], seeds: list[int]) -> torch.Tensor:
-        made = pipeline(captions, generator=[seeded(seed) for seed in seeds], output_type="pt", **sampling)
-        return made.frames * 2 - 1
-
-    return evaluate_shapes(generate, captions=grid.captions, style=stage.world.style)["generated"]
-
-
-def load_sampling(path: str) -> dict[str, Any]:
-    """Steps and guidance of a prompt config's first entry."""
-    entry = load_config(existing(path)).entries[0]
-    return {"num_inference_steps": entry.steps, "guidance_scale": entry.guidance_scale, "num_frames": entry.L}
+    generate = keeping_strip(clip_maker(pipeline, load_config(config, overrides).entries[0]), folder, SHOWN)
+    assert stage.world is not None
+    motions = stage.world.motions or tuple(MOTIONS)
+    result = evaluate_shapes(generate, captions=grid.captions, style=stage.world.style, motions=motions)
+    return result["generated"]
 
 
 def table_row(cell: str, results: list[dict[str, Any]]) -> dict[str, str]:
     """Mean ± deviation of every measure over a cell's seeds."""
-    row = {"cell": cell}
-    for name in MEASURES:
-        values = np.array([result[name] for result in results])
-        digits = 1 if MEASURES[name] else 3
-        spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-        row[name] = f"{values.mean():.{digits}f}{spread}"
-    return row
+    digits = {name: 1 if title else 3 for name, title in MEASURES.items()}
+    return {"cell": cell} | {name: spread([result[name] for result in results], digits[name]) for name in MEASURES}

@@ -64,7 +64,7 @@ def attach_lora(
     if text_encoder is not None:
         layers += [("text", n, layer) for n, layer in text_encoder.named_modules() if re.fullmatch(TEXT_LAYERS, n)]
     if not layers:
-        raise UserError(f"got an image model without layers for a {kind}, expected a network that has attention")
+        raise UserError(f"got a network without layers for a {kind}, expected one that has attention")
     facts = {}
     if kind == "lora":
         alpha = float(rank) if alpha is None else alpha

@@ -89,6 +89,8 @@ def test_a_saved_image_model_leaves_motion_out_and_may_be_half(tmp_path):
         MotionConfig(version="v1", max_frames=24, resnet_norm_over_frames=True, resolutions=(1, 2, 4)),
         MotionConfig(version="v3", max_frames=16, num_heads=2, resolutions=(2, 4), norm_over_frames=True),
         MotionConfig(version="v2", mid_block=True, attentions_per_block=1, num_transformer_blocks=2, resolutions=(4,)),
+        MotionConfig(version="v3", positional_encoding=False, resolutions=(1, 2, 4)),
+        MotionConfig(version="v2", mid_block=True, temporal="convolution", resolutions=(2,)),
     ],
 )
 def test_a_saved_motion_module_loads_by_itself(tmp_path, motion):
@@ -99,6 +101,16 @@ def test_a_saved_motion_module_loads_by_itself(tmp_path, motion):
     assert equal(dict(loaded.motion_parameters()), dict(trained.motion_parameters()))
     assert report.applied == sum(1 for _ in trained.motion_parameters())
     assert read_state_dict(path).metadata["stage"] == "motion"
+
+
+@pytest.mark.parametrize("motion", [{"positional_encoding": False}, {"temporal": "convolution"}])
+def test_variants_stay_in_the_official_format(tmp_path, motion):
+    trained = small_model(MotionConfig(resolutions=(1, 2, 4), **motion)).unet
+    parts = read_motion_parts(save_motion_module(trained, tmp_path / "a.safetensors"))
+    copy = write_official_motion(parts, tmp_path / "b.safetensors")
+    assert load_motion_module(small_model().unet, copy)[0].config == trained.config
+    with pytest.raises(UserError, match="without positional encoding.*MotionAdapter has no other"):
+        write_motion_adapter(parts, tmp_path / "adapter")
 
 
 def test_an_image_unet_has_no_motion_module_to_save(tmp_path):

@@ -71,6 +71,8 @@ def test_text_heads_default_to_clips_head_width(width, heads):
         *MOTION_VERSIONS.values(),
         MotionConfig(version="v2", max_frames=16, mid_block=True, num_heads=4, num_transformer_blocks=2),
         MotionConfig(resolutions=(2, 4), attentions_per_block=3, norm_over_frames=True),
+        MotionConfig(positional_encoding=False, num_heads=4),
+        MotionConfig(temporal="convolution", attentions_per_block=3, num_transformer_blocks=2, mid_block=True),
     ],
 )
 def test_motion_sizes_are_read_back(motion):
@@ -137,6 +139,15 @@ def test_v1_norms_pool_over_frames_and_lengths_come_from_the_file():
 def test_impossible_metadata_is_named(metadata, message):
     with pytest.raises(UserError, match=message):
         sizes.unet_config(on_meta(UNet, UNETS[0]), metadata)
+
+
+def test_only_metadata_tells_of_a_module_without_positional_encoding():
+    """Files without the table, such as AnimateLCM's, are of modules that have the encoding."""
+    motion = {"tensors": motion_tensors("v2"), "levels": 4, "length": None}
+    assert sizes.motion_config(metadata={}, **motion).positional_encoding
+    assert not sizes.motion_config(metadata={"positional_encoding": "false"}, **motion).positional_encoding
+    with pytest.raises(UserError, match="positional_encoding 'no' in the metadata, expected one of true, false"):
+        sizes.motion_config(metadata={"positional_encoding": "no"}, **motion)
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "0", "half"])

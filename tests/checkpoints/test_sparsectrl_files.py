@@ -53,7 +53,8 @@ def test_every_spelling_gives_the_same_encoder(tmp_path, base, spelling):
 def test_a_saved_encoder_loads_by_itself(tmp_path, kind, suffix):
     """All sizes away from SD 1.5's, and of the official wrapper where it is a pickle."""
     unet, vae = UNet(SMALL), VAE(VAEConfig(block_out_channels=(16, 16, 16), norm_num_groups=8))
-    motion = replace(MOTION_VERSIONS["sparsectrl"], max_frames=16, num_heads=2, resolutions=(2, 4))
+    temporal = {"rgb": {"positional_encoding": False}, "scribble": {"temporal": "convolution"}}[kind]
+    motion = replace(MOTION_VERSIONS["sparsectrl"], max_frames=16, num_heads=2, resolutions=(2, 4), **temporal)
     encoder = build_sparsectrl(unet, kind, downsampling=4, motion=motion)
     path = save_sparsectrl(encoder, tmp_path / f"x{suffix}", metadata={"stage": "sparsectrl"})
     loaded, _ = load_sparsectrl(path, unet, vae)

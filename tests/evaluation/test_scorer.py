@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import Counter
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor
 from animatediff.data import shapes
 from animatediff.data.shapes import FRAMES, MOTIONS, SIZE, make_scene, poses, render
 from animatediff.data.shapes_styles import STYLES, stamp
+from animatediff.data.world import World
+from animatediff.evaluation import shapes as shapes_scorer
 from animatediff.evaluation.run_shapes import evaluate_shapes, shuffle_frames
 from animatediff.evaluation.shapes import LABELS, NONE, OPPOSITES, Score, score_clip, score_clips
 from animatediff.evaluation.shapes_report import format_table, summarise
@@ -183,10 +186,10 @@ def test_refused_clips():
 
 def test_summary():
     scene = make_scene(0, motion="left")
-    good = Score(scene.color, scene.shape, scene.background, "left", {"right": -0.9}, 0.8, 0.0, 0.1, 0.0, None)
-    bad = Score(scene.color, NONE, scene.background, "right", {"right": 0.5}, 0.4, 0.2, 0.1, 0.5, 3.0)
+    good = Score(scene.color, scene.shape, scene.background, "left", "left", {"right": -0.9}, 0.8, 0.0, 0.1, 0.0, None)
+    bad = Score(scene.color, NONE, scene.background, "right", "none", {"right": 0.5}, 0.4, 0.2, 0.1, 0.5, 3.0)
     summary = summarise([good, bad], [scene, scene])
-    assert [summary[key] for key in ("clips", *LABELS, "all")] == [2, 100, 50, 100, 50, 50]
+    assert [summary[key] for key in ("clips", *LABELS, "all", "place")] == [2, 100, 50, 100, 50, 50, 50]
     assert (summary["smoothness"], summary["flicker"], summary["drift"]) == pytest.approx((0.6, 0.1, 0.25))
     assert summary["seam"] == 3  # of the clip that has one
     assert summarise([good], [scene])["seam"] is None
@@ -207,7 +210,8 @@ def test_evaluation_of_a_perfect_model(tmp_path):
 
     result = evaluate_shapes(generate, captions=11, batch=4, output_dir=tmp_path, settings={"steps": 25})
     assert len(asked) == 11
-    assert result["generated"] == result["rendered"] and result["generated"]["all"] == 100
+    assert result["generated"] == result["rendered"]
+    assert result["generated"]["all"] == result["generated"]["place"] == 100
     assert result["shuffled"]["motion"] == pytest.approx(100 * 2 / 11, abs=0.01)  # two stand still
     assert json.loads((tmp_path / "summary.json").read_text()) == result
     assert result["settings"] == {"captions": 11, "seed": 1, "style": "plain", "steps": 25}
@@ -228,11 +232,29 @@ def test_evaluation_of_a_style():
     result = evaluate_shapes(generate, captions=4, batch=2, style="neon")
     assert result["rendered"]["all"] == result["rendered"]["style"] == 100 and result["rendered"]["watermark"] == 0
     assert (result["generated"]["style"], result["generated"]["watermark"]) == (50, 100)
-    assert format_table({"a": result["generated"]}).splitlines()[7].split() == ["style", "%", "50.0"]
+    lines = [line.split() for line in format_table({"a": result["generated"]}).splitlines()]
+    assert ["style", "%", "50.0"] in lines and ["watermark", "%", "100.0"] in lines
+
+
+def test_evaluation_of_camera_moves():
+    world = World(6, motions=("zoom_in", "zoom_out", "orbit"), seed=HELD_OUT)
+    result = evaluate_shapes(lambda captions, seeds: world.render(seeds)[0], captions=6, motions=world.motions)
+    assert result["generated"]["motion"] == 100 and result["shuffled"]["motion"] == 0
+    found = result["generated"]["by_motion"]
+    assert found["zoom_out"] == {"clips": 2, "motion": 100.0, "amplitude": ANY, "read_as": {"zoom_out": 2}}
+    assert all(found[motion]["amplitude"] == pytest.approx(1, abs=0.1) for motion in world.motions)
+    assert result["generated"]["amplitudes"]["zoom_in"] == pytest.approx(0, abs=0.1)  # in, out, and not at all
+
+
+def test_place_and_size_can_be_read_where_the_turn_cannot():
+    path = poses(make_scene(3, motion="grow"))
+    path[:, 2], path[:, 3] = np.log(path[:, 2]), np.random.default_rng(0).uniform(0, 6, FRAMES)
+    even = np.full(FRAMES, 1 / FRAMES)
+    assert [shapes_scorer._read_motion(path, even, channels)[0] for channels in (4, 3)] == [NONE, "grow"]
 
 
 def test_refused_evaluations():
-    with pytest.raises(UserError, match="got style 'oil', expected one of plain"):
+    with pytest.raises(UserError, match="style: got 'oil', expected one of plain"):
         evaluate_shapes(lambda captions, seeds: torch.zeros(0), captions=1, style="oil")
     with pytest.raises(UserError, match="0 captions"):
         evaluate_shapes(lambda captions, seeds: torch.zeros(0), captions=0)

@@ -8,6 +8,7 @@ from animatediff.models.attention import Attention
 from animatediff.models.interventions import (
     MotionScale,
     attention_perturbed,
+    cross_frame_attention,
     damp_low_frequencies,
     freed,
     motion_scaled,
@@ -117,6 +118,23 @@ def test_perturbed_attention(unet, run):
             UserError, match=f"pag_layers: got '{wrong}', expected .* down_blocks.0, down_blocks.1, mid"
         ):
             perturbed_attentions(unet, [wrong])
+
+
+def test_cross_frame_attention(image_model):
+    """Frames see the first one of their own clip, and of the others nothing; the first frame is the image model's."""
+    x, t = INPUT
+    plain = image_model(x, t, TEXT)
+    with cross_frame_attention(image_model):
+        crossed = image_model(x, t, TEXT)
+        assert torch.allclose(image_model(x[:, :1], t, TEXT), plain[:, :1], atol=1e-5), "one frame alone"
+        for frame, seen_by in ((2, [2]), (0, [0, 1, 2, 3])):
+            other = x.clone()
+            other[1, frame] += 1
+            changed = (image_model(other, t, TEXT) - crossed).abs().amax((2, 3, 4)) > 1e-4
+            assert changed[1].nonzero().flatten().tolist() == seen_by and not changed[0].any()
+    assert torch.allclose(crossed[:, 0], plain[:, 0], atol=1e-5)
+    assert not torch.allclose(crossed[:, 1:], plain[:, 1:], atol=1e-3)
+    assert torch.equal(image_model(x, t, TEXT), plain), "nothing is left behind"
 
 
 def test_freeu(unet, run):

@@ -247,7 +247,7 @@ def test_report_names_every_key_that_was_not_applied(net):
 def test_a_lora_of_which_nothing_applies_is_refused(net):
     stack = LoRAStack(net)
     entries = (LoRAEntry("unet.down_blocks_0_motion_modules_0_x_to_q", torch.ones(1, 1), torch.ones(1, 1)),)
-    with pytest.raises(UserError, match="no motion modules, load one first"):
+    with pytest.raises(UserError, match="no motion modules with attention, load one first"):
         stack.add(LoRA("ZoomIn", "motion-lora", entries))
     with pytest.raises(UserError, match="no key fits the model.*down_blocks_0_motion_modules_0_x_to_q"):
         stack.add(LoRA("style", "lora", entries))

@@ -4,15 +4,25 @@ import csv
 import json
 
 import pytest
+import torch
 import yaml
 
+from animatediff.checkpoints.export import save_motion_module
+from animatediff.pipelines.animate import AnimateDiffPipeline
+from animatediff.pipelines.components import seeded
 from animatediff.training.ablation import load_grid, merged, table_row
 from animatediff.utils import UserError
 from scripts import ablate
 from tests.training.test_stages import IMAGE, LOOP, MOTION, write
 from tests.training.test_stages import trained as trained
 
-CELLS = {"as it is": {}, "no zero-init": {"zero_init": False}, "one": {"motion": {"attentions_per_block": 1}}}
+CELLS = {
+    "as it is": {},
+    "no positional encoding": {"motion": {"positional_encoding": False}},
+    "no zero-init": {"zero_init": False},
+    "one": {"motion": {"attentions_per_block": 1}},
+    "temporal convolution": {"motion": {"temporal": "convolution"}},
+}
 
 
 @pytest.fixture
@@ -36,7 +46,7 @@ def grid_file(trained, tmp_path):
 def test_a_grid(grid_file, tmp_path, capsys, monkeypatch):
     ablate.main(["--grid", str(grid_file), "--quick"])
     table = capsys.readouterr().out
-    assert "motion %" in table and "1 steps, 2 clips seen, 2 captions, seeds 3, on the CPU" in table
+    assert "motion %" in table and "1 steps, 2 clips seen, 2 captions, seeds 3; mean" in table
     rows = list(csv.DictReader((tmp_path / "out/table.csv").open()))
     assert [row["cell"] for row in rows] == list(CELLS)
     results = {cell: json.loads((tmp_path / f"out/{cell}/3/result.json").read_text()) for cell in CELLS}
@@ -47,8 +57,27 @@ def test_a_grid(grid_file, tmp_path, capsys, monkeypatch):
     assert table.splitlines()[-5:] == capsys.readouterr().out.splitlines()[-5:]
     path = tmp_path / "out/one/3/result.json"
     path.write_text(json.dumps(results["one"] | {"made": "otherwise"}))
-    with pytest.raises(UserError, match="of other values than the grid's"):
+    with pytest.raises(UserError, match="of other values than the config's"):
         ablate.main(["--grid", str(grid_file), "--quick"])
+
+
+@pytest.mark.parametrize("cell", ["no positional encoding", "temporal convolution"])
+def test_a_variant_animates_as_it_was_trained(grid_file, tmp_path, cell):
+    """Its file is all that is needed, and says what it is; positions cannot be stretched where there are none."""
+    grid = load_grid(grid_file)
+    stage = grid.stage(cell, 0)
+    stage.run(lambda line: None)
+    files = {"pretrained_model_path": stage.pretrained_model_path, "device": "cpu"}
+    trained = f"{stage.output_dir}/motion.safetensors"
+    pipeline = AnimateDiffPipeline.from_config(grid.animate, motion_module=trained, **files)
+    assert pipeline.components.unet.config.motion == stage.motion
+    call = {"num_frames": 4, "height": 64, "width": 64, "num_inference_steps": 1, "output_type": "latent"}
+    clip = pipeline("a", generator=seeded(0), **call).frames
+    saved = save_motion_module(pipeline.components.unet, tmp_path / "again.safetensors")
+    again = AnimateDiffPipeline.from_config(grid.animate, motion_module=str(saved), **files)
+    assert torch.equal(again("a", generator=seeded(0), **call).frames, clip)
+    with pytest.raises(UserError, match="pe_stretch: got 2, expected 1: the motion module has no positional encoding"):
+        pipeline("a", pe_stretch=2.0, **call)
 
 
 def test_mistakes_are_told_before_anything_starts(grid_file, tmp_path):
@@ -68,7 +97,10 @@ def test_merging():
 
 
 def test_a_row_is_a_mean_and_a_deviation():
-    results = [{"motion": m, "shape": 50, "all": 1, "smoothness": 0.5, "flicker": 0, "drift": 0} for m in (70, 80, 90)]
+    results = [
+        {"motion": m, "place": 0, "shape": 50, "all": 1, "smoothness": 0.5, "flicker": 0, "drift": 0}
+        for m in (70, 80, 90)
+    ]
     row = table_row("x", results)
     assert (row["motion"], row["smoothness"]) == ("80.0 ± 10.0", "0.500 ± 0.000")
     assert table_row("x", results[:1])["motion"] == "70.0"
@@ -78,5 +110,5 @@ def test_the_shipped_grid():
     for quick in (False, True):
         grid = load_grid("configs/eval/ablation.yaml", quick=quick)
         stages = [grid.stage(cell, 0) for cell in grid.cells]
-        assert len({repr(stage) for stage in stages}) == len(stages) == 8
+        assert len({repr(stage) for stage in stages}) == len(stages) == 10
         assert {stage.loop.steps for stage in stages} == {400 if quick else 3000}
