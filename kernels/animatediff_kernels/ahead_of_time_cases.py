@@ -36,7 +36,10 @@ def spatial(dim: int, dtype: torch.dtype) -> list[Callable]:
 
 def text(dim: int, keys: int, dtype: torch.dtype) -> list[Callable]:
     q, k = torch.empty(2, 256, HEADS * dim, dtype=dtype), torch.empty(1, keys, HEADS * dim, dtype=dtype)
-    return [lambda: attention._forward(q, k, k, HEADS)]
+    return [
+        lambda: attention._forward(q, k, k, HEADS),
+        lambda: attention._backward(q, q, k, k, q, torch.empty(2, HEADS, 256), HEADS),
+    ]
 
 
 def others(dtype: torch.dtype) -> list[Callable]:

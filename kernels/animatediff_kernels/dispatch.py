@@ -1,8 +1,9 @@
 """Which backend computes an operation: torch's own kernels, or the Triton kernels of this package.
 
 A request comes from the argument `backend=`, else from `use_backend`, else from the environment variable
-ANIMATEDIFF_KERNELS, else it is "auto". Under "auto" Triton is chosen only where `measured.csv` has a row that says it
-was faster on this architecture, in this dtype, mode and shape. A request for "triton" that cannot be met raises.
+ANIMATEDIFF_KERNELS, else it is "auto". Under "auto" Triton is chosen only where `measured.csv` says that it was faster
+on this architecture, in this dtype, mode and shape, at the nearest numbers of rows. A request for "triton" that cannot
+be met raises.
 """
 
 from __future__ import annotations
@@ -50,17 +51,19 @@ class Call:
             torch's device type.
         dtype: of all activations; None where they differ.
         grad: whether a backward pass will follow.
-        shape: the sizes that matter to the operation, in its own order.
+        rows: how much of it there is, in tokens of all images. A choice holds between two measured numbers of rows.
+        shape: the other sizes that decide which backend is faster, in the operation's own order.
     """
 
     op: str
     device: str
     dtype: torch.dtype | None
     grad: bool
+    rows: int
     shape: tuple[tuple[str, int], ...]
 
     @staticmethod
-    def of(op: str, *tensors: Tensor, weights: Sequence[Tensor] = (), **shape: int) -> Call:
+    def of(op: str, *tensors: Tensor, rows: int, weights: Sequence[Tensor] = (), **shape: int) -> Call:
         """The call of `op` on these activations; `weights` may be of another dtype, as they are under autocast."""
         first = tensors[0]
         return Call(
@@ -68,12 +71,13 @@ class Call:
             device_name(first.device),
             first.dtype if all(t.dtype == first.dtype for t in tensors) else None,
             torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights)),
+            rows,
             tuple(shape.items()),
         )
 
     @property
-    def row(self) -> tuple[str, ...]:
-        """The first columns of the call's row in `measured.csv`: op, arch, dtype, mode, shape."""
+    def key(self) -> tuple[str, ...]:
+        """The first columns of the call's rows in `measured.csv`: op, arch, dtype, mode, shape."""
         shape = " ".join([f"{name}={size}" for name, size in self.shape])
         return self.op, self.device, str(self.dtype).removeprefix("torch."), "train" if self.grad else "forward", shape
 
@@ -91,11 +95,14 @@ def device_name(device: torch.device) -> str:
     return "interpreter" if device.type == "cpu" and interpreting() else device.type
 
 
-def read_measurements(path: Path) -> dict[tuple[str, ...], tuple[float, float]]:
-    """Milliseconds (triton, best of torch) of every measured call, keyed by `Call.row`."""
+def read_measurements(path: Path) -> dict[tuple[str, ...], dict[int, tuple[float, float]]]:
+    """`Call.key` -> number of rows -> milliseconds (triton, best of torch)."""
     with path.open(newline="", encoding="utf-8") as file:
-        _, *rows = csv.reader(file)
-    return {tuple(row[:5]): (float(row[5]), float(row[6])) for row in rows}
+        _, *lines = csv.reader(file)
+    found: dict[tuple[str, ...], dict[int, tuple[float, float]]] = {}
+    for *key, rows, triton, own in lines:
+        found.setdefault(tuple(key), {})[int(rows)] = float(triton), float(own)
+    return found
 
 
 MEASURED = read_measurements(Path(__file__).with_name("measured.csv"))
@@ -133,11 +140,15 @@ def auto(call: Call) -> Choice:
         return Choice("torch", reason)
     if call.device == "interpreter":
         return Choice("torch", "the interpreter is for tests")
-    times = MEASURED.get(call.row)
-    if times is None:
+    measured = MEASURED.get(call.key, {})
+    fewer, more = [n for n in measured if n <= call.rows], [n for n in measured if n >= call.rows]
+    if not fewer:  # with few rows a launch costs more than the work: the larger measurement says nothing
         return Choice("torch", "no measurement says that triton is faster here")
-    triton, own = times
-    return Choice("triton" if triton < own else "torch", f"measured: triton {triton:g} ms, torch {own:g} ms")
+    near = [max(fewer), *([min(more)] if more else [])]
+    rows = max(near, key=lambda n: measured[n][0] / measured[n][1])  # where triton does worse
+    triton, own = measured[rows]
+    reason = f"measured at {rows} rows: triton {triton:g} ms, torch {own:g} ms"
+    return Choice("triton" if triton < own else "torch", reason)
 
 
 def requested() -> str:
@@ -175,6 +186,7 @@ def use_backend(backend: str) -> Iterator[None]:
 def explain(
     op: str,
     *,
+    rows: int,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     grad: bool = False,
@@ -184,12 +196,13 @@ def explain(
     """Print and return which backend such a call would get, and why.
 
     Args:
+        rows: tokens of all images: 32 * 64 * 64 at the finest level of a guided clip of 16 frames at 512x512.
         device: as `Call.device` spells it: "sm_90", "cpu", …
         shape: the sizes of `Call.shape`, in the operation's order: frames=16, head_dim=40.
     """
-    call = Call(op, device, dtype, grad, tuple(shape.items()))
+    call = Call(op, device, dtype, grad, rows, tuple(shape.items()))
     choice = choose(call, backend)
-    print(f"{' '.join(call.row)}: {choice.backend}, {choice.reason}")
+    print(f"{' '.join(call.key)} rows={rows}: {choice.backend}, {choice.reason}")
     return choice
 
 

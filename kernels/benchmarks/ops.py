@@ -44,7 +44,7 @@ class Op:
         flops: sizes -> matrix products of a forward pass; 5/2 of it more backward.
         passes: how often the inputs and outputs go through memory at least, forward and backward, in units of `unit`.
         unit: sizes -> numbers in the tensor that `passes` counts.
-        key: sizes -> `Call.shape` of the dispatch.
+        key: sizes -> `Call.rows` and `Call.shape` of the dispatch.
         differentiable: whether there is a backward pass.
     """
 
@@ -123,7 +123,11 @@ OPS = {
         reference=lambda s: lambda qkv: temporal_attention_reference(*qkv.chunk(3, -1), s["frames"], s["heads"]),
         passes=(4, 7),  # q, k, v, out; then q, k, v, dout and three gradients
         unit=lambda s: s["clips"] * s["frames"] * s["tokens"] * s["heads"] * s["head_dim"],
-        key=lambda s: {name: s[name] for name in ("frames", "head_dim")},
+        key=lambda s: {
+            "rows": s["clips"] * s["frames"] * s["tokens"],
+            "frames": s["frames"],
+            "head_dim": s["head_dim"],
+        },
         flops=lambda s: 4 * s["clips"] * s["tokens"] * s["frames"] ** 2 * s["heads"] * s["head_dim"],
         plain=_temporal_sdpa,
     ),
@@ -138,7 +142,10 @@ OPS = {
         reference=lambda s: lambda q, k, v: attention_reference(q, k, v, s["heads"]),
         passes=(2, 4),  # per unit of q and k together: q, out, k, v; then all and their gradients
         unit=lambda s: (s["images"] * s["tokens"] + s["rows"] * s["keys"]) * s["heads"] * s["head_dim"],
-        key=lambda s: {name: s[name] for name in ("tokens", "keys", "head_dim")},
+        key=lambda s: (
+            {"rows": s["images"] * s["tokens"], "head_dim": s["head_dim"]}
+            | ({} if (s["images"], s["tokens"]) == (s["rows"], s["keys"]) else {"keys": s["keys"]})
+        ),
         flops=lambda s: 4 * s["images"] * s["tokens"] * s["keys"] * s["heads"] * s["head_dim"],
         plain=_attention_sdpa,
     ),
@@ -157,7 +164,12 @@ OPS = {
         plain=_group_norm_silu,
         passes=(3, 5),  # the statistics need a pass of their own
         unit=lambda s: s["images"] * s["channels"] * s["height"] * s["width"],
-        key=lambda s: {"channels": s["channels"], "tokens": s["height"] * s["width"], "images": s["frames"]},
+        key=lambda s: {
+            "rows": s["images"] * s["height"] * s["width"],
+            "channels": s["channels"],
+            "images": s["frames"],
+            "silu": s["silu"],
+        },
     ),
     "layer_norm": Op(
         shapes=lambda s: (
@@ -172,7 +184,7 @@ OPS = {
         plain=lambda s: _layer_norm,
         passes=(2, 3),
         unit=lambda s: s["images"] * s["tokens"] * s["width"],
-        key=lambda s: {"width": s["width"]},
+        key=lambda s: {"rows": s["images"] * s["tokens"], "width": s["width"], "code": int(s["frames"] > 0)},
     ),
     "geglu": Op(
         shapes=lambda s: [(s["images"], s["tokens"], 2 * s["width"])],
@@ -183,7 +195,7 @@ OPS = {
         plain=lambda s: _geglu,
         passes=(3, 5),
         unit=lambda s: s["images"] * s["tokens"] * s["width"],
-        key=lambda s: {"width": s["width"]},
+        key=lambda s: {"rows": s["images"] * s["tokens"], "width": s["width"]},
     ),
     "guided_ddim": Op(
         shapes=lambda s: [(n, s["frames"], s["channels"], s["height"], s["width"]) for n in (1, 2)],
@@ -194,7 +206,7 @@ OPS = {
         plain=lambda s: lambda x, both: guided_ddim_reference(x, both, _alphas(x), SCALE, False),
         passes=(4, 0),
         unit=lambda s: s["frames"] * s["channels"] * s["height"] * s["width"],
-        key=lambda s: {"elements": s["frames"] * s["channels"] * s["height"] * s["width"]},
+        key=lambda s: {"rows": s["frames"] * s["channels"] * s["height"] * s["width"]},
         differentiable=False,
     ),
 }

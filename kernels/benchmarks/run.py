@@ -227,10 +227,11 @@ def note_measured(path: Path, shape: Shape, mode: str, device: str, dtype: torch
     if triton is None or not ms:
         return
     op, sizes = OPS[shape.op], dict(shape.sizes)
-    call = Call(shape.op, device_name(torch.device(device)), dtype, mode != "fwd", tuple(op.key(sizes).items()))
+    (_, count), *others = op.key(sizes).items()
+    call = Call(shape.op, device_name(torch.device(device)), dtype, mode != "fwd", count, tuple(others))
     with path.open(newline="", encoding="utf-8") as file:
         header, *known = csv.reader(file)
-    table = {tuple(row[:5]): row[5:] for row in known} | {call.row: [triton, min(ms.values())]}
+    table = {tuple(row[:6]): row[6:] for row in known} | {(*call.key, str(count)): [triton, min(ms.values())]}
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *[[*key, *table[key]] for key in sorted(table)]])
 

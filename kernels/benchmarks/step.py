@@ -4,7 +4,8 @@ python kernels/benchmarks/step.py --device cpu --size 256        # beside diffus
 python kernels/benchmarks/step.py --device cuda --size 512
 
 Every network runs in a process of its own, in turns, with the same weights, inputs and allocator; the least of
-`--repeat` runs counts. The motion module's GroupNorm is pooled over frames, as diffusers has it.
+`--repeat` runs counts. The ratio is of seconds on CUDA, of CPU seconds on the CPU, to diffusers run eagerly. The motion
+module's GroupNorm is pooled over frames, as diffusers has it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from animatediff_kernels import use_backend
+from floor import breakdown
 from run import RESULTS, device_label, provenance, write_rows
 from shapes import CONFIG, TEXT_TOKENS
 from torch import Tensor, nn
@@ -34,25 +37,19 @@ from animatediff.models.motion import positional_encoding
 from animatediff.models.unet import UNet
 
 NETWORKS = ("ours", "diffusers")
+ON_CUDA = ("ours-triton", "diffusers-compiled")  # beside them; ours alone asks `auto` and the environment
+CUDA_STEPS = 10  # per run; the CPU takes one
 KEY = ("network", "device", "size", "frames", "dtype", "threads")
 COLUMNS = (*KEY, "seconds", "cpu_seconds", "peak_mb", "ratio", "error", "repeat", "versions", "commit", "date")
-KINDS = {  # a kind of work, and the torch operators whose own time it is
-    "convolutions": ("conv",),
-    "linear layers": ("addmm", "::mm", "::bmm", "linear"),
-    "attention": ("scaled_dot_product", "attention"),
-    "GroupNorm, LayerNorm": ("group_norm", "layer_norm", "batch_norm"),
-    "gates": ("gelu", "silu", "::mul", "geglu"),
-    "sums": ("::add",),
-    "copies": ("copy_", "cat", "::stack", "pad", "upsample", "::fill_"),
-}
 
 
 def main() -> None:
     args = parse()
     if args.worker:
         return work(args)
-    networks = [n for n in NETWORKS if n == "ours" or importlib.util.find_spec("diffusers")]
-    if len(networks) == 1:
+    networks = NETWORKS + (ON_CUDA if args.device.startswith("cuda") else ())
+    if not importlib.util.find_spec("diffusers"):
+        networks = tuple(n for n in networks if n.startswith("ours"))
         print("diffusers is not installed: ours alone (pip install diffusers for the comparison)")
     with tempfile.TemporaryDirectory() as folder:
         runs = {network: [] for network in networks}
@@ -79,8 +76,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--breakdown", action="store_true", help="print where our step's time goes, and stop")
-    parser.add_argument("--worker", choices=NETWORKS, help=argparse.SUPPRESS)
+    parser.add_argument("--breakdown", action="store_true", help="print our step's time by kind of work, and stop")
+    parser.add_argument("--worker", choices=NETWORKS + ON_CUDA, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
@@ -97,13 +94,16 @@ def run_worker(args: argparse.Namespace, network: str, folder: Path) -> dict[str
 
 
 def work(args: argparse.Namespace) -> None:
-    """One network, one step; prints what it took. On CUDA a first step, which sets everything up, does not count."""
+    """One network; prints what a step took. On CUDA a first step, which sets everything up, does not count."""
     torch.set_num_threads(args.threads)
+    whose, _, how = args.worker.partition("-")
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    network = {"ours": our_network, "diffusers": diffusers_network}[args.worker]()
+    network = {"ours": our_network, "diffusers": diffusers_network}[whose]()
     network.to(device, dtype)
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)
+    if how == "compiled":
+        network = torch.compile(network)
     side = args.size // 8
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, args.frames, 4, side, side, generator=generator).to(device, dtype)
@@ -113,21 +113,25 @@ def work(args: argparse.Namespace) -> None:
 
     @torch.no_grad()
     def step() -> Tensor:
-        if args.worker == "ours":
-            return network(latents, t, text)
+        if whose == "ours":
+            with use_backend("triton") if how == "triton" else nullcontext():
+                return network(latents, t, text)
         return network(latents.transpose(1, 2), t, encoder_hidden_states=texts).sample.transpose(1, 2)
 
     if args.breakdown:
-        return breakdown(step, device)
+        return breakdown(step, device, dtype)
+    steps = 1
     if device.type == "cuda":
+        steps = CUDA_STEPS
         step()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     wall, cpu = time.perf_counter(), time.process_time()
-    out = step()
+    for _ in range(steps):
+        out = step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    used = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    used = {"seconds": (time.perf_counter() - wall) / steps, "cpu_seconds": (time.process_time() - cpu) / steps}
     torch.save(out.float().cpu(), args.output)
     on_device = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else None
     used["peak_mb"] = on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # Linux: kilobytes
@@ -141,10 +145,10 @@ def summary(
     row = {"network": network, "device": device_label(args.device), "dtype": args.dtype}
     row |= {"size": str(args.size), "frames": str(args.frames), "repeat": str(args.repeat)}
     row |= {name: f"{value:.4g}" for name, value in least.items()} | {"ratio": "", "error": ""}
-    if network == "ours" and "diffusers" in runs:
+    if network.startswith("ours") and "diffusers" in runs:
         clock = "seconds" if args.device.startswith("cuda") else "cpu_seconds"
         theirs = outputs["diffusers"]
-        error = ((outputs["ours"] - theirs).norm() / theirs.norm()).item()
+        error = ((outputs[network] - theirs).norm() / theirs.norm()).item()
         right = error < (1e-5 if args.dtype == "float32" else 3e-2)
         row["error"] = f"{error:.1e}"
         row["ratio"] = f"{min(run[clock] for run in runs['diffusers']) / least[clock]:.3f}" if right else ""
@@ -192,32 +196,6 @@ def fill(network: nn.Module, names: dict[str, str]) -> nn.Module:
             bound = (3 / parameter[0].numel()) ** 0.5
             parameter.uniform_(-bound, bound, generator=generator)
     return network
-
-
-def breakdown(step, device: torch.device) -> None:
-    """Seconds of torch's operators by kind of work, and the time their matrix products alone would take."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    cuda = device.type == "cuda"
-    if cuda:
-        step()
-    with profile(activities=[ProfilerActivity.CPU] + cuda * [ProfilerActivity.CUDA]) as profiler:
-        step()
-    seconds = dict.fromkeys([*KINDS, "others"], 0.0)
-    for event in profiler.key_averages():
-        if event.device_type != DeviceType.CPU:  # kernels, whose time is that of the operators that launched them
-            continue
-        own = event.self_device_time_total if cuda else event.self_cpu_time_total
-        seconds[kind_of(event.key)] += own / 1e6
-    total = sum(seconds.values())
-    for kind, value in seconds.items():
-        print(f"{kind:<22}{value:10.4f} s {value / total:7.1%}")
-    print(f"{'all':<22}{total:10.4f} s")
-
-
-def kind_of(operator: str, kinds: Iterable[tuple[str, tuple[str, ...]]] = tuple(KINDS.items())) -> str:
-    return next((kind for kind, parts in kinds if any(part in operator for part in parts)), "others")
 
 
 if __name__ == "__main__":

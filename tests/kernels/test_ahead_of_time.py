@@ -41,7 +41,7 @@ def check(reports: list[dict]) -> None:
 def test_the_widest_level():
     pytest.importorskip("triton")
     reports = compiled("sm_80,sm_90", "attention-40-bfloat16", "text77-40-bfloat16", "temporal16-40-bfloat16")
-    assert len(reports) == 2 * 6
+    assert len(reports) == 2 * 8
     check(reports)
 
 

@@ -10,6 +10,7 @@ import torch
 from animatediff_kernels import dispatch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels/benchmarks"))
+import floor  # noqa: E402
 import ops  # noqa: E402
 import plot  # noqa: E402
 import run  # noqa: E402
@@ -74,7 +75,7 @@ def test_the_dispatch_is_told_of_the_calls_that_it_will_see(op, monkeypatch):
     door = sys.modules[f"animatediff_kernels.{op}"]
     monkeypatch.setattr(door, "choose", lambda call, backend: seen.append(call) or dispatch.choose(call, backend))
     spec.run(sizes, "torch")(*ops.make_inputs(spec, sizes, "cpu", torch.float32))
-    assert dict(seen[0].shape) == spec.key(sizes)
+    assert {"rows": seen[0].rows} | dict(seen[0].shape) == spec.key(sizes)
 
 
 def rows(**ms):
@@ -115,14 +116,14 @@ def test_rows_of_one_key_replace_each_other(tmp_path):
 
 def test_the_dispatch_reads_what_the_benchmark_notes(tmp_path, monkeypatch):
     path = tmp_path / "measured.csv"
-    path.write_text("op,arch,dtype,mode,shape,triton_ms,torch_ms\n")
+    path.write_text("op,arch,dtype,mode,shape,rows,triton_ms,torch_ms\n")
     monkeypatch.setattr(run, "device_name", lambda device: "sm_90")
     shape = shapes.Shape("temporal_attention", "16f-512", "layer", tuple(SMALL["temporal_attention"].items()))
     measured = rows(**{"sdpa-flash": "4", "torch": "3", "triton": "2"})
     run.note_measured(path, shape, "fwd", "cpu", torch.float16, measured)
     run.note_measured(path, shape, "fwd+bwd", "cpu", torch.float16, measured[:2])
     key = ("temporal_attention", "sm_90", "float16", "forward", "frames=3 head_dim=8")
-    assert dispatch.read_measurements(path) == {key: (2.0, 3.0)}
+    assert dispatch.read_measurements(path) == {key: {2 * 3 * 5: (2.0, 3.0)}}
 
 
 def test_only_one_device_is_drawn():
@@ -159,4 +160,39 @@ def test_operators_by_kind():
     names = {"aten::convolution": "convolutions", "aten::addmm": "linear layers", "aten::add_": "sums"}
     names |= {"aten::mul_": "gates", "aten::copy_": "copies", "aten::native_group_norm": "GroupNorm, LayerNorm"}
     names |= {"aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "aten::view": "others"}
-    assert {name: step.kind_of(name) for name in names} == names
+    assert {name: floor.kind_of(name) for name in names} == names
+
+
+@torch.no_grad()
+def test_the_floor_is_of_true_flops_and_least_bytes():
+    x, w, image, kernel = torch.randn(4, 8), torch.randn(8, 3), torch.randn(1, 2, 5, 5), torch.randn(6, 2, 3, 3)
+    q = torch.randn(1, 2, 7, 8)
+    with floor.Work() as work:
+        y = (x @ w).view(2, 6)  # 4 x 8 by 8 x 3
+        y.mul_(2)
+        torch.empty(100).fill_(1)
+        torch.zeros(1).expand(1000) + 1
+        torch.nn.functional.conv2d(image, kernel, padding=1)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    found = {}
+    for name, flops, moved in work.found:
+        found.setdefault(name, (flops, moved))
+    assert found["aten::mm"] == (2 * 4 * 8 * 3, 4 * (32 + 24 + 12))
+    assert found["aten::mul_.Tensor"] == (0, 4 * (12 + 12)) and "aten::view" not in found
+    assert found["aten::fill_.Scalar"] == (0, 4 * 100) and not any("empty" in name for name in found)
+    assert found["aten::add.Tensor"] == (0, 4 * 1001)
+    assert found["aten::convolution"] == (2 * 25 * 6 * 2 * 9, 4 * (50 + 108 + 150))
+    flops, _ = found["aten::_scaled_dot_product_flash_attention_for_cpu"]
+    assert flops == 2 * 2 * 2 * 7 * 7 * 8
+    seconds = work.floor((1e3, 1e9))
+    assert seconds["convolutions"] == 2 * 25 * 6 * 2 * 9 / 1e3 and seconds["sums"] == 4 * 1001 / 1e9
+
+
+def test_a_step_against_its_floor(capsys, monkeypatch):
+    monkeypatch.setattr(floor, "ceilings", lambda device, dtype: (1e9, 1e10))
+    layer = torch.nn.Conv2d(4, 4, 3)
+    floor.breakdown(lambda: layer(torch.randn(1, 4, 128, 128)), torch.device("cpu"), torch.float32)
+    table = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines()}
+    ms, _, least, share = table["convolutions"]
+    assert least == "4.57"  # 126 x 126 places, 4 x 4 channels, 3 x 3, two operations each
+    assert float(share.rstrip("%")) == pytest.approx(457 / float(ms), rel=0.1) and table["all"][1] == "100.0%"

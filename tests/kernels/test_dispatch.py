@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from animatediff_kernels import dispatch, explain, temporal_attention, use_backend
+from animatediff_kernels import dispatch, explain, geglu, temporal_attention, use_backend
 from animatediff_kernels.dispatch import Call, auto, choose, read_measurements, refusal
 
 
-def call(op="temporal_attention", device="sm_90", dtype=torch.bfloat16, grad=False, **shape):
-    return Call(op, device, dtype, grad, tuple((shape or {"frames": 16, "head_dim": 40}).items()))
+def call(op="temporal_attention", device="sm_90", dtype=torch.bfloat16, grad=False, rows=1000, **shape):
+    return Call(op, device, dtype, grad, rows, tuple((shape or {"frames": 16, "head_dim": 40}).items()))
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ REFUSALS = [
     pytest.param(call(device="sm_75"), "sm_75 is older than sm_80", id="an old GPU"),
     pytest.param(call(dtype=None), "differ in dtype", id="mixed dtypes"),
     pytest.param(call(dtype=torch.float64), "float64 is none of", id="dtype"),
-    pytest.param(call("guided_ddim", grad=True, elements=4), "no backward kernel", id="backward"),
+    pytest.param(call("guided_ddim", grad=True, width=4), "no backward kernel", id="backward"),
     pytest.param(call(frames=65, head_dim=40), "frames 65 is outside 1 … 64", id="frames"),
     pytest.param(call(frames=16, head_dim=168), "head_dim 168 is outside 4 … 160", id="temporal head width"),
     pytest.param(call(dtype=torch.float32, frames=33, head_dim=40), "at most 32 frames", id="float32 frames"),
@@ -50,19 +50,41 @@ def test_without_triton(monkeypatch):
 def test_auto_follows_the_measured_table(monkeypatch, tmp_path):
     table = tmp_path / "measured.csv"
     table.write_text(
-        "op,arch,dtype,mode,shape,triton_ms,torch_ms\n"
-        "temporal_attention,sm_90,bfloat16,forward,frames=16 head_dim=40,0.1,0.5\n"
-        "temporal_attention,sm_90,bfloat16,train,frames=16 head_dim=40,0.9,0.5\n"
+        "op,arch,dtype,mode,shape,rows,triton_ms,torch_ms\n"
+        "temporal_attention,sm_90,bfloat16,forward,frames=16 head_dim=40,1000,0.1,0.5\n"
+        "temporal_attention,sm_90,bfloat16,train,frames=16 head_dim=40,1000,0.9,0.5\n"
     )
     monkeypatch.setattr(dispatch, "MEASURED", read_measurements(table))
-    assert auto(call()) == ("triton", "measured: triton 0.1 ms, torch 0.5 ms")
-    assert auto(call(grad=True)) == ("torch", "measured: triton 0.9 ms, torch 0.5 ms")
+    assert auto(call()) == ("triton", "measured at 1000 rows: triton 0.1 ms, torch 0.5 ms")
+    assert auto(call(grad=True)) == ("torch", "measured at 1000 rows: triton 0.9 ms, torch 0.5 ms")
     for other in (call(device="sm_89"), call(dtype=torch.float16), call(frames=8, head_dim=40)):
         assert auto(other) == ("torch", "no measurement says that triton is faster here")
 
 
+def test_between_measured_sizes_triton_must_have_won_at_both(monkeypatch):
+    times = {100: (3.0, 2.0), 400: (3.0, 4.0), 800: (4.0, 8.0), 2000: (30.0, 20.0), 4000: (30.0, 40.0)}
+    monkeypatch.setattr(dispatch, "MEASURED", {call().key: times})
+    chosen = {n: auto(call(rows=n)).backend for n in (50, 100, 200, 400, 500, 800, 900, 2000, 4000, 9999)}
+    assert {n for n, backend in chosen.items() if backend == "triton"} == {400, 500, 800, 4000, 9999}
+    assert auto(call(rows=900)).reason == "measured at 2000 rows: triton 30 ms, torch 20 ms"
+    assert auto(call(rows=50)).reason == "no measurement says that triton is faster here"
+
+
+def test_auto_inside_a_compiled_graph(monkeypatch):
+    """One graph per choice: the operator's own name shows which."""
+    geglu_call = call("geglu", dtype=torch.float32, width=8)
+    monkeypatch.setattr(dispatch, "MEASURED", {geglu_call.key: {8: (1.0, 2.0)}})
+    monkeypatch.setattr(dispatch, "device_name", lambda device: "sm_90")
+    graphs = []
+    whole = torch.compile(geglu, fullgraph=True, backend=lambda graph, _: graphs.append(graph.code) or graph.forward)
+    for rows in (4, 8, 16):
+        x = torch.randn(rows, 16)
+        assert torch.allclose(whole(x), geglu(x, backend="torch"), atol=1e-6)
+    assert ["animatediff" in code for code in graphs[:2]] == [False, True]
+
+
 def test_the_committed_table_is_readable():
-    assert all(len(row) == 5 and min(times) > 0 for row, times in dispatch.MEASURED.items())
+    assert all(len(key) == 5 and min(ms) > 0 for key, rows in dispatch.MEASURED.items() for ms in rows.values())
 
 
 def test_who_asks_last_is_heard_first(monkeypatch):
@@ -88,20 +110,21 @@ def test_unknown_backends(monkeypatch):
 
 def test_what_a_call_is_made_of(monkeypatch):
     q = torch.zeros(1, requires_grad=True)
-    assert Call.of("attention", q, q, head_dim=8) == Call("attention", "cpu", torch.float32, True, (("head_dim", 8),))
+    own = Call("attention", "cpu", torch.float32, True, 4, (("head_dim", 8),))
+    assert Call.of("attention", q, q, rows=4, head_dim=8) == own
     with torch.no_grad():
-        assert not Call.of("attention", q).grad
-    assert Call.of("attention", q, q.double()).dtype is None
+        assert not Call.of("attention", q, rows=4).grad
+    assert Call.of("attention", q, q.double(), rows=4).dtype is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert Call.of("attention", q).device == "interpreter"
-    assert auto(Call.of("attention", q)) == ("torch", "the interpreter is for tests")
+    assert Call.of("attention", q, rows=4).device == "interpreter"
+    assert auto(Call.of("attention", q, rows=4)) == ("torch", "the interpreter is for tests")
 
 
 def test_explain(capsys):
-    choice = explain("temporal_attention", device="sm_90", dtype=torch.bfloat16, frames=16, head_dim=40)
+    choice = explain("temporal_attention", rows=9, device="sm_90", dtype=torch.bfloat16, frames=16, head_dim=40)
     assert choice.backend == "torch"
     assert capsys.readouterr().out == (
-        "temporal_attention sm_90 bfloat16 forward frames=16 head_dim=40: torch, "
+        "temporal_attention sm_90 bfloat16 forward frames=16 head_dim=40 rows=9: torch, "
         "no measurement says that triton is faster here\n"
     )
 

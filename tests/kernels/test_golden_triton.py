@@ -1,7 +1,7 @@
 """The golden numbers of tests/models again, with all kernels of the network in Triton's interpreter.
 
-An image has a program per head or per group of channels and costs the interpreter minutes a step, a pixel does not: by
-default only the attention along frames runs in it on the golden network, and all kernels on a tiny one.
+Spatial attention has a program per head of every image and costs the interpreter half a minute a step: by default only
+the attention along frames runs in it on the golden network, and all kernels on a tiny one.
 """
 
 import functools

@@ -26,7 +26,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, backend: str |
     if n % rows:
         raise ValueError(f"got {n} query rows and {rows} key rows, expected a multiple")
     head_dim = width // num_heads
-    call = Call.of("attention", q, k, v, tokens=s, keys=tokens, head_dim=head_dim)
+    text = {} if (rows, tokens) == (n, s) else {"keys": tokens}  # an image attends to itself or to a text
+    call = Call.of("attention", q, k, v, rows=n * s, head_dim=head_dim, **text)
     if choose(call, backend).backend == "triton":
         return attention_op(q, k, v, num_heads)[0]
     q = q.reshape(rows, n // rows * s, num_heads, head_dim).transpose(1, 2)

@@ -65,11 +65,10 @@ def flash_kernel(
         if TAIL > 0:
             k_tail = tl.load(k + kv_at + tail, mask=there & (tail < WIDTH), other=0.0)
             scores = tl.dot(q_tail, tl.trans(k_tail), acc=scores, input_precision="tf32x3")
-        scores = scores * scale
         if KEYS % KEY_BLOCK != 0:
             scores = tl.where((key < KEYS)[None, :], scores, float("-inf"))
-        better = tl.maximum(best, tl.max(scores, 1))
-        p = tl.exp2(scores - better[:, None])
+        better = tl.maximum(best, tl.max(scores, 1) * scale)
+        p = tl.exp2(scores * scale - better[:, None])  # one fused instruction before the exponential
         keep = tl.exp2(best - better)
         total = total * keep + tl.sum(p, 1)
         best = better

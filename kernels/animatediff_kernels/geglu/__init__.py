@@ -18,7 +18,8 @@ def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
     Returns: (…, width).
     Raises: ValueError where "triton" is asked for and cannot be had.
     """
-    call = Call.of("geglu", x, width=x.shape[-1] // 2)
+    wide = x.shape[-1]
+    call = Call.of("geglu", x, rows=x.numel() // wide, width=wide // 2)
     if choose(call, backend).backend == "triton":
         return geglu_op(x)
     value, gate = x.chunk(2, dim=-1)

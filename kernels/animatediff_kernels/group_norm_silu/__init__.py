@@ -29,8 +29,8 @@ def group_norm_silu(
         backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
     Raises: ValueError where "triton" is asked for and cannot be had.
     """
-    sizes = {"channels": x.shape[1], "tokens": x[0, 0].numel(), "images": frames}
-    call = Call.of("group_norm_silu", x, weights=(weight, bias), **sizes)
+    sizes = {"channels": x.shape[1], "images": frames, "silu": int(silu)}
+    call = Call.of("group_norm_silu", x, weights=(weight, bias), rows=x.numel() // x.shape[1], **sizes)
     if choose(call, backend).backend == "triton":
         return group_norm_silu_op(x, num_groups, weight, bias, eps, frames, silu)[0]
     if frames == 1:

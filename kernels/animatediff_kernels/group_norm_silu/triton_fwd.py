@@ -51,6 +51,7 @@ def merge_kernel(
     deviations,
     mean,
     rstd,
+    items,
     tokens,
     eps,
     GROUPS: tl.constexpr,
@@ -58,33 +59,35 @@ def merge_kernel(
     CHUNKS: tl.constexpr,  # of one image
     PARTS: tl.constexpr,  # chunks of all images of one statistic
     TOKEN_BLOCK: tl.constexpr,
+    ITEM_BLOCK: tl.constexpr,
     PART_BLOCK: tl.constexpr,
     CHANNEL_BLOCK: tl.constexpr,
 ):
-    """Mean and 1 / standard deviation of one group: M = sum n_i m_i / N, S = sum S_i + sum n_i (m_i - M)^2."""
-    pid = tl.program_id(0)
-    statistic, group = (pid // GROUPS).to(tl.int64), pid % GROUPS
-    channel = tl.arange(0, CHANNEL_BLOCK)[None, :]
-    at = statistic * PARTS * GROUPS * PER_GROUP + group * PER_GROUP + channel
+    """Mean and 1 / standard deviation of a few groups: M = sum n_i m_i / N, S = sum S_i + sum n_i (m_i - M)^2."""
+    item = tl.program_id(0) * ITEM_BLOCK + tl.arange(0, ITEM_BLOCK)  # a group of an image or clip
+    statistic, group = (item // GROUPS).to(tl.int64), item % GROUPS
+    channel = tl.arange(0, CHANNEL_BLOCK)[None, None, :]
+    at = (statistic * PARTS * GROUPS * PER_GROUP + group * PER_GROUP)[:, None, None] + channel
+    there = (item < items)[:, None, None] & (channel < PER_GROUP)
     number = tokens * (PARTS // CHUNKS * PER_GROUP) * 1.0
-    weighted = tl.zeros([PART_BLOCK, CHANNEL_BLOCK], tl.float32)
+    weighted = tl.zeros([ITEM_BLOCK, PART_BLOCK, CHANNEL_BLOCK], tl.float32)
     for start in range(0, PARTS, PART_BLOCK):
-        part = start + tl.arange(0, PART_BLOCK)[:, None]
-        valid = (part < PARTS) & (channel < PER_GROUP)
+        part = start + tl.arange(0, PART_BLOCK)[None, :, None]
+        valid = (part < PARTS) & there
         count = tl.minimum(TOKEN_BLOCK, tokens - part % CHUNKS * TOKEN_BLOCK)
         weighted += tl.load(means + at + part * (GROUPS * PER_GROUP), mask=valid, other=0.0) * count
-    middle = tl.sum(tl.sum(weighted, 1), 0) / number
-    spread = tl.zeros([PART_BLOCK, CHANNEL_BLOCK], tl.float32)
+    middle = tl.sum(tl.sum(weighted, 2), 1) / number
+    spread = tl.zeros([ITEM_BLOCK, PART_BLOCK, CHANNEL_BLOCK], tl.float32)
     for start in range(0, PARTS, PART_BLOCK):
-        part = start + tl.arange(0, PART_BLOCK)[:, None]
-        valid = (part < PARTS) & (channel < PER_GROUP)
+        part = start + tl.arange(0, PART_BLOCK)[None, :, None]
+        valid = (part < PARTS) & there
         count = tl.minimum(TOKEN_BLOCK, tokens - part % CHUNKS * TOKEN_BLOCK)
-        distance = tl.load(means + at + part * (GROUPS * PER_GROUP), mask=valid, other=0.0) - middle
+        distance = tl.load(means + at + part * (GROUPS * PER_GROUP), mask=valid, other=0.0) - middle[:, None, None]
         own = tl.load(deviations + at + part * (GROUPS * PER_GROUP), mask=valid, other=0.0)
         spread += tl.where(valid, own + count * distance * distance, 0.0)
-    variance = tl.sum(tl.sum(spread, 1), 0) / number
-    tl.store(mean + pid, middle)
-    tl.store(rstd + pid, 1.0 / tl.sqrt(variance + eps))
+    variance = tl.sum(tl.sum(spread, 2), 1) / number
+    tl.store(mean + item, middle, mask=item < items)
+    tl.store(rstd + item, 1.0 / tl.sqrt(variance + eps), mask=item < items)
 
 
 @triton.jit
@@ -131,8 +134,16 @@ def apply_kernel(
 
 def token_and_channel_block(x: Tensor, channels: int, tokens: int) -> dict[str, int]:
     """The tile of the kernels that touch activations, for every architecture the same."""
-    rows, columns = (4096, 64) if launch.architecture(x) == "interpreter" else (128, 64)
+    rows, columns = (4096, 256) if launch.architecture(x) == "interpreter" else (128, 64)
     return {"TOKEN_BLOCK": min(rows, power_of_2(tokens)), "CHANNEL_BLOCK": min(columns, power_of_2(channels))}
+
+
+def merge_block(x: Tensor, per_group: int, parts: int) -> dict[str, int]:
+    """The tile of the kernel that merges: as many groups as keep 128 threads busy, 512 numbers."""
+    numbers = 65_536 if launch.architecture(x) == "interpreter" else 512
+    high, wide = min(32, power_of_2(parts)), power_of_2(per_group)
+    items = max(1, numbers // (high * wide))
+    return {"PARTS": parts, "ITEM_BLOCK": items, "PART_BLOCK": high, "CHANNEL_BLOCK": wide}
 
 
 def forward(
@@ -150,23 +161,10 @@ def forward(
     mean = x.new_empty(n // frames, num_groups, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     launch.run(parts_kernel, programs, x, means, deviations, *x.stride(), tokens, CHANNELS=channels, **tile)
-    launch.run(
-        merge_kernel,
-        n // frames * num_groups,
-        means,
-        deviations,
-        mean,
-        rstd,
-        tokens,
-        eps,
-        GROUPS=num_groups,
-        PER_GROUP=per_group,
-        CHUNKS=chunks,
-        PARTS=frames * chunks,
-        TOKEN_BLOCK=tile["TOKEN_BLOCK"],
-        PART_BLOCK=min(32, power_of_2(frames * chunks)),
-        CHANNEL_BLOCK=power_of_2(per_group),
-    )
+    items, sizes = mean.numel(), {"GROUPS": num_groups, "PER_GROUP": per_group, "CHUNKS": chunks}
+    sizes |= {"TOKEN_BLOCK": tile["TOKEN_BLOCK"], **merge_block(x, per_group, frames * chunks)}
+    args = (means, deviations, mean, rstd, items, tokens, eps)
+    launch.run(merge_kernel, blocks(items, sizes["ITEM_BLOCK"]), *args, **sizes)
     sizes = {"CHANNELS": channels, "PER_GROUP": per_group, "SILU": silu, **tile}
     strides = (*x.stride(), y.stride(1), y.stride(2))
     launch.run(apply_kernel, programs, x, weight, bias, mean, rstd, y, *strides, tokens, frames, **sizes)

@@ -32,6 +32,6 @@ def guided_ddim(
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"got prediction_type={prediction_type!r}, expected epsilon or v_prediction")
     velocity = prediction_type == "v_prediction"
-    if choose(Call.of("guided_ddim", x, both, elements=x.numel()), backend).backend == "triton":
+    if choose(Call.of("guided_ddim", x, both, rows=x.numel()), backend).backend == "triton":
         return guided_ddim_op(x, both, alphas, guidance_scale, velocity)
     return guided_ddim_reference(x, both, alphas, guidance_scale, velocity)

@@ -27,8 +27,10 @@ def layer_norm(
     Returns: ((b frames), s, c).
     Raises: ValueError where "triton" is asked for and cannot be had.
     """
+    n, s, width = x.shape
     weights = (weight, bias) if code is None else (weight, bias, code)
-    if choose(Call.of("layer_norm", x, weights=weights, width=x.shape[-1]), backend).backend == "triton":
+    call = Call.of("layer_norm", x, weights=weights, rows=n * s, width=width, code=int(code is not None))
+    if choose(call, backend).backend == "triton":
         return layer_norm_op(x, weight, bias, code, eps)
     y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     return y if code is None else (y.unflatten(0, (-1, len(code))) + code[:, None]).flatten(0, 1)

@@ -21,7 +21,8 @@ def temporal_attention(
     Returns: ((b frames), s, num_heads * head_dim).
     Raises: ValueError where "triton" is asked for and cannot be had.
     """
-    call = Call.of("temporal_attention", q, k, v, frames=frames, head_dim=q.shape[-1] // num_heads)
+    n, s, width = q.shape
+    call = Call.of("temporal_attention", q, k, v, rows=n * s, frames=frames, head_dim=width // num_heads)
     if choose(call, backend).backend == "triton":
         return temporal_attention_op([q, k, v], frames, num_heads)
     return _torch(q, k, v, frames, num_heads)
@@ -29,7 +30,8 @@ def temporal_attention(
 
 def temporal_attention_packed(qkv: Tensor, *, frames: int, num_heads: int, backend: str | None = None) -> Tensor:
     """`temporal_attention` of a joint projection ((b frames), s, 3 * num_heads * head_dim), without copies of it."""
-    call = Call.of("temporal_attention", qkv, frames=frames, head_dim=qkv.shape[-1] // (3 * num_heads))
+    n, s, width = qkv.shape
+    call = Call.of("temporal_attention", qkv, rows=n * s, frames=frames, head_dim=width // (3 * num_heads))
     if choose(call, backend).backend == "triton":
         return temporal_attention_op([qkv], frames, num_heads)
     return _torch(*qkv.chunk(3, dim=-1), frames, num_heads)
