@@ -92,6 +92,7 @@ class AnimateEntry(Steering):
 
     pretrained_model_path: str = SD15_FOLDER  # diffusers folder or SD 1.x single file
     dreambooth_path: str = ""  # personalised model: replaces the base's UNet, text encoder and, where present, VAE
+    vae_path: str = ""  # in place of the VAE that these two have: a VAE's own file or folder, or an image model
     lora_model_path: str = ""  # kohya LoRA
     lora_alpha: float = 0.8
     lora_alpha_rule: Literal["standard", "official"] = "standard"  # "official" ignores the file's own alpha / rank
@@ -143,6 +144,7 @@ class AnimateEntry(Steering):
             "pretrained_model_path": self.pretrained_model_path,
             "motion_module": self.motion_module,
             "dreambooth_path": self.dreambooth_path,
+            "vae_path": self.vae_path,
             "lora_model_path": self.lora_model_path,
             "adapter_lora_path": self.adapter_lora_path,
             "controlnet_path": self.controlnet_path,

@@ -34,6 +34,7 @@ from animatediff.checkpoints.sizes import (
     text_config,
     unet_config,
     vae_config,
+    vae_metadata_of,
 )
 from animatediff.model_config import MotionConfig, ScheduleConfig
 from animatediff.models.text import END, START, TextEncoder, build_vocabulary, read_bundled_merges
@@ -80,6 +81,20 @@ def save_image_model(
     return write_ldm(parts, path)
 
 
+def save_vae(
+    vae: VAE, path: str | Path, *, metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None
+) -> Path:
+    """Write a VAE alone in LDM keys; `load_vae` reads it back without further information.
+
+    Args:
+        path: `.safetensors`, or `.ckpt`, `.pt`, `.pth`.
+        metadata: strings to add; scaling factor and norm groups are written by themselves.
+        dtype: to store the weights in, their own by default.
+    """
+    facts = {**(metadata or {}), **vae_metadata_of(vae.config)}
+    return write_state_dict(path, _vae_to_ldm(_weights(vae, dtype), facts, Path(path)), metadata=facts)
+
+
 def save_motion_module(
     unet: UNet,
     path: str | Path,
@@ -122,13 +137,16 @@ def write_ldm(parts: ImageParts, path: str | Path) -> Path:
     table = unet_table(layers=unet.layers_per_block, attention_levels=unet.attention_levels)
     tensors = {LDM_UNET + _name(key, table, parts.path): t for key, t in parts.unet.items()}
     if parts.vae:
-        vae = vae_config(parts.vae, parts.metadata)
-        table = vae_table(levels=len(vae.block_out_channels), layers=vae.layers_per_block)
-        for key, t in parts.vae.items():
-            kernel = t[..., None, None] if VAE_ATTENTION_MATRIX.fullmatch(key) else t
-            tensors[LDM_VAE + _name(key, table, parts.path)] = kernel
+        tensors |= _vae_to_ldm(parts.vae, parts.metadata, parts.path)
     tensors |= {LDM_TEXT + key: t for key, t in (parts.text or {}).items()}
     return write_state_dict(path, tensors, metadata=_facts(parts))
+
+
+def _vae_to_ldm(tensors: StateDict, metadata: Mapping[str, str], path: Path) -> StateDict:
+    vae = vae_config(tensors, metadata)
+    table = vae_table(levels=len(vae.block_out_channels), layers=vae.layers_per_block)
+    kernels = {key: t[..., None, None] if VAE_ATTENTION_MATRIX.fullmatch(key) else t for key, t in tensors.items()}
+    return {LDM_VAE + _name(key, table, path): t for key, t in kernels.items()}
 
 
 def _name(key: str, table: Mapping[str, str], path: Path) -> str:

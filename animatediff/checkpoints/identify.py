@@ -62,7 +62,7 @@ KINDS: dict[str, Kind] = {
     "sd1-unet": Kind(
         "the UNet of an SD 1.x image model", "its folder: give the folder that holds unet/, vae/ and text_encoder/"
     ),
-    "vae": Kind("a VAE alone", "an image model; it cannot be used by itself"),
+    "vae": Kind("a VAE alone", "an SD 1.x image model, the place of whose VAE it takes", "vae_path: {path}"),
     "text-encoder": Kind("a CLIP text encoder alone", "the folder of its image model"),
     "textual-inversion": Kind(
         "a textual inversion (embedding)", "an SD 1.x image model, and its name in a prompt", "embeddings: [{path}]"

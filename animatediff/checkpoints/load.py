@@ -12,7 +12,13 @@ from torch import nn
 
 from animatediff.checkpoints.files import StateDict, file_sha256
 from animatediff.checkpoints.keymaps import MOTION_MARK
-from animatediff.checkpoints.parts import ImageParts, MotionParts, read_image_parts, read_motion_parts
+from animatediff.checkpoints.parts import (
+    ImageParts,
+    MotionParts,
+    read_image_parts,
+    read_motion_parts,
+    read_vae_parts,
+)
 from animatediff.checkpoints.sizes import (
     image_metadata_of,
     motion_config,
@@ -22,8 +28,9 @@ from animatediff.checkpoints.sizes import (
     text_config,
     unet_config,
     vae_config,
+    vae_metadata_of,
 )
-from animatediff.model_config import ScheduleConfig
+from animatediff.model_config import ScheduleConfig, VAEConfig
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
@@ -97,6 +104,39 @@ def load_personalised(path: str | Path, base: ImageModel) -> ImageModel:
     )
     parts = replace(parts, metadata=known | parts.metadata)
     return _build_image_model(parts, dtype=sample.dtype, device=sample.device, base=base)
+
+
+def load_vae(path: str | Path, image: ImageModel) -> tuple[VAE, LoadReport]:
+    """A VAE to take the place of an image model's, in the model's dtype and on its device.
+
+    Args:
+        path: a VAE's own file or folder, or a whole image model, whose VAE is taken.
+        image: stays as it is; says scaling factor and norm groups where the file does not.
+
+    Raises:
+        UserError: the file is something else, incomplete, or does not fit the latents of `image`.
+    """
+    parts = read_vae_parts(path)
+    known = vae_metadata_of(image.vae.config) if image.vae else {}
+    with naming(parts.path):
+        config = vae_config(parts.tensors, known | parts.metadata)
+    _check_vae_fits(config, image, parts.path)
+    sample = next(image.unet.parameters())
+    tensors = {key: t.to(sample.device, sample.dtype) for key, t in parts.tensors.items()}
+    vae = load_strictly(lambda: VAE(config), tensors, "VAE", parts.path)
+    notes = list(parts.notes)
+    if image.vae and config.scaling_factor != (factor := image.vae.config.scaling_factor):
+        notes.append(f"its scaling factor is {config.scaling_factor:g}, the image model's {factor:g}")
+    report = LoadReport(
+        path=parts.path,
+        kind="vae",
+        version=None,
+        sha256=file_sha256(parts.path),
+        applied=len(tensors),
+        notes=notes,
+        unused=parts.unused,
+    )
+    return vae, report
 
 
 def load_motion_module(
@@ -218,6 +258,21 @@ def _check_motion_fits(parts: MotionParts, unet: UNet) -> None:
             f"got {parts.path}, a motion module trained with {groups} norm groups, for a base model of {base_groups}: "
             "choose a motion module made for this base"
         )
+
+
+def _check_vae_fits(config: VAEConfig, image: ImageModel, path: Path) -> None:
+    sizes = [("latent channels", config.latent_channels, image.unet.config.in_channels)]
+    if image.vae:
+        own = image.vae.config
+        sizes += [
+            ("image channels", config.in_channels, own.in_channels),
+            ("pixels to a latent's side", config.downsampling, own.downsampling),
+        ]
+    for what, got, expected in sizes:
+        if got != expected:
+            raise UserError(
+                f"got {path}, a VAE of {got} {what}, for an image model of {expected}: choose a VAE made for this base"
+            )
 
 
 def _check_together(unet: UNet, vae: VAE | None, text_encoder: TextEncoder, path: Path) -> None:

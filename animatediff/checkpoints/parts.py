@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from animatediff.checkpoints.diffusers_json import (
@@ -53,6 +53,17 @@ class ImageParts:
 
 
 @dataclass(frozen=True)
+class VAEParts:
+    """A VAE in our names. `metadata` is what shapes cannot tell (see sizes.py)."""
+
+    path: Path
+    tensors: StateDict
+    metadata: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class MotionParts:
     """A motion module in official names.
 
@@ -84,6 +95,36 @@ def read_image_parts(path: str | Path) -> ImageParts:
     if info.kind != "sd1-checkpoint":
         raise refusal(info, "an SD 1.x image model")
     return _split_ldm(file)
+
+
+def read_vae_parts(path: str | Path) -> VAEParts:
+    """Read a VAE alone (LDM or diffusers names, with its config.json), or the VAE of a whole image model.
+
+    Raises:
+        UserError: it is something else (named), damaged, or an image model without a VAE.
+    """
+    path = Path(path)
+    places = (path / "vae", path) if path.is_dir() else ()
+    weights = next((found for folder in places if (found := find_weights(folder, VAE_STEM, VAE_STEM))), path)
+    if weights.is_dir():
+        raise UserError(f"got the folder {path}, expected a VAE: it has no {VAE_STEM} file, and none in vae/")
+    file = read_state_dict(weights)
+    info = identify_tensors(file.tensors, file.metadata, path=path)
+    if info.kind not in ("vae", "sd1-checkpoint"):
+        raise refusal(info, "a VAE")
+    notes = list(file.notes)
+    if any(key.startswith("encoder.down_blocks.") for key in file.tensors):
+        config = _optional_json(weights.with_name("config.json"))
+        metadata = image_metadata(unet={}, vae=config, text={}, scheduler={}) | file.metadata
+        return VAEParts(path, _vae_from_diffusers(file.tensors), metadata, notes)
+    if info.kind == "vae":
+        file = replace(file, tensors={_below_vae(key): t for key, t in file.tensors.items()})
+    parts = _split_ldm(file)
+    if parts.vae is None:
+        raise UserError(f"got {path}, an image model without a VAE, expected one: choose another file")
+    if parts.unet:
+        notes.append("of a whole image model the VAE alone is used")
+    return VAEParts(path, parts.vae, file.metadata, notes, parts.unused)
 
 
 def read_motion_parts(path: str | Path) -> MotionParts:
@@ -166,6 +207,11 @@ def _vae_from_ldm(tensors: StateDict) -> dict[str, str]:
     return vae_attention_spellings() | inverted(vae_table(levels=levels, layers=layers))
 
 
+def _below_vae(key: str) -> str:
+    """The name of an entry of a VAE's own file as a whole model has it."""
+    return key if key.startswith(LDM_VAE) or LDM_BOOKKEEPING.fullmatch(key) else LDM_VAE + key
+
+
 def _renamed(tensors: StateDict, table: dict[str, str]) -> tuple[StateDict, list[str]]:
     """The tensors under their new names, and the names that the table does not know."""
     names = {key: translate(key, table) for key in tensors}
@@ -213,8 +259,7 @@ def _read_diffusers(path: Path) -> ImageParts:
         notes.append("unet/ holds a motion module too, which is not part of the image model")
     vae = text = None
     if vae_file:
-        spelled = {key: translate(key, vae_attention_spellings()) or key for key in vae_file.tensors}
-        vae = _squeezed({spelled[key]: t for key, t in vae_file.tensors.items()})
+        vae = _vae_from_diffusers(vae_file.tensors)
     if text_file:
         text, unused_text = _canonical_text(text_file.tensors)
         unused += [f"text_encoder/{key}" for key in unused_text]
@@ -228,6 +273,10 @@ def _read_diffusers(path: Path) -> ImageParts:
         notes=notes,
         unused=unused,
     )
+
+
+def _vae_from_diffusers(tensors: StateDict) -> StateDict:
+    return _squeezed({translate(key, vae_attention_spellings()) or key: t for key, t in tensors.items()})
 
 
 def _read_part(path: Path, name: str, stem: str, pickle_stem: str | None = None) -> LoadedFile | None:

@@ -106,13 +106,15 @@ def image_metadata_of(
     metadata = {"num_heads": unet.num_heads, "text_num_heads": text.num_heads, "text_activation": text.activation}
     if unet.norm_num_groups != 32:
         metadata["norm_num_groups"] = unet.norm_num_groups
-    if vae:
-        metadata["vae_scaling_factor"] = vae.scaling_factor
-        if vae.norm_num_groups != 32:
-            metadata["vae_norm_num_groups"] = vae.norm_num_groups
     if prediction:
         metadata["prediction_type"] = prediction
-    return {name: str(value) for name, value in metadata.items()}
+    return {name: str(value) for name, value in metadata.items()} | (vae_metadata_of(vae) if vae else {})
+
+
+def vae_metadata_of(config: VAEConfig) -> dict[str, str]:
+    """What a file of this autoencoder has to carry beside its weights. Norm groups only where they are not 32."""
+    groups = {"vae_norm_num_groups": str(config.norm_num_groups)} if config.norm_num_groups != 32 else {}
+    return {"vae_scaling_factor": str(config.scaling_factor)} | groups
 
 
 def motion_metadata_of(config: MotionConfig, *, norm_num_groups: int = 32) -> dict[str, str]:

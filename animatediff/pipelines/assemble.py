@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised
+from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised, load_vae
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
 from animatediff.checkpoints.textual_inversion import load_textual_inversion
@@ -29,7 +29,7 @@ class Assembler:
     twins on the same storage: LoRAs give theirs new weights, and moving to a device makes copies.
 
     The order is the official one: motion module, DreamBooth (these two touch different weights), kohya LoRA, domain
-    adapter, MotionLoRAs. LoRAs are summed in float32 and rounded once.
+    adapter, MotionLoRAs. A VAE of its own replaces the image model's. LoRAs are summed in float32 and rounded once.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
@@ -45,10 +45,15 @@ class Assembler:
         """
         entry, files = checked.entry, checked.files
         image = self._image_model(files["pretrained_model_path"], files.get("dreambooth_path"))
+        reports = [str(image.report)]
+        if "vae_path" in files:
+            vae, vae_report = load_vae(files["vae_path"], image)
+            image = replace(image, vae=vae)
+            reports.append(str(vae_report))
         if image.vae is None:
             raise UserError(
                 f"got {image.report.path} without a VAE, expected one in it or in the base model: "
-                "give a base with a VAE by --pretrained-model-path"
+                "give a base with a VAE by --pretrained-model-path, or a VAE by vae_path"
             )
         if side := next((s for s in (entry.H, entry.W) if s % image.vae.config.downsampling), None):
             raise UserError(
@@ -63,7 +68,6 @@ class Assembler:
                 f"got {image.report.path} whose text encoder knows {known} tokens, expected the tokenizer's "
                 f"{tokenizer.vocab_size}: use a model folder with its own tokenizer/"
             )
-        reports = [str(image.report)]
         unet, text_encoder = share_weights(image.unet), share_weights(image.text_encoder)
         if "motion_module" in files:
             unet, report = self._with_motion(checked, unet)

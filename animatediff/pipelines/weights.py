@@ -31,6 +31,7 @@ EXPECTED = {
     "pretrained_model_path": ("an SD 1.x image model", ("sd1-checkpoint", "diffusers-folder")),
     "motion_module": ("a motion module", ("motion-module", "motion-adapter")),
     "dreambooth_path": ("an SD 1.x image model", ("sd1-checkpoint", "diffusers-folder")),
+    "vae_path": ("a VAE", ("vae", "sd1-checkpoint", "diffusers-folder")),
     "lora_model_path": ("a LoRA of an image model", ("lora",)),
     "adapter_lora_path": ("a domain adapter", ("domain-adapter", "lora")),
     "motion_module_lora_configs": ("a MotionLoRA", ("motion-lora",)),
@@ -43,6 +44,7 @@ IMAGE_MODELS = "https://huggingface.co/guoyww/animatediff_t2i_backups"
 ANIMATE_LCM_FILES = "https://huggingface.co/wangfuyun/AnimateLCM"
 LIGHTNING_FILES = "https://huggingface.co/ByteDance/AnimateDiff-Lightning"
 SD15 = "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5"
+VAES = "https://huggingface.co/stabilityai/sd-vae-ft-mse"
 # where a file of this name is published
 SOURCES = {
     **dict.fromkeys(("mm_sd_v14.ckpt", "mm_sd_v15.ckpt", "mm_sd_v15_v2.ckpt", "v3_sd15_mm.ckpt"), MOTION_FILES),
@@ -71,6 +73,8 @@ SOURCES = {
     ),
     **dict.fromkeys(("AnimateLCM_sd15_t2v.ckpt", "AnimateLCM_sd15_t2v_lora.safetensors"), ANIMATE_LCM_FILES),
     **{f"animatediff_lightning_{n}step_comfyui.safetensors": LIGHTNING_FILES for n in (1, 2, 4, 8)},
+    **dict.fromkeys((f"vae-ft-mse-840000-ema-pruned.{end}" for end in ("safetensors", "ckpt")), f"{VAES}-original"),
+    "sd-vae-ft-mse": VAES,
     "stable-diffusion-v1-5": SD15,
     "v1-5-pruned-emaonly.safetensors": SD15,
     "v1-5-pruned.safetensors": SD15,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from animatediff.checkpoints.export import save_image_model
+from animatediff.checkpoints.export import save_image_model, save_vae
 from animatediff.checkpoints.load import ImageModel
 from animatediff.data.shapes import FRAMES, make_scene, render
 from animatediff.data.shapes_styles import STYLES, stamp
@@ -89,8 +89,9 @@ class DecoderStage(AutoencoderStage):
         self.vae.post_quant_conv.requires_grad_(True)
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
-        """Write image.safetensors, the image model with its new VAE."""
+        """Write image.safetensors, the image model with its new VAE, and vae.safetensors, that VAE alone."""
         save_image_model(self.model, folder / "image.safetensors", metadata=metadata, dtype=torch.float16)
+        save_vae(self.vae, folder / "vae.safetensors", metadata=metadata, dtype=torch.float16)
 
 
 @torch.no_grad()

@@ -110,7 +110,8 @@ class ShapesDecoder:
             raise UserError(f"styles: got {unknown[0]!r}, expected some of {', '.join(STYLES)}")
 
     def run(self, log: Log, device: torch.device = CPU) -> None:
-        """Train, or go on; writes `output_dir`/image.safetensors, which takes the place of the model.
+        """Train, or go on; writes `output_dir`/image.safetensors, which takes the place of the model, and its VAE alone
+        as vae.safetensors.
 
         Raises: UserError where the model has no VAE.
         """

@@ -163,7 +163,7 @@ def test_counts_and_types(tmp_path):
         ("motion lora", r"this is a MotionLoRA, not a motion module: use it as `motion_module_lora_configs: \[{path"),
         ("sdxl motion", "this is an SDXL motion module, not a motion module: it needs an SDXL base"),
         ("ldm", "this is an SD 1.x image model in one file, not a motion module: use it as `dreambooth_path: x"),
-        ("vae", "this is a VAE alone, not a motion module: it needs an image model"),
+        ("vae", "this is a VAE alone, not a motion module: use it as `vae_path: x"),
         ("nothing known", "this is no kind of file that is known here, not a motion module: its keys"),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from animatediff.checkpoints.files import read_state_dict
-from animatediff.checkpoints.load import load_base, load_motion_module
+from animatediff.checkpoints.load import load_base, load_motion_module, load_vae
 from animatediff.data.shapes import make_scene
 from animatediff.data.world import World
 from animatediff.training.latents import FAVOUR, LatentClips
@@ -98,6 +98,9 @@ def test_a_decoder_learns_other_looks_and_the_latents_stay(trained, tmp_path):
         assert learnt or torch.equal(new.vae.state_dict()[name], tensor), name
     assert not torch.equal(new.vae.decoder.conv_in.weight, old.vae.decoder.conv_in.weight)
     assert all(torch.equal(a, b) for a, b in zip(old.unet.parameters(), new.unet.parameters(), strict=True))
+    alone, _ = load_vae(tmp_path / "vae.safetensors", old)
+    assert alone.config == old.vae.config
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), new.vae.parameters(), strict=True))
 
 
 def test_the_number_of_processes_does_not_change_the_result(trained, tmp_path):
