@@ -16,6 +16,7 @@ from animatediff.evaluation.report import INK, RIGHT, WRONG, Row, align
 from animatediff.evaluation.shapes import LABELS, OPPOSITES, Score
 
 LOOKS = ("style", "watermark")
+PLACED = set(MOTIONS) - set(SPINS)
 MEASURES = ("smoothness", "flicker", "change", "drift", "seam")
 
 
@@ -46,7 +47,7 @@ def summarise(scores: Sequence[Score], scenes: Sequence[Scene]) -> dict[str, Any
         "clips": len(right),
         **{label: _percent([r[label] for r in right]) for label in LABELS},
         "all": _percent([all(r.values()) for r in right]),
-        "place": _percent([s.place == c.motion for s, c in zip(scores, scenes, strict=True) if c.motion not in SPINS]),
+        "place": _percent([s.place == c.motion for s, c in zip(scores, scenes, strict=True) if c.motion in PLACED]),
         **{name: _mean([getattr(score, name) for score in scores]) for name in MEASURES},
         "amplitudes": {name: _mean([score.amplitudes[name] for score in scores]) for name in scores[0].amplitudes},
         "by_motion": by_motion,
