@@ -37,6 +37,7 @@ SHOWN = 1  # number of the caption whose clips are in strips.png
 MEASURES = {
     "motion": "motion %",
     "place": "place %",
+    "amplitude": "",
     "shape": "shape %",
     "all": "all %",
     "smoothness": "",
@@ -179,4 +180,14 @@ def measure(grid: Grid, stage: MotionModule, device: str) -> dict[str, Any]:
 def table_row(cell: str, results: list[dict[str, Any]]) -> dict[str, str]:
     """Mean ± deviation of every measure over a cell's seeds."""
     digits = {name: 1 if title else 3 for name, title in MEASURES.items()}
-    return {"cell": cell} | {name: spread([result[name] for result in results], digits[name]) for name in MEASURES}
+    numbers = [result | {"amplitude": amplitude(result)} for result in results]
+    return {"cell": cell} | {name: spread([found[name] for found in numbers], digits[name]) for name in MEASURES}
+
+
+def amplitude(result: dict[str, Any]) -> float | None:
+    """How far the clips do what they are asked for, over the true amount; negative the other way.
+
+    It tells trainings apart that are too short for any motion to be right.
+    """
+    found = [m for m in result["by_motion"].values() if m["amplitude"] is not None]
+    return sum(m["clips"] * m["amplitude"] for m in found) / sum(m["clips"] for m in found) if found else None

@@ -96,13 +96,31 @@ def test_merging():
     assert merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"c": 4}}, {"d": {}}) == {"a": {"b": 1, "c": 4}, "d": {}}
 
 
+MOVED = {
+    "still": {"clips": 5, "amplitude": None},
+    "left": {"clips": 1, "amplitude": 1.0},
+    "up": {"clips": 3, "amplitude": -0.2},
+}
+
+
 def test_a_row_is_a_mean_and_a_deviation():
+    """The amplitude is a mean over the clips that are to move."""
     results = [
-        {"motion": m, "place": 0, "shape": 50, "all": 1, "smoothness": 0.5, "flicker": 0, "drift": 0}
+        {
+            "motion": m,
+            "place": 0,
+            "shape": 50,
+            "all": 1,
+            "smoothness": 0.5,
+            "flicker": 0,
+            "drift": 0,
+            "by_motion": MOVED,
+        }
         for m in (70, 80, 90)
     ]
     row = table_row("x", results)
     assert (row["motion"], row["smoothness"]) == ("80.0 ± 10.0", "0.500 ± 0.000")
+    assert row["amplitude"] == "0.100 ± 0.000"
     assert table_row("x", results[:1])["motion"] == "70.0"
 
 
@@ -111,4 +129,4 @@ def test_the_shipped_grid():
         grid = load_grid("configs/eval/ablation.yaml", quick=quick)
         stages = [grid.stage(cell, 0) for cell in grid.cells]
         assert len({repr(stage) for stage in stages}) == len(stages) == 10
-        assert {stage.loop.steps for stage in stages} == {400 if quick else 3000}
+        assert {stage.loop.steps for stage in stages} == {300 if quick else 3000}
