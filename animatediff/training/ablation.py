@@ -133,11 +133,14 @@ def run_grid(grid: Grid, *, jobs: int = 1, device: str = "cpu", log: Log = print
     by_cell = {name: [r for task, r in zip(tasks, results, strict=True) if task[1] == name] for name in grid.cells}
     rows = [table_row(cell, found) for cell, found in by_cell.items()]
     stage = grid.stage(tasks[0][1], tasks[0][2])
-    loop = stage.loop
-    clips = loop.steps * loop.batch_size * loop.micro_batches
+    loop, world = stage.loop, stage.world
+    assert world is not None
+    seen = loop.steps * loop.batch_size * loop.micro_batches
+    entry = load_config(existing(grid.animate), grid.sampling).entries[0]
     caption = (
-        f"{loop.steps} steps, {clips} clips seen, {grid.captions} captions, seeds {', '.join(map(str, grid.seeds))}; "
-        f"mean ± standard deviation over the seeds; {', '.join(sorted({r['device'] for r in results}))}"
+        f"{loop.steps} steps, {seen} clips seen, of {world.clips} that show {', '.join(world.motions or MOTIONS)}; "
+        f"{grid.captions} captions, {entry.sampler or 'ddim'}, {entry.steps} steps; mean ± standard deviation over "
+        f"{len(grid.seeds)} trainings; {', '.join(sorted({r['device'] for r in results}))}"
     )
     header = ["", *(title or name for name, title in MEASURES.items())]
     lines = [[row["cell"], *(row[name] for name in MEASURES)] for row in rows]
