@@ -140,7 +140,7 @@ def run_grid(grid: Grid, *, jobs: int = 1, device: str = "cpu", log: Log = print
     caption = (
         f"{loop.steps} steps, {seen} clips seen, of {world.clips} that show {', '.join(world.motions or MOTIONS)}; "
         f"{grid.captions} captions, {entry.sampler or 'ddim'}, {entry.steps} steps; mean ± standard deviation over "
-        f"{len(grid.seeds)} training{'s' * (len(grid.seeds) > 1)} of each; {', '.join(sorted({r['device'] for r in results}))}"
+        f"the trainings of each ({len(grid.seeds)}); {', '.join(sorted({r['device'] for r in results}))}"
     )
     header = ["", *(title or name for name, title in MEASURES.items())]
     lines = [[row["cell"], *(row[name] for name in MEASURES)] for row in rows]
