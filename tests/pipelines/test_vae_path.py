@@ -1,13 +1,18 @@
 """`vae_path`: it decodes in place of the image model's VAE, whoever that comes from, and the latents do not change."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from animatediff.checkpoints.export import save_vae
 from animatediff.checkpoints.files import file_sha256
 from animatediff.checkpoints.keymaps import LDM_VAE
+from animatediff.checkpoints.load import load_base, load_vae
 from animatediff.config import load_config
+from animatediff.data.shapes_styles import STYLES
 from animatediff.data.video_io import read_metadata
+from animatediff.data.world import World
 from animatediff.model_config import VAEConfig
 from animatediff.models.vae import VAE
 from animatediff.pipelines.animate import AnimateDiffPipeline
@@ -17,6 +22,8 @@ from animatediff.pipelines.weights import check_entries
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import METADATA, ldm_tensors, write
 from tests.nano import entry, write_config
+
+ASSETS = Path(__file__).parents[2] / "animatediff/assets"
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +93,19 @@ def test_mistakes_are_named_before_anything_is_loaded(nano, make_entry, path, me
     with pytest.raises(UserError, match=message) as error:
         check_entries([make_entry(name="1", vae_path=path.format(nano=nano))])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_bundled_vae_draws_every_look(style):
+    """In plain pictures it is as good as the image model's; other looks that one draws in wrong colours."""
+    image = load_base(ASSETS / "shapes.safetensors")
+    video, _ = World(6, style=style, seed=1).render(range(6))
+
+    def decibels(vae) -> float:
+        with torch.no_grad():
+            drawn = vae.decode_video(vae.encode_video(video)).clamp(-1, 1)
+        return float(10 * torch.log10(4 / (drawn - video).square().mean()))
+
+    bundled, own = decibels(load_vae(ASSETS / "shapes_vae.safetensors", image)[0]), decibels(image.vae)
+    assert bundled > 29
+    assert bundled > own + (-1.5 if style == "plain" else 4)
