@@ -211,10 +211,9 @@ def _check_control(entry: AnimateEntry) -> None:
         if said:
             raise UserError(f"got {said[0]} without controlnet_path, expected a SparseCtrl encoder: add one")
         return
-    if not entry.controlnet_images:
-        raise UserError("got controlnet_path without controlnet_images, expected images of some frames: add them")
-    with naming("controlnet_image_indexs"):
-        condition_frames(entry.controlnet_image_indexs, images=len(entry.controlnet_images), frames=entry.L)
+    if entry.controlnet_images:  # in the library, a call may bring them
+        with naming("controlnet_image_indexs"):
+            condition_frames(entry.controlnet_image_indexs, images=len(entry.controlnet_images), frames=entry.L)
     with naming("controlnet_scale"):
         check_scales(entry.controlnet_scale, frames=entry.L)
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from animatediff.config import AnimateEntry
+from animatediff.data.scribble import draw_scribbles
+from animatediff.data.world import World
 from animatediff.evaluation.run_shapes import Generate
 from animatediff.pipelines.animate import AnimateDiffPipeline
 from animatediff.pipelines.components import seeded
 from animatediff.pipelines.weights import check_entries
+from animatediff.utils import UserError
 
 
-def clip_maker(pipeline: AnimateDiffPipeline, entry: AnimateEntry) -> Generate:
+def clip_maker(pipeline: AnimateDiffPipeline, entry: AnimateEntry) -> Callable[..., Tensor]:
     """What animates captions as an entry of a prompt config says: its sampler, guidance, length, negative prompt.
 
     Args:
         pipeline: of that entry.
         entry: its prompts and seeds are not used.
+
+    Returns:
+        Of captions and noise seeds, and further keywords of the pipeline's call.
 
     Raises:
         UserError: the entry asks for what cannot be.
@@ -24,7 +34,7 @@ def clip_maker(pipeline: AnimateDiffPipeline, entry: AnimateEntry) -> Generate:
     (checked,) = check_entries([entry])
     sampling = checked.sampling
 
-    def generate(captions: list[str], seeds: list[int]) -> Tensor:
+    def generate(captions: list[str], seeds: list[int], **more: Any) -> Tensor:
         clips = pipeline(
             captions,
             num_frames=entry.L,
@@ -37,7 +47,39 @@ def clip_maker(pipeline: AnimateDiffPipeline, entry: AnimateEntry) -> Generate:
             negative_prompt=entry.n_prompt[0],
             generator=[seeded(seed) for seed in seeds],
             output_type="pt",
+            **more,
         )
         return clips.frames * 2 - 1
+
+    return generate
+
+
+def controlled_clip_maker(
+    pipeline: AnimateDiffPipeline, entry: AnimateEntry, world: World, given: Sequence[int]
+) -> Generate:
+    """The same for a pipeline with a SparseCtrl encoder, which sees frames of the scenes that the captions describe.
+
+    Args:
+        world: whose scene i has the noise seed i; of its frames, an encoder for scribbles sees the lines.
+        given: numbers of the frames.
+
+    Raises:
+        UserError: as above, or no encoder is there.
+    """
+    make = clip_maker(pipeline, entry)
+    encoder = pipeline.components.sparsectrl
+    if encoder is None:
+        raise UserError("got frames that are given without a SparseCtrl encoder, expected one: set controlnet_path")
+
+    def generate(captions: list[str], seeds: list[int]) -> Tensor:
+        clips = []
+        for caption, seed in zip(captions, seeds, strict=True):
+            frames = world.render([seed])[0][0, list(given)]
+            if encoder.config.kind == "scribble":
+                pictures = draw_scribbles(frames)[:, None].expand_as(frames).float()
+            else:
+                pictures = frames / 2 + 0.5
+            clips.append(make([caption], [seed], conditioning_frames=pictures, controlnet_frame_indices=given))
+        return torch.cat(clips)
 
     return generate

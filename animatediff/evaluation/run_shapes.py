@@ -52,7 +52,9 @@ def evaluate_shapes(
     Returns:
         `settings`, and `summarise` of the `generated` clips, of the same clips with their frames `shuffled` (motion
         must come out at chance), and of the `rendered` clips of the same scenes (what a perfect model reaches);
-        generated and rendered ones also have `style`, percent in that style, and `watermark`, percent under one.
+        generated and rendered ones also have `style`, percent in that style, and `watermark`, percent under one;
+        generated ones have `difference`, the mean absolute difference from the rendered ones, pixels in [-1, 1]: of
+        every frame under its number, and of `all`.
 
     Raises:
         UserError: fewer than one caption or one to a batch, clips of another shape, or an unknown style or motion.
@@ -72,6 +74,7 @@ def evaluate_shapes(
 
     scores: dict[str, list[Score]] = {"generated": [], "shuffled": [], "rendered": []}
     looks: dict[str, list[dict[str, bool]]] = {"generated": [], "rendered": []}
+    differences: list[Tensor] = []
     shown: list[Tensor] = []
     with tqdm(total=captions, desc="captions", unit="clip") as bar:
         for start in range(0, captions, batch):
@@ -86,11 +89,15 @@ def evaluate_shapes(
                 looks[name] += [
                     {"style": read_style(clip) == style, "watermark": has_watermark(clip)} for clip in found
                 ]
+            differences.append((videos - clips["rendered"]).abs().mean(dim=(2, 3, 4)))
             shown += videos[: max(len(world.motions) - start, 0)].clamp(-1, 1)
             bar.update(len(part))
     summary = {name: summarise(found, scenes) for name, found in scores.items()}
     for name, found in looks.items():
         summary[name] |= {key: 100 * sum(look[key] for look in found) / captions for key in LOOKS}
+    frames = torch.cat(differences).mean(dim=0)
+    mean = {"all": frames.mean()} | {str(number): value for number, value in enumerate(frames)}
+    summary["generated"]["difference"] = {key: round(float(value), 4) for key, value in mean.items()}
     result = {"settings": {"captions": captions, "seed": seed, "style": style, **(settings or {})}, **summary}
     if output_dir is not None:
         _write(Path(output_dir), result, scenes, scores, shown)

@@ -71,6 +71,12 @@ def animate(
     """
     target = pick_device(device)
     weights_dtype = pick_dtype(dtype, target)
+    for entry in config.entries:
+        if entry.controlnet_path and not entry.controlnet_images:
+            raise UserError(
+                f"entry {entry.name}: got controlnet_path without controlnet_images, expected images of some frames: "
+                "add them"
+            )
     checked = check_entries(config.entries)
     config = replace(config, entries=tuple(entry.entry for entry in checked))  # nothing is left open in them
     provenance = {"device": str(target), "dtype": str(weights_dtype).removeprefix("torch."), **_versions()}

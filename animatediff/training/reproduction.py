@@ -16,8 +16,9 @@ from torch import Tensor
 
 from animatediff.config import AnimateEntry, load_config
 from animatediff.data.shapes import MOTIONS
+from animatediff.data.world import World
 from animatediff.dataclass_io import build_dataclass, read_yaml
-from animatediff.evaluation.run_model import clip_maker
+from animatediff.evaluation.run_model import clip_maker, controlled_clip_maker
 from animatediff.evaluation.run_shapes import Generate, evaluate_shapes
 from animatediff.evaluation.zero_shot import MOTION, text2video_zero
 from animatediff.pipelines.animate import AnimateDiffPipeline
@@ -65,6 +66,7 @@ class Row:
     animate: dict = field(default_factory=dict)  # keys of the prompt config that differ
     style: str = "plain"  # that it paints in
     zero_shot: bool = False  # animated by Text2Video-Zero
+    given: tuple[int, ...] = ()  # frames of the rendered scene that its SparseCtrl encoder is shown
 
 
 @dataclass(frozen=True)
@@ -296,14 +298,17 @@ def run_cell(
     folder = cell_folder(plan, table, row, motions, seed)
     path, made = folder / "result.json", repr((what, plan.overrides(what), plan.captions, motions, seed))
     if read_result(path, made) is None:
-        generate = keeping_strip(make_generator(plan, what, device), folder, plan.tables[table].shown)
+        world = World(plan.captions, what.style, motions=motions, seed=seed)
+        generate = keeping_strip(make_generator(plan, what, world, device), folder, plan.tables[table].shown)
         found = evaluate_shapes(generate, captions=plan.captions, seed=seed, style=what.style, motions=motions)
         write_result(path, made, {"device": device_name(device), **found["generated"]})
 
 
-def make_generator(plan: Reproduction, row: Row, device: str) -> Generate:
+def make_generator(plan: Reproduction, row: Row, world: World, device: str) -> Generate:
     entry = plan.entry(row)
     pipeline = AnimateDiffPipeline.from_config(existing(plan.animate), device=device, **plan.overrides(row))
+    if row.given:
+        return controlled_clip_maker(pipeline, entry, world, row.given)
     if not row.zero_shot:
         return clip_maker(pipeline, entry)
 

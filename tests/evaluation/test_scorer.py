@@ -210,7 +210,10 @@ def test_evaluation_of_a_perfect_model(tmp_path):
 
     result = evaluate_shapes(generate, captions=11, batch=4, output_dir=tmp_path, settings={"steps": 25})
     assert len(asked) == 11
-    assert result["generated"] == result["rendered"]
+    difference = result["generated"].pop("difference")
+    assert result["generated"] == result["rendered"] and set(difference.values()) == {0.0}
+    assert list(difference) == ["all", *map(str, range(FRAMES))]
+    result["generated"]["difference"] = difference
     assert result["generated"]["all"] == result["generated"]["place"] == 100
     assert result["shuffled"]["motion"] == pytest.approx(100 * 2 / 11, abs=0.01)  # two stand still
     assert json.loads((tmp_path / "summary.json").read_text()) == result
@@ -232,6 +235,7 @@ def test_evaluation_of_a_style():
     result = evaluate_shapes(generate, captions=4, batch=2, style="neon")
     assert result["rendered"]["all"] == result["rendered"]["style"] == 100 and result["rendered"]["watermark"] == 0
     assert (result["generated"]["style"], result["generated"]["watermark"]) == (50, 100)
+    assert result["generated"]["difference"]["all"] > 0.1  # two of the clips are of another style
     lines = [line.split() for line in format_table({"a": result["generated"]}).splitlines()]
     assert ["style", "%", "50.0"] in lines and ["watermark", "%", "100.0"] in lines
 
