@@ -103,12 +103,14 @@ def test_a_clip_goes_on_as_it_is(run):
     assert score.drift == 0 and score.amplitudes["bounce"] == pytest.approx(1, abs=0.25)
 
 
-def test_frames_given_to_sparsectrl_appear(run):
+@pytest.mark.parametrize(("number", "share"), [(1, 0.6), (2, 0.75)], ids=["pictures", "scribbles"])
+def test_frames_given_to_sparsectrl_appear(run, number, share):
     """Without them the shape begins where the noise says; the frames between them follow."""
-    entry = load_config(CONFIGS / "shapes-sparsectrl.yaml").entries[1]
-    controlled = AnimateDiffPipeline.from_config(CONFIGS / "shapes-sparsectrl.yaml", entry=1, device="cpu")
+    entry = load_config(CONFIGS / "shapes-sparsectrl.yaml").entries[number]
+    controlled = AnimateDiffPipeline.from_config(CONFIGS / "shapes-sparsectrl.yaml", entry=number, device="cpu")
     prompt, call = entry.prompt[0], {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "pt"}
-    given = {"conditioning_frames": [INPUTS / "first.png", INPUTS / "last.png"], "controlnet_frame_indices": [0, -1]}
+    images = [Path(__file__).parents[2] / image for image in entry.controlnet_images]
+    given = {"conditioning_frames": images, "controlnet_frame_indices": [0, -1]}
     clip = controlled(prompt, generator=seeded(42), **given, **call).frames[0] * 2 - 1
     alone, _ = run(prompt)
     world = render([SCENE])[0]
@@ -117,6 +119,6 @@ def test_frames_given_to_sparsectrl_appear(run):
         return float((video[frame] - world[frame]).abs().mean())
 
     for frame in (0, 8, 15):
-        assert distance(clip, frame) < 0.06 and distance(clip, frame) < 0.6 * distance(alone, frame)
+        assert distance(clip, frame) < 0.06 and distance(clip, frame) < share * distance(alone, frame)
     score = score_clip(clip)
     assert (score.color, score.shape, score.motion) == ("purple", "circle", "right")
