@@ -25,6 +25,9 @@ LAYERS: dict[str, str] = {  # of the UNet, by kind
     "domain-adapter": rf"{SPATIAL}{TRANSFORMER}attn[12]\.{QKV_OUT}",
     "motion-lora": rf".*motion_modules\.\d+\..*\.attention_blocks\.\d+\.{QKV_OUT}",
 }
+CONVOLUTIONS = (  # with their neighbours, as kohya's conv_dim takes them
+    r"(.*\.)?(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.0\.conv)"
+)
 TEXT_LAYERS = r".*\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 
 
@@ -44,7 +47,13 @@ class TrainableLoRA:
 
 
 def attach_lora(
-    kind: Kind, unet: UNet, text_encoder: TextEncoder | None = None, *, rank: int, alpha: float | None = None
+    kind: Kind,
+    unet: UNet,
+    text_encoder: TextEncoder | None = None,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    convolutions: bool = False,
 ) -> TrainableLoRA:
     """Put a fresh LoRA, which changes nothing yet, on the layers of its kind.
 
@@ -54,13 +63,15 @@ def attach_lora(
         text_encoder: changed as well where it is given.
         rank: of every change.
         alpha: the change is multiplied by alpha / rank; rank by default. Only for "lora", the others know no alpha.
+        convolutions: change the ResNet blocks and what scales between resolutions as well. Only for "lora".
 
     Raises:
         UserError: a rank below 1, or a network without such layers.
     """
     if rank < 1:
         raise UserError(f"rank: got {rank}, expected at least 1")
-    layers = [("unet", name, layer) for name, layer in unet.named_modules() if re.fullmatch(LAYERS[kind], name)]
+    wanted = f"{LAYERS[kind]}|{CONVOLUTIONS}" if convolutions else LAYERS[kind]
+    layers = [("unet", name, layer) for name, layer in unet.named_modules() if re.fullmatch(wanted, name)]
     if text_encoder is not None:
         layers += [("text", n, layer) for n, layer in text_encoder.named_modules() if re.fullmatch(TEXT_LAYERS, n)]
     if not layers:

@@ -178,10 +178,11 @@ class ImageLoRA(Training):
     rank: int = 16
     alpha: float | None = None  # the change is multiplied by alpha / rank; rank by default
     train_text_encoder: bool = False
+    convolutions: bool = False  # change these too, not the transformers alone: for looks that are texture
 
     def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
         text_encoder: TextEncoder | None = base.text_encoder if self.train_text_encoder else None
-        lora = attach_lora("lora", unet, text_encoder, rank=self.rank, alpha=self.alpha)
+        lora = attach_lora("lora", unet, text_encoder, rank=self.rank, alpha=self.alpha, convolutions=self.convolutions)
         return lora.attached, lambda folder, metadata: lora.save(folder / "lora.safetensors", metadata)
 
 
