@@ -19,6 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from animatediff.pipelines.components import pick_device
 from animatediff.training.stages import Training, load_train_config
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def log(line: str) -> None:
         if first(line):
-            print(line, flush=True)
+            tqdm.write(line)  # above the bar, where there is one
+            sys.stdout.flush()
 
     try:
         run(argv, log)
