@@ -43,7 +43,7 @@ class Record:
         """Tell of the last of `done` steps. values: `loss` and others of the loop. more: the stage's own."""
         pace = (done - self.start) / (time.monotonic() - self.began)
         samples = pace * self.config.batch_size * self.config.micro_batches
-        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {samples:.3g} samples/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {samples:.2f} samples/s", refresh=False)
         self.bar.update()
         if done % self.config.log_every and done != self.config.steps:
             return
@@ -52,7 +52,7 @@ class Record:
             left = duration((self.config.steps - done) / pace)
             self.log(
                 f"{self.stage} {done}/{self.config.steps} loss {values['loss']:.4f} {pace:.2f} steps/s, "
-                f"{samples:.3g} samples/s, {left} left"
+                f"{samples:.2f} samples/s, {left} left"
             )
 
     def close(self) -> None:

@@ -198,7 +198,7 @@ def test_a_run_that_goes_on_cuts_what_its_log_says_of_later_steps(tmp_path):
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
     assert lines[0].startswith('{"step": 1, "loss": ') and len(shown) == 2
-    assert re.fullmatch(r"line 12/12 loss \d+\.\d{4} [\d.]+ steps/s, [\d.e+]+ samples/s, 0 s left", shown[1])
+    assert re.fullmatch(r"line 12/12 loss \d+\.\d{4} [\d.]+ steps/s, [\d.]+ samples/s, 0 s left", shown[1])
 
 
 def test_on_a_terminal_there_is_a_bar_in_place_of_lines(tmp_path, monkeypatch):
