@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,12 +31,16 @@ def naming(where: object) -> Iterator[None]:
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and exit: 0 done, 2 with one line for a mistake, 130 after Ctrl-C.
+    """Run a script's `main` and exit: 0 done, 2 with one line for a mistake, 130 after Ctrl-C, 141 where nobody reads
+    what it prints any more (`… | head`).
 
     A mistake is a `UserError`, or what the system refuses: a full disk, a folder that may not be written to.
     """
     try:
         sys.exit(main() or 0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still wants to print at its end
+        sys.exit(141)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

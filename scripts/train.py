@@ -13,10 +13,13 @@ if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py m
 
 import argparse
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from animatediff.pipelines.components import pick_device
 from animatediff.training.stages import Training, load_train_config
@@ -24,20 +27,44 @@ from animatediff.utils import Parser, UserError, run_main
 
 
 def main(argv: list[str] | None = None) -> None:
+    store = next(dist.rendezvous("env://"))[0] if "WORLD_SIZE" in os.environ else None  # set by torchrun
+
+    def first(line: str) -> bool:
+        """Whether no other process has said so: what all have to say is said once."""
+        return store is None or store.add(f"said: {line}", 1) == 1
+
+    def log(line: str) -> None:
+        if first(line):
+            tqdm.write(line)  # above the bar, where there is one
+            sys.stdout.flush()
+
+    try:
+        run(argv, log)
+    except (UserError, OSError) as error:
+        if first(f"error: {error}"):
+            raise
+        sys.exit(2)
+
+
+def run(argv: list[str] | None, log: Callable[[str], None]) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML of configs/train")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: CUDA where it is")
     parser.add_argument("--check-data", action="store_true", help="look at every file, report, and do nothing else")
+    parser.add_argument("--cache", action="store_true", help="encode every clip once, before the start (cache: true)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change top-level values of the YAML")
     args = parser.parse_args(argv)
     config = load_train_config(args.config, args.overrides)
+    for flag, given in (("--check-data", args.check_data), ("--cache", args.cache)):
+        if given and not isinstance(config, Training):
+            raise UserError(f"got {flag} for {args.config}, which draws its own clips, expected a stage of files")
     if args.check_data:
-        if not isinstance(config, Training):
-            raise UserError(f"got --check-data for {args.config}, which draws its own clips, expected a stage of files")
         return config.check_data(log)
+    if args.cache:
+        config = replace(config, cache=True)
     torch.set_flush_denormal(True)  # denormal numbers make CPU training many times slower
     device = training_device(args.device)
-    if "WORLD_SIZE" in os.environ:  # set by torchrun
+    if "WORLD_SIZE" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may encode all clips meanwhile
     config.run(log, device)
@@ -55,10 +82,6 @@ def training_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def log(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

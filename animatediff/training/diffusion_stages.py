@@ -54,7 +54,7 @@ class DiffusionStage(Stage):
         save: writes what was learnt: (folder, metadata).
         loss: variants of the loss.
         noisy_share: of clips that are noised beyond the middle of the schedule whatever was drawn.
-        autocast: run the UNet's matrix products and convolutions in bfloat16.
+        autocast: run the UNet's matrix products and convolutions in this dtype.
     """
 
     def __init__(
@@ -69,12 +69,13 @@ class DiffusionStage(Stage):
         save: Save,
         loss: LossConfig = MEAN_SQUARE,
         noisy_share: float = 0.0,
-        autocast: bool = False,
+        autocast: torch.dtype | None = None,
     ):
         self.name, self.unet, self.text_encoder, self.clips = name, unet, text_encoder, clips
         self.schedule = NoiseSchedule(schedule)
         self.learns, self.save = learns, save
         self.loss_config, self.noisy_share, self.autocast = loss, noisy_share, autocast
+        self.scale_loss = autocast == torch.float16
 
     def modules(self) -> nn.Module:
         return self.learns
@@ -94,7 +95,7 @@ class DiffusionStage(Stage):
             noisy = torch.rand(batch_size, generator=generator) < self.noisy_share
             t = torch.where(noisy, total // 2 + t // 2, t)
         x0, context = x0.to(device), self.text_encoder(tokens.to(device))
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             denoise = self.denoiser(x0, context, generator)
             return denoising_loss(denoise, self.schedule, x0, t, generator, self.loss_config), {}
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from animatediff.training.record import Record
+from animatediff.training.run_state import RunState
 from animatediff.utils import UserError
 
 
@@ -41,14 +41,29 @@ class LoopConfig:
     checkpoint_every: int = 200
     tensorboard: bool = False  # scalars for TensorBoard too, in output_dir/tensorboard
 
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every"):
+            self._require(key, getattr(self, key) >= 1, "at least 1")
+        for key in ("learning_rate", "max_grad_norm"):
+            self._require(key, getattr(self, key) > 0, "more than 0")
+        for key in ("warmup_steps", "weight_decay"):
+            self._require(key, getattr(self, key) >= 0, "0 or more")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "0 (no average) to less than 1")
+        self._require("seed", 0 <= self.seed < 2**32, "0 to 2^32 - 1")
 
-MAY_CHANGE = ("log_every", "checkpoint_every", "tensorboard")  # of a run that has begun
+    def _require(self, key: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise UserError(f"{key}: got {getattr(self, key)}, expected {expected}")
+
+
+Batch = tuple[Tensor, list[str]]  # the loss of a micro-batch, and what it was computed from
 
 
 class Stage(ABC):
     """What one training stage is."""
 
     name: str
+    scale_loss: bool = False  # before the backward pass, so that gradients fit into float16
 
     @abstractmethod
     def modules(self) -> nn.Module:
@@ -107,8 +122,8 @@ def first_process_first() -> Iterator[None]:
         dist.barrier()
 
 
-def average_gradients(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
-    """Sum gradients and loss over the processes, in one flat message. Returns the summed loss."""
+def sum_over_processes(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
+    """Sum gradients and loss, in one flat message. Returns the summed loss."""
     if world()[1] == 1:
         return loss
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -119,6 +134,28 @@ def average_gradients(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
     return flat[0]
 
 
+def step_gradients(
+    stage: Stage,
+    parameters: list[nn.Parameter],
+    config: LoopConfig,
+    step: int,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+) -> tuple[float, list[Batch], dict[str, float]]:
+    """Give `parameters` the gradients of a step, averaged over the micro-batches of all processes.
+
+    Returns the average loss, this process's batches, and the stage's numbers of the last.
+    """
+    rank, processes = world()
+    batches, numbers = [], {}
+    for micro in range(rank, config.micro_batches, processes):
+        index = step * config.micro_batches + micro
+        loss, numbers = stage.loss(index, config.batch_size, batch_generator(config.seed, index))
+        loss = loss / config.micro_batches
+        scale(loss).backward()
+        batches.append((loss.detach(), stage.names()))
+    return sum_over_processes(parameters, sum(loss for loss, _ in batches)).item(), batches, numbers
+
+
 def train(
     stage: Stage,
     config: LoopConfig,
@@ -126,11 +163,14 @@ def train(
     *,
     log: Callable[[str], None] = print,
     sampler: Sampler | None = None,
+    stage_config: Any = None,
 ) -> None:
     """Train `stage` to `config.steps`, going on from `folder`/state.pt where there is one; then export the EMA weights.
 
+    stage_config: the dataclass that the stage was made from; in the same folder it has to stay the same.
+
     Raises UserError where the folder holds a run of another configuration, and when loss or gradients are not finite
-    (the last checkpoint stays, and its weights are finite).
+    (the last checkpoint and the one before it stay, and their weights are finite).
     """
     rank, processes = world()
     if config.micro_batches % processes:
@@ -144,42 +184,37 @@ def train(
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, foreach=True
     )
+    scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=stage.scale_loss)
     ema = [p.detach().clone() for p in parameters]
-    start = _resume(folder / "state.pt", config, named, ema, optimizer)
-    write = scalar_writer(folder, config) if rank == 0 else None
-    began, began_step = time.monotonic(), start
-    for step in range(start, config.steps):
-        lr = learning_rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses, names, numbers = [], [], {}
-        for micro in range(rank, config.micro_batches, processes):
-            index = step * config.micro_batches + micro
-            loss, numbers = stage.loss(index, config.batch_size, batch_generator(config.seed, index))
-            (loss / config.micro_batches).backward()
-            losses.append(loss.detach())
-            names.append(stage.names())
-        value = average_gradients(parameters, sum(loss / config.micro_batches for loss in losses)).item()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=True).item()
-        if not (math.isfinite(value) and math.isfinite(norm)):
-            raise UserError(_not_finite(stage.name, step, value, norm, losses, names))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(config.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
-        done = step + 1
-        if write is None:
-            continue
-        if done % config.log_every == 0 or done == config.steps:
-            pace = (done - began_step) / (time.monotonic() - began)
-            write({"step": done, "loss": value, "lr": lr, "grad_norm": norm, "steps_per_s": pace, **numbers})
-            left = (config.steps - done) / pace / 60
-            log(f"{stage.name} {done}/{config.steps} loss {value:.4f} {pace:.2f} steps/s, {left:.0f} min left")
-        if done % config.checkpoint_every == 0 or done == config.steps:
-            _save(folder / "state.pt", config, done, named, ema, optimizer)
-        if sampler and done % sampler.every == 0:
-            with averaged(parameters, ema):
-                sampler(folder / "samples", done)
+    state = RunState(folder, config, stage_config, named, ema, optimizer, scaler)
+    start = state.resume(log)
+    record = Record(folder, stage.name, config, start, log) if rank == 0 else None
+    with closing(record) if record else nullcontext():
+        for step in range(start, config.steps):
+            lr = learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            value, batches, numbers = step_gradients(stage, parameters, config, step, scaler.scale)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=True).item()
+            overflow = not math.isfinite(norm) and scaler.get_scale() > 1  # of the scaled loss: the step is left out
+            if not math.isfinite(value) or not (math.isfinite(norm) or overflow):
+                raise UserError(_not_finite(stage.name, step, value, norm, batches))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            decay = min(config.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
+            done = step + 1
+            if record is None:
+                continue
+            scale = {"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}
+            record(done, {"loss": value, "lr": lr, "grad_norm": norm}, scale | numbers)
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                state.save(done)
+            if sampler and done % sampler.every == 0:
+                with averaged(parameters, ema):
+                    sampler(folder / "samples", done)
     for parameter, average in zip(parameters, ema, strict=True):
         parameter.data.copy_(average)
     if rank == 0:
@@ -201,83 +236,18 @@ def averaged(parameters: list[nn.Parameter], ema: list[Tensor]) -> Iterator[None
             parameter.data = data
 
 
-def scalar_writer(folder: Path, config: LoopConfig) -> Callable[[dict[str, Any]], None]:
-    """A function that appends numbers to `folder`/log.jsonl and, where asked for, to TensorBoard's files.
-
-    Raises:
-        UserError: TensorBoard is asked for and not installed.
-    """
-    board = None
-    if config.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter  # here, because it is an extra
-        except ImportError:
-            raise UserError(
-                'got tensorboard: true, which is not installed: pip install -e ".[tensorboard]", or leave it out '
-                "(log.jsonl has the same numbers)"
-            ) from None
-        board = SummaryWriter(str(folder / "tensorboard"))
-
-    def write(record: dict[str, Any]) -> None:
-        with open(folder / "log.jsonl", "a") as file:
-            file.write(json.dumps({k: float(f"{v:.5g}") for k, v in record.items()}) + "\n")
-        if board:
-            for name, value in record.items():
-                if name != "step":
-                    board.add_scalar(name, value, record["step"])
-            board.flush()
-
-    return write
-
-
-def _not_finite(stage: str, step: int, value: float, norm: float, losses: list[Tensor], names: list[list[str]]) -> str:
-    bad = [name for loss, batch in zip(losses, names, strict=True) if not loss.isfinite() for name in batch]
-    seen = bad or [name for batch in names for name in batch]
+def _not_finite(stage: str, step: int, value: float, norm: float, batches: list[Batch]) -> str:
+    """The same message in every process."""
+    found = [(bool(loss.isfinite()), names) for loss, names in batches]
+    everywhere = [found] * world()[1]
+    if len(everywhere) > 1:
+        dist.all_gather_object(everywhere, found)
+    of_all = [batch for process in everywhere for batch in process]
+    bad = [name for finite, names in of_all if not finite for name in names]
+    seen = bad or [name for _, names in of_all for name in names]
     where = f" (the batch: {', '.join(seen)})" if seen else ""
     got = f"loss {value:g}" if not math.isfinite(value) else f"gradients of norm {norm:g}"
     return (
-        f"got {got} at step {step} of {stage}{where}, expected a finite number; the last checkpoint is kept: lower "
-        "learning_rate, or leave out what is broken, and run again"
+        f"got {got} at step {step} of {stage}{where}, expected a finite number: leave out what is broken, or lower "
+        "learning_rate, and run again, which goes on from the last checkpoint; delete state.pt for the one before it"
     )
-
-
-def _save(path: Path, config: LoopConfig, step: int, named, ema: list[Tensor], optimizer) -> None:
-    state = {
-        "config": asdict(config),
-        "step": step,
-        "model": {n: p.detach() for n, p in named},
-        "ema": {n: e for (n, _), e in zip(named, ema, strict=True)},
-        "optimizer": optimizer.state_dict(),
-    }
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def _resume(path: Path, config: LoopConfig, named, ema: list[Tensor], optimizer) -> int:
-    if not path.exists():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    began = asdict(LoopConfig(steps=0, batch_size=0, learning_rate=0.0)) | state["config"]
-    for key, value in asdict(config).items():
-        if key not in MAY_CHANGE and began[key] != value:
-            raise UserError(
-                f"got {key}={value} for the run in {path.parent}, expected {began[key]} as it began; "
-                "keep the configuration or choose another output folder"
-            )
-    sizes = [{n: t.shape for n, t in tensors} for tensors in (named, state["model"].items())]
-    if sizes[0] != sizes[1]:
-        other = min(n for n in sizes[0].keys() | sizes[1].keys() if sizes[0].get(n) != sizes[1].get(n))
-        raise UserError(
-            f"got {other} of shape {_shape(sizes[0], other)} for the run in {path.parent}, expected "
-            f"{_shape(sizes[1], other)} as it began; keep the configuration or choose another output folder"
-        )
-    for (name, parameter), average in zip(named, ema, strict=True):
-        parameter.data.copy_(state["model"][name])
-        average.copy_(state["ema"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def _shape(sizes: dict[str, torch.Size], name: str) -> object:
-    return tuple(sizes[name]) if name in sizes else "none"

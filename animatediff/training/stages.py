@@ -68,7 +68,7 @@ class Training(ABC):
     samples: SampleConfig | None = None  # drawn during training
     cache: bool = False  # encode one clip of each file before the start, instead of other clips in every epoch
     threads: int = 4  # that read files
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the UNet's matrix products; weights stay float32
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the UNet's matrix products; weights stay float32
     gradient_checkpointing: bool = False  # a third more time for much less memory
     seed: int = 0
 
@@ -123,9 +123,9 @@ class Training(ABC):
             save=save,
             loss=self.loss,
             noisy_share=self.noisy_share,
-            autocast=self.dtype == "bfloat16",
+            autocast=None if self.dtype == "float32" else getattr(torch, self.dtype),
         )
-        train(stage, self.loop, folder, log=log, sampler=sampler)
+        train(stage, self.loop, folder, log=log, sampler=sampler, stage_config=self)
 
     def check_data(self, log: Log) -> None:
         """Look at every file and log the report. Raises: UserError where none can be used."""

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +16,11 @@ from animatediff.checkpoints.load import load_base, load_motion_module, load_vae
 from animatediff.data.shapes import make_scene
 from animatediff.data.world import World
 from animatediff.training.latents import FAVOUR, LatentClips
-from animatediff.training.loop import LoopConfig, Stage, learning_rate, train
+from animatediff.training.loop import step_gradients
 from animatediff.training.stages import load_train_config
 from animatediff.utils import UserError
+from tests.training.line import Rows
+from tests.training.two_processes import HALVES
 
 ROOT = Path(__file__).parents[2]
 LOOP = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 1}
@@ -104,23 +105,32 @@ def test_a_decoder_learns_other_looks_and_the_latents_stay(trained, tmp_path):
 
 
 def test_the_number_of_processes_does_not_change_the_result(trained, tmp_path):
-    """Two micro-batches a step, one after the other here or shared out by torchrun."""
+    """Two micro-batches a step, one after the other here or shared out by torchrun; what both have to say, one says."""
     twice = LOOP | {"micro_batches": 2}
     given = {"pretrained_model_path": str(trained / "image/image.safetensors"), "loop": twice}
     load_train_config(write(tmp_path / "a.yaml", MOTION | given | {"output_dir": str(tmp_path / "one")})).run(print)
     config = write(tmp_path / "b.yaml", MOTION | given | {"output_dir": str(tmp_path / "two")})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(ROOT / "scripts/train.py"), "--config", str(config)]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [*launch, "-m", "tests.training.two_processes", str(tmp_path), str(config)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
     assert one["step"] == two["step"] == 3
     assert all(torch.allclose(one["model"][k], two["model"][k], atol=1e-5) for k in one["model"])
-
-
-def test_more_processes_than_micro_batches_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("animatediff.training.loop.world", lambda: (0, 2))
-    with pytest.raises(UserError, match="got 2 processes for micro_batches=1, expected a divisor"):
-        train(Line(), CONFIG, tmp_path, log=lambda line: None)
+    lines = done.stdout.splitlines()
+    assert lines.count("both say so") == sum("motion_module 3/3" in line for line in lines) == 1
+    assert done.stderr.count("b.yaml: seed: got 'one'") == 1
+    messages = [(tmp_path / f"message{rank}.txt").read_text() for rank in (0, 1)]
+    assert messages[0] == messages[1] and "got loss nan at step 0 of line (the batch: row4, row5" in messages[0]
+    whole, halves = Rows(), Rows()
+    for stage, config in ((whole, replace(HALVES, batch_size=8, micro_batches=1)), (halves, HALVES)):
+        step_gradients(stage, list(stage.net.parameters()), config, step=0)
+    expected = [p.grad for p in whole.net.parameters()]
+    for found in (
+        [p.grad for p in halves.net.parameters()],
+        *(torch.load(tmp_path / f"gradients{rank}.pt", weights_only=True) for rank in (0, 1)),
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_the_motion_module_learns_what_its_image_model_predicts(trained, tmp_path):
@@ -178,149 +188,13 @@ def test_latents_are_normalised(trained):
     assert latents.mean().abs() < 0.3 and 0.7 < latents.std() < 1.4
 
 
-class Line(Stage):
-    """A stage of one weight matrix: fit y = 2 x."""
-
-    name = "line"
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.net, self.calls = torch.nn.Linear(3, 3), 0
-
-    def modules(self):
-        return self.net
-
-    def loss(self, step, batch_size, generator):
-        self.calls += 1
-        x = torch.randn(batch_size, 3, generator=generator)
-        return (self.net(x) - 2 * x).square().mean(), {}
-
-    def export(self, folder, metadata):
-        self.exported = {k: v.clone() for k, v in self.net.state_dict().items()}
-
-
-CONFIG = LoopConfig(steps=40, batch_size=8, learning_rate=0.05, warmup_steps=4, checkpoint_every=10, ema_decay=0.9)
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("at", [13, 30])
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, at):
-    whole = Line()
-    train(whole, CONFIG, tmp_path / "whole", log=lambda line: None)
-    killed = Line()
-    loss = killed.loss
-
-    def dies(step, *rest):
-        if step == at:
-            raise Killed
-        return loss(step, *rest)
-
-    killed.loss = dies
-    with pytest.raises(Killed):
-        train(killed, CONFIG, tmp_path / "run", log=lambda line: None)
-    again = Line()
-    train(again, CONFIG, tmp_path / "run", log=lambda line: None)
-    assert again.calls == CONFIG.steps - at // 10 * 10
-    assert all(torch.equal(again.exported[k], v) for k, v in whole.exported.items())
-
-
-def test_it_learns(tmp_path):
-    stage = Line()
-    train(stage, replace(CONFIG, steps=200), tmp_path, log=lambda line: None)
-    assert torch.allclose(stage.exported["weight"], 2 * torch.eye(3), atol=0.05)
-
-
-def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
-    train(Line(), CONFIG, tmp_path, log=lambda line: None)
-    with pytest.raises(UserError, match="got batch_size=4 .* expected 8"):
-        train(Line(), replace(CONFIG, batch_size=4), tmp_path, log=lambda line: None)
-
-
-def test_another_network_in_the_same_folder_is_refused(tmp_path):
-    train(Line(), CONFIG, tmp_path, log=lambda line: None)
-    other = Line()
-    other.net = torch.nn.Linear(3, 4)
-    with pytest.raises(UserError, match=r"got bias of shape \(4,\) .* expected \(3,\) as it began"):
-        train(other, CONFIG, tmp_path, log=lambda line: None)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    stage = Line()
-    loss = stage.loss
-    stage.loss = lambda step, *rest: (loss(step, *rest)[0] * (float("nan") if step == 25 else 1), {})
-    with pytest.raises(UserError, match="got loss nan at step 25"):
-        train(stage, CONFIG, tmp_path, log=lambda line: None)
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 20
-
-
-def test_a_run_that_began_before_a_setting_existed_goes_on(tmp_path):
-    train(Line(), replace(CONFIG, steps=10), tmp_path, log=lambda line: None)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    del state["config"]["schedule"]
-    torch.save(state, tmp_path / "state.pt")
-    again = Line()
-    train(again, replace(CONFIG, steps=10), tmp_path, log=lambda line: None)
-    assert again.calls == 0
-    with pytest.raises(UserError, match="got schedule=constant .* expected cosine as it began"):
-        train(Line(), replace(CONFIG, steps=10, schedule="constant"), tmp_path, log=lambda line: None)
-
-
-def test_scalars_for_tensorboard(tmp_path, monkeypatch):
-    wanted = replace(CONFIG, steps=2, log_every=1, tensorboard=True)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="which is not installed: pip install"):
-        train(Line(), wanted, tmp_path / "without", log=lambda line: None)
-    written = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            assert folder == str(tmp_path / "with/tensorboard")
-
-        def add_scalar(self, name, value, step):
-            written.append((step, name))
-
-        def flush(self):
-            pass
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    train(Line(), wanted, tmp_path / "with", log=lambda line: None)
-    assert written == [(step, name) for step in (1, 2) for name in ("loss", "lr", "grad_norm", "steps_per_s")]
-
-
-def test_samples_are_drawn_from_the_averages_and_change_nothing(tmp_path):
-    plain, shown = Line(), Line()
-    train(plain, CONFIG, tmp_path / "plain", log=lambda line: None)
-    seen = []
-
-    class Sampler:
-        every = 10
-
-        def __call__(self, folder, step):
-            seen.append((folder.name, step, shown.net.weight.detach().clone()))
-
-    train(shown, CONFIG, tmp_path / "shown", log=lambda line: None, sampler=Sampler())
-    assert [entry[:2] for entry in seen] == [("samples", step) for step in (10, 20, 30, 40)]
-    assert torch.equal(seen[-1][2], plain.exported["weight"])  # which are the averages, too
-    assert all(torch.equal(shown.exported[k], v) for k, v in plain.exported.items())
-
-
-def test_learning_rate_warms_up_and_falls():
-    rates = [learning_rate(CONFIG, step) for step in range(CONFIG.steps)]
-    assert rates[0] == 0.0125 and max(rates) == pytest.approx(0.05) and rates[-1] < 0.002
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    constant = replace(CONFIG, schedule="constant")
-    assert [learning_rate(constant, step) for step in (0, 3, 4, 39)] == [0.0125, 0.05, 0.05, 0.05]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"stage": "shapes"}, "got stage 'shapes', expected one of"),
         ({"clip": 3}, "unknown key 'clip', the nearest known one is 'clips'"),
         ({"clips": "many"}, "clips: got 'many', expected a whole number"),
+        ({"image": LOOP | {"steps": 0}}, "bad.yaml: image: steps: got 0, expected at least 1"),
     ],
 )
 def test_bad_configs(tmp_path, change, message):

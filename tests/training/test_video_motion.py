@@ -217,7 +217,7 @@ def test_checkpointed_activations_give_the_same_gradients():
 
 
 def test_bfloat16_is_close():
-    (loss, expected), (again, found) = (loss_and_gradients(motion_stage(autocast=a)) for a in (False, True))
+    (loss, expected), (again, found) = (loss_and_gradients(motion_stage(autocast=a)) for a in (None, torch.bfloat16))
     assert loss != again and again == pytest.approx(loss, rel=0.02)
     both = [torch.cat([g[name].flatten() for name in expected]) for g in (expected, found)]
     assert torch.cosine_similarity(*both, dim=0) > 0.98
@@ -273,3 +273,21 @@ def test_check_data(files, tmp_path, capsys):
     assert "too short: 3" in capsys.readouterr().out
     with pytest.raises(UserError, match="draws its own clips"):
         train.main(["--config", str(CONFIGS / "shapes_motion.yaml"), "--check-data"])
+
+
+def test_the_flag_for_caching(files, tmp_path):
+    path = config_file(files, tmp_path, version="v2", loop=UNLEARNT)
+    train.main(["--config", str(path), "--device", "cpu", "--cache"])
+    assert (tmp_path / "clips.pt").is_file()
+    with pytest.raises(UserError, match="got --cache for .*shapes_image.yaml, which draws its own clips"):
+        train.main(["--config", str(CONFIGS / "shapes_image.yaml"), "--cache"])
+
+
+def test_float16(files, tmp_path):
+    """Close to float32, and a training as any other."""
+    (loss, expected), (again, found) = (loss_and_gradients(motion_stage(autocast=a)) for a in (None, torch.float16))
+    assert loss != again and again == pytest.approx(loss, rel=0.005)
+    both = [torch.cat([g[name].flatten() for name in expected]) for g in (expected, found)]
+    assert torch.cosine_similarity(*both, dim=0) > 0.999
+    config(files, tmp_path, version="v2", dtype="float16").run(quiet)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["scaler"]["scale"] > 1
