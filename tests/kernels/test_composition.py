@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from animatediff_kernels import attention, geglu, temporal_attention, temporal_attention_packed, use_backend
+from animatediff_kernels import (
+    attention,
+    geglu,
+    linear_geglu,
+    temporal_attention,
+    temporal_attention_packed,
+    use_backend,
+)
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,3 +71,12 @@ def test_flops_are_those_of_the_true_sizes(packed):
     temporal = clips * tokens * 2 * frames * frames * width
     spatial = clips * frames * 2 * tokens * tokens * x.shape[-1]
     assert counter.get_total_flops() == 7 * temporal + 7 * spatial
+
+
+def test_flops_of_a_gated_layer():
+    import animatediff_kernels.flops  # noqa: F401  registers the formulas
+
+    x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 8), (24, 8), 24))
+    with use_backend("triton"), FlopCounterMode(display=False) as counter:
+        linear_geglu(x, weight, bias).sum().backward()
+    assert counter.get_total_flops() == 4 * 2 * 6 * 8 * 24  # again for backward, then the gradients of x and weight
