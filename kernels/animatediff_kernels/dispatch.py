@@ -141,6 +141,8 @@ def auto(call: Call) -> Choice:
         return Choice("torch", reason)
     if call.device == "interpreter":
         return Choice("torch", "the interpreter is for tests")
+    if dict(call.shape).get("channels_last") == 0:
+        return Choice("torch", "images are measured in channels_last, and these are not")
     measured = MEASURED.get(call.key, {})
     fewer, more = [n for n in measured if n <= call.rows], [n for n in measured if n >= call.rows]
     if not fewer:  # with few rows a launch costs more than the work: the larger measurement says nothing

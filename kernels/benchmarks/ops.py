@@ -188,6 +188,7 @@ OPS = {
             "channels": s["channels"],
             "images": s["frames"],
             "silu": s["silu"],
+            "channels_last": 1,
         },
     ),
     "layer_norm": Op(

@@ -77,7 +77,9 @@ def test_the_dispatch_is_told_of_the_calls_that_it_will_see(op, monkeypatch):
     spec, sizes, seen = ops.OPS[op], SMALL[op], []
     door = sys.modules[f"animatediff_kernels.{op}"]
     monkeypatch.setattr(door, "choose", lambda call, backend: seen.append(call) or dispatch.choose(call, backend))
-    spec.run(sizes, "torch")(*ops.make_inputs(spec, sizes, "cpu", torch.float32))
+    inputs = ops.make_inputs(spec, sizes, "cpu", torch.float32)
+    as_on_cuda = [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs]
+    spec.run(sizes, "torch")(*as_on_cuda)
     assert {"rows": seen[0].rows} | dict(seen[0].shape) == spec.key(sizes)
 
 

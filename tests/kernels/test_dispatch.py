@@ -85,6 +85,22 @@ def test_auto_inside_a_compiled_graph(monkeypatch):
     assert ["animatediff" in code for code in graphs[:2]] == [False, True]
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_auto_leaves_images_that_are_not_channels_last_to_torch(monkeypatch, last):
+    sizes = {"channels": 4, "images": 1, "silu": 1, "channels_last": 1}
+    measured = call("group_norm_silu", dtype=torch.float32, **sizes)
+    monkeypatch.setattr(dispatch, "MEASURED", {measured.key: {1: (1.0, 2.0)}})
+    monkeypatch.setattr(dispatch, "device_name", lambda device: "sm_90")
+    seen, door = [], sys.modules["animatediff_kernels.group_norm_silu"]
+    monkeypatch.setattr(door, "choose", lambda *asked: seen.append(choose(*asked)) or seen[-1])
+    x = torch.randn(1, 4, 2, 3).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    door.group_norm_silu(x, 2, torch.ones(4), torch.zeros(4), eps=1e-5)
+    door.group_norm_silu(x, 2, torch.ones(4), torch.zeros(4), eps=1e-5, backend="triton")
+    first = "measured at 1 rows" if last else "images are measured in channels_last, and these are not"
+    assert [choice.backend for choice in seen] == ["triton" if last else "torch", "triton"]
+    assert seen[0].reason.startswith(first)
+
+
 def test_a_linear_layer_leaves_its_gate_a_choice_of_its_own(monkeypatch):
     x, weight, bias, seen = torch.randn(4, 6), torch.randn(16, 6), torch.randn(16), []
     expected = linear_geglu(x, weight, bias)

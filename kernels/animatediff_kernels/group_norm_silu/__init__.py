@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,13 +24,15 @@ def group_norm_silu(
     """silu(group_norm(x)) (Wu and He 2018, arXiv 1803.08494), or without the SiLU.
 
     Args:
-        x: ((b frames), c, h, w), in any memory format, which the result shares.
+        x: ((b frames), c, h, w), in any memory format, which the result shares; "auto" asks torch unless it is
+            channels_last.
         weight, bias: (c,), of any dtype.
         frames: images whose statistics are pooled; 1 normalises every image by itself.
         backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
     Raises: ValueError where "triton" is asked for and cannot be had.
     """
-    sizes = {"channels": x.shape[1], "images": frames, "silu": int(silu)}
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    sizes = {"channels": x.shape[1], "images": frames, "silu": int(silu), "channels_last": int(last)}
     call = Call.of("group_norm_silu", x, weights=(weight, bias), rows=x.numel() // x.shape[1], **sizes)
     if choose(call, backend).backend == "triton":
         return group_norm_silu_op(x, num_groups, weight, bias, eps, frames, silu)[0]
