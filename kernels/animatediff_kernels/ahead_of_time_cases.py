@@ -54,8 +54,8 @@ def others(dtype: torch.dtype) -> list[Callable]:
     weight, code, statistics = torch.empty(320, dtype=dtype), torch.empty(2, 320, dtype=dtype), torch.empty(1, 32)
     latents, alphas = torch.empty(1, 16, 4, 64, 64, dtype=dtype), torch.empty(2)
     return [
-        lambda: group_norm_silu._forward(x, 32, weight, weight, 1e-5, 2, True),
-        lambda: group_norm_silu._backward(x, x, weight, weight, statistics, statistics, 2, True),
+        lambda: group_norm_silu._forward(x, 32, weight, weight, code, 1e-5, 2, True),
+        lambda: group_norm_silu._backward(x, x, weight, weight, code, statistics, statistics, 2, True),
         lambda: layer_norm._forward(rows, weight, weight, code, 1e-5),
         lambda: layer_norm._backward(rows, rows, weight, weight, 1e-5),
         lambda: geglu._forward(wide),

@@ -103,7 +103,8 @@ def _attention_sdpa(s: Sizes) -> Function:
 
 
 def _group_norm_silu(s: Sizes) -> Function:
-    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    def function(x: Tensor, w: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+        x = x if shift is None else x + shift[..., None, None]
         if s["frames"] > 1:
             clips = F.group_norm(x.unflatten(0, (-1, s["frames"])).transpose(1, 2), s["groups"], w, b, EPS)
             y = clips.transpose(1, 2).flatten(0, 1)
@@ -169,16 +170,23 @@ OPS = {
         attends=True,
     ),
     "group_norm_silu": Op(
-        shapes=lambda s: [(s["images"], s["channels"], s["height"], s["width"])] + 2 * [(s["channels"],)],
+        shapes=lambda s: (
+            [(s["images"], s["channels"], s["height"], s["width"])]
+            + 2 * [(s["channels"],)]
+            + s["shift"] * [(1, s["channels"])]
+        ),
         batched=1,
         items=lambda s: s["images"] // s["frames"],
         run=lambda s, backend: (
-            lambda x, w, b: group_norm_silu(
-                x, s["groups"], w, b, eps=EPS, frames=s["frames"], silu=bool(s["silu"]), backend=backend
+            lambda x, w, b, shift=None: group_norm_silu(
+                *(x, s["groups"], w, b),
+                **{"eps": EPS, "frames": s["frames"], "silu": bool(s["silu"]), "shift": shift, "backend": backend},
             )
         ),
         reference=lambda s: (
-            lambda x, w, b: group_norm_silu_reference(x, s["groups"], w, b, EPS, s["frames"], bool(s["silu"]))
+            lambda x, w, b, shift=None: group_norm_silu_reference(
+                x, s["groups"], w, b, shift, EPS, s["frames"], bool(s["silu"])
+            )
         ),
         plain=_group_norm_silu,
         passes=(3, 5),  # the statistics need a pass of their own
@@ -188,6 +196,7 @@ OPS = {
             "channels": s["channels"],
             "images": s["frames"],
             "silu": s["silu"],
+            "shift": s["shift"],
             "channels_last": 1,
         },
     ),

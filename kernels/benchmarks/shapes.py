@@ -58,7 +58,8 @@ def _group_norm(module: GroupNorm, args: tuple, kwargs: dict) -> tuple[str, dict
     n, channels, height, width = args[0].shape
     frames = args[1] if module.over_frames else 1
     sizes = {"images": n, "channels": channels, "height": height, "width": width, "groups": module.num_groups}
-    return "group_norm_silu", sizes | {"frames": frames, "silu": int(kwargs.get("silu", False))}
+    sizes |= {"frames": frames, "silu": int(kwargs.get("silu", False))}
+    return "group_norm_silu", sizes | {"shift": int(kwargs.get("shift") is not None)}
 
 
 def _layer_norm(module: LayerNorm, args: tuple, kwargs: dict) -> tuple[str, dict[str, int]]:

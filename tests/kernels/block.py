@@ -36,7 +36,8 @@ class Block(nn.Module):
         x = x + temporal_attention(*self.qkv(x).chunk(3, -1), frames=FRAMES, num_heads=HEADS)
         x = x + attention(*self.qkv(x).chunk(3, -1), num_heads=HEADS)
         image = x.mT[..., None]
-        image = group_norm_silu(image, 2, self.norm2.weight, self.norm2.bias, eps=1e-5, frames=FRAMES)
+        shift = x[::FRAMES, 0]  # of a row per clip
+        image = group_norm_silu(image, 2, self.norm2.weight, self.norm2.bias, eps=1e-5, frames=FRAMES, shift=shift)
         return x + geglu(linear_geglu(image[..., 0].mT, self.gated.weight, self.gated.bias))
 
 

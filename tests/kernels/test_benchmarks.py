@@ -20,7 +20,8 @@ import step  # noqa: E402
 SMALL = {  # sizes of every operation that a CPU computes at once
     "temporal_attention": {"clips": 2, "frames": 3, "tokens": 5, "heads": 2, "head_dim": 8},
     "attention": {"images": 4, "rows": 2, "tokens": 6, "keys": 7, "heads": 2, "head_dim": 8},
-    "group_norm_silu": {"images": 4, "channels": 8, "height": 3, "width": 5, "groups": 2, "frames": 2, "silu": 1},
+    "group_norm_silu": {"images": 4, "channels": 8, "height": 3, "width": 5, "groups": 2, "frames": 2, "silu": 1}
+    | {"shift": 1},
     "layer_norm": {"images": 4, "tokens": 5, "width": 8, "frames": 2},
     "geglu": {"images": 2, "tokens": 3, "width": 8},
     "linear_geglu": {"images": 2, "tokens": 3, "width": 8, "inner": 12},
@@ -42,6 +43,7 @@ def test_the_shapes_are_those_of_the_step(traced):
     assert sorted(attention) == sorted(own + [(tokens, 77, 2, c) for tokens, _, _, c in own])
     assert sum(c for s, c in sizes_of(traced, "layer_norm")) == 111
     assert sum(c for s, c in sizes_of(traced, "group_norm_silu")) == 45 + 21 + 16
+    assert sum(c for s, c in sizes_of(traced, "group_norm_silu") if s["shift"]) == 22
     assert sum(c for s, c in sizes_of(traced, "geglu")) == 16 + 21
     assert sum(c for s, c in sizes_of(traced, "linear_geglu")) == 16 + 21
 

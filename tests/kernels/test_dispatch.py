@@ -87,7 +87,7 @@ def test_auto_inside_a_compiled_graph(monkeypatch):
 
 @pytest.mark.parametrize("last", [True, False])
 def test_auto_leaves_images_that_are_not_channels_last_to_torch(monkeypatch, last):
-    sizes = {"channels": 4, "images": 1, "silu": 1, "channels_last": 1}
+    sizes = {"channels": 4, "images": 1, "silu": 1, "shift": 0, "channels_last": 1}
     measured = call("group_norm_silu", dtype=torch.float32, **sizes)
     monkeypatch.setattr(dispatch, "MEASURED", {measured.key: {1: (1.0, 2.0)}})
     monkeypatch.setattr(dispatch, "device_name", lambda device: "sm_90")
