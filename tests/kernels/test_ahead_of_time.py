@@ -30,10 +30,11 @@ def compiled(archs: str, *cases: str) -> list[dict]:
 
 
 def check(reports: list[dict]) -> None:
-    """float32 may spill a little: it multiplies in three passes, for the sake of being right rather than fast."""
+    """Attention in float32 may spill a little: it multiplies in three passes, to be right rather than fast."""
     for report in reports:
         case = report["case"]
-        assert report["stack"] == 0 or case.endswith("-float32"), f"spills: {report}"
+        may_spill = case.endswith("-float32") and not case.startswith("gated")
+        assert report["stack"] == 0 or may_spill, f"spills: {report}"
         assert report["registers"] <= BUDGET.get((case, report["kernel"]), 255), f"registers: {report}"
         assert report["shared"] <= SHARED[report["arch"]], f"shared memory: {report}"
         assert report["matrix"] > 0 or case == "others", f"no matrix instructions: {report}"
