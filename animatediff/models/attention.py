@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from animatediff_kernels import attention, geglu
+from animatediff_kernels import attention, geglu, linear_geglu
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -43,7 +43,9 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return geglu(self.proj(x))
+        if self.proj._forward_hooks or self.proj._forward_pre_hooks:  # a LoRA's branch, for one
+            return geglu(self.proj(x))
+        return linear_geglu(x, self.proj.weight, self.proj.bias)
 
 
 class FeedForward(nn.Module):

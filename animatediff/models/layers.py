@@ -38,9 +38,10 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels, eps=eps)
         self.over_frames = over_frames
 
-    def forward(self, x: Tensor, frames: int = 1, *, silu: bool = False) -> Tensor:
-        pooled = frames if self.over_frames else 1
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, eps=self.eps, frames=pooled, silu=silu)
+    def forward(self, x: Tensor, frames: int = 1, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+        """Of x + shift where there is a shift (b, c), one row per video."""
+        pooled, affine = frames if self.over_frames else 1, (self.weight, self.bias)
+        return group_norm_silu(x, self.num_groups, *affine, eps=self.eps, frames=pooled, silu=silu, shift=shift)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -74,11 +75,11 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor | None = None, frames: int = 1) -> Tensor:
         """x: ((b f), c, h, w); time: (b, time_channels), one row per video."""
         y = self.conv1(self.norm1(x, frames, silu=True))
+        shift = None
         if self.time_emb_proj is not None:
             assert time is not None
-            shift = self.time_emb_proj(F.silu(time)).repeat_interleave(frames, dim=0)
-            y = y + shift[:, :, None, None]
-        y = self.conv2(self.norm2(y, frames, silu=True))
+            shift = self.time_emb_proj(F.silu(time))
+        y = self.conv2(self.norm2(y, frames, silu=True, shift=shift))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

@@ -9,6 +9,7 @@ from animatediff_kernels.geglu import geglu
 from animatediff_kernels.group_norm_silu import group_norm_silu
 from animatediff_kernels.guided_ddim import guided_ddim
 from animatediff_kernels.layer_norm import layer_norm
+from animatediff_kernels.linear_geglu import linear_geglu
 from animatediff_kernels.temporal_attention import temporal_attention, temporal_attention_packed
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "group_norm_silu",
     "guided_ddim",
     "layer_norm",
+    "linear_geglu",
     "temporal_attention",
     "temporal_attention_packed",
     "use_backend",

@@ -9,6 +9,7 @@ from animatediff_kernels.geglu import op as geglu
 from animatediff_kernels.group_norm_silu import op as group_norm_silu
 from animatediff_kernels.guided_ddim import op as guided_ddim
 from animatediff_kernels.layer_norm import op as layer_norm
+from animatediff_kernels.linear_geglu import op as linear_geglu
 from animatediff_kernels.temporal_attention import op as temporal_attention
 
 HEADS = 8
@@ -42,14 +43,19 @@ def text(dim: int, keys: int, dtype: torch.dtype) -> list[Callable]:
     ]
 
 
+def gated(width: int, dtype: torch.dtype) -> list[Callable]:
+    x, weight = torch.empty(4096, width, dtype=dtype), torch.empty(8 * width, width, dtype=dtype)
+    return [lambda: linear_geglu._forward(x, weight, weight[:, 0])]
+
+
 def others(dtype: torch.dtype) -> list[Callable]:
     x = torch.empty(2, 320, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
     rows, wide = torch.empty(2, 4096, 320, dtype=dtype), torch.empty(2, 256, 2 * 1280, dtype=dtype)
     weight, code, statistics = torch.empty(320, dtype=dtype), torch.empty(2, 320, dtype=dtype), torch.empty(1, 32)
     latents, alphas = torch.empty(1, 16, 4, 64, 64, dtype=dtype), torch.empty(2)
     return [
-        lambda: group_norm_silu._forward(x, 32, weight, weight, 1e-5, 2, True),
-        lambda: group_norm_silu._backward(x, x, weight, weight, statistics, statistics, 2, True),
+        lambda: group_norm_silu._forward(x, 32, weight, weight, code, 1e-5, 2, True),
+        lambda: group_norm_silu._backward(x, x, weight, weight, code, statistics, statistics, 2, True),
         lambda: layer_norm._forward(rows, weight, weight, code, 1e-5),
         lambda: layer_norm._backward(rows, rows, weight, weight, 1e-5),
         lambda: geglu._forward(wide),
@@ -62,6 +68,7 @@ CASES = {"others": others(torch.bfloat16)}
 for dtype in (torch.bfloat16, torch.float32):
     for dim in TOKENS:
         key = f"{dim}-{str(dtype)[6:]}"
+        CASES[f"gated-{key}"] = gated(HEADS * dim, dtype)
         CASES[f"attention-{key}"] = spatial(dim, dtype)
         CASES |= {f"text{keys}-{key}": text(dim, keys, dtype) for keys in (77, 154)}
         CASES |= {f"temporal{frames}-{key}": temporal(dim, frames, dtype) for frames in (16, 32)}

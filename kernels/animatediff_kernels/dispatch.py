@@ -29,6 +29,7 @@ LIMITS = {  # what a kernel takes, both ends included; shape entries without a r
     "temporal_attention": {"frames": (1, 64), "head_dim": (4, 160)},
     "attention": {"head_dim": (4, 160)},
     "layer_norm": {"width": (1, 4096)},
+    "linear_geglu": {"width": (1, 8192), "inner": (1, 32_768)},  # offsets into the weights have 32 bits
 }
 FLOAT32_FRAMES = 32  # more of them do not fit the registers
 NO_BACKWARD = ("guided_ddim",)
@@ -140,6 +141,8 @@ def auto(call: Call) -> Choice:
         return Choice("torch", reason)
     if call.device == "interpreter":
         return Choice("torch", "the interpreter is for tests")
+    if dict(call.shape).get("channels_last") == 0:
+        return Choice("torch", "images are measured in channels_last, and these are not")
     measured = MEASURED.get(call.key, {})
     fewer, more = [n for n in measured if n <= call.rows], [n for n in measured if n >= call.rows]
     if not fewer:  # with few rows a launch costs more than the work: the larger measurement says nothing

@@ -1,8 +1,10 @@
-"""FLOP formulas of the attention operators for torch.utils.flop_counter; importing this module registers them.
+"""FLOP formulas of the operators that multiply matrices, registered with torch.utils.flop_counter by importing this.
 
 It is a module of its own because torch's counter imports triton. As torch does for its own attention, only the matrix
-products are counted, at the true sizes: two of them forward, five backward.
+products are counted, at the true sizes: of attention two forward and five backward.
 """
+
+import math
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -36,3 +38,8 @@ def attention_flops(q, k, v, num_heads, *args, out_shape=None, **kwargs) -> int:
 @register_flop_formula(torch.ops.animatediff.attention_backward)
 def attention_backward_flops(dout, q, k, v, *args, out_shape=None, **kwargs) -> int:
     return 5 * product(q[1], k[1], q[2], q[0])
+
+
+@register_flop_formula(torch.ops.animatediff.linear_geglu)
+def linear_geglu_flops(x, weight, bias, *args, out_shape=None, **kwargs) -> int:
+    return product(math.prod(x[:-1]), *weight, 1)

@@ -54,7 +54,7 @@ def run(kernel: Any, programs: int, *args: Any, warps: int = 4, stages: int = 1,
     kernel[(programs,)](*wide, **constants, **options)
     for narrow, copy in zip(args, wide, strict=True):
         if narrow is not copy and 0 not in narrow.stride():  # an expanded tensor is an input
-            narrow.copy_(copy)
+            narrow.data.copy_(copy)  # which autograd does not take for a change of an input
 
 
 def _widened(x: Tensor) -> Tensor:

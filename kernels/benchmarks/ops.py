@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from animatediff_kernels import attention, geglu, group_norm_silu, guided_ddim, layer_norm, temporal_attention_packed
+from animatediff_kernels import (
+    attention,
+    geglu,
+    group_norm_silu,
+    guided_ddim,
+    layer_norm,
+    linear_geglu,
+    temporal_attention_packed,
+)
 from animatediff_kernels.attention.reference import attention_reference
 from animatediff_kernels.geglu.reference import geglu_reference
 from animatediff_kernels.group_norm_silu.reference import group_norm_silu_reference
 from animatediff_kernels.guided_ddim.reference import guided_ddim_reference
 from animatediff_kernels.layer_norm.reference import layer_norm_reference
+from animatediff_kernels.linear_geglu.reference import linear_geglu_reference
 from animatediff_kernels.temporal_attention.reference import temporal_attention_reference
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,7 +36,7 @@ SDPA = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-OURS = ("torch", "triton")  # the package's two backends
+OURS = ("torch", "triton", "triton-apart")  # the package's two backends, and two of its steps in place of one
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,13 @@ class Op:
         run: (sizes, backend) -> the package's function of the inputs.
         reference: sizes -> the maths, for float64.
         plain: sizes -> what a network without this package calls; of attention, with the copies that SDPA needs.
-        flops: sizes -> matrix products of a forward pass; 5/2 of it more backward.
+        flops: sizes -> matrix products of a forward pass.
+        flops_backward: how many times as much a backward pass is.
         passes: how often the inputs and outputs go through memory at least, forward and backward, in units of `unit`.
         unit: sizes -> numbers in the tensor that `passes` counts.
         key: sizes -> `Call.rows` and `Call.shape` of the dispatch.
+        attends: whether torch has its SDPA backends for it.
+        apart: the same by other functions of the package in Triton, or None.
         differentiable: whether there is a backward pass.
     """
 
@@ -58,6 +71,9 @@ class Op:
     unit: Callable[[Sizes], int]
     key: Callable[[Sizes], dict[str, int]]
     flops: Callable[[Sizes], int] = lambda s: 0
+    flops_backward: float = 2.5
+    attends: bool = False
+    apart: Function | None = None
     differentiable: bool = True
 
 
@@ -87,7 +103,8 @@ def _attention_sdpa(s: Sizes) -> Function:
 
 
 def _group_norm_silu(s: Sizes) -> Function:
-    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    def function(x: Tensor, w: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+        x = x if shift is None else x + shift[..., None, None]
         if s["frames"] > 1:
             clips = F.group_norm(x.unflatten(0, (-1, s["frames"])).transpose(1, 2), s["groups"], w, b, EPS)
             y = clips.transpose(1, 2).flatten(0, 1)
@@ -108,8 +125,9 @@ def _geglu(x: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
-def _alphas(like: Tensor) -> Tensor:
-    return torch.tensor([0.4, 0.5], device=like.device)
+@functools.cache
+def _alphas(device: torch.device) -> Tensor:
+    return torch.tensor([0.4, 0.5], device=device)
 
 
 OPS = {
@@ -130,6 +148,7 @@ OPS = {
         },
         flops=lambda s: 4 * s["clips"] * s["tokens"] * s["frames"] ** 2 * s["heads"] * s["head_dim"],
         plain=_temporal_sdpa,
+        attends=True,
     ),
     "attention": Op(
         shapes=lambda s: (
@@ -148,18 +167,26 @@ OPS = {
         ),
         flops=lambda s: 4 * s["images"] * s["tokens"] * s["keys"] * s["heads"] * s["head_dim"],
         plain=_attention_sdpa,
+        attends=True,
     ),
     "group_norm_silu": Op(
-        shapes=lambda s: [(s["images"], s["channels"], s["height"], s["width"])] + 2 * [(s["channels"],)],
+        shapes=lambda s: (
+            [(s["images"], s["channels"], s["height"], s["width"])]
+            + 2 * [(s["channels"],)]
+            + s["shift"] * [(1, s["channels"])]
+        ),
         batched=1,
         items=lambda s: s["images"] // s["frames"],
         run=lambda s, backend: (
-            lambda x, w, b: group_norm_silu(
-                x, s["groups"], w, b, eps=EPS, frames=s["frames"], silu=bool(s["silu"]), backend=backend
+            lambda x, w, b, shift=None: group_norm_silu(
+                *(x, s["groups"], w, b),
+                **{"eps": EPS, "frames": s["frames"], "silu": bool(s["silu"]), "shift": shift, "backend": backend},
             )
         ),
         reference=lambda s: (
-            lambda x, w, b: group_norm_silu_reference(x, s["groups"], w, b, EPS, s["frames"], bool(s["silu"]))
+            lambda x, w, b, shift=None: group_norm_silu_reference(
+                x, s["groups"], w, b, shift, EPS, s["frames"], bool(s["silu"])
+            )
         ),
         plain=_group_norm_silu,
         passes=(3, 5),  # the statistics need a pass of their own
@@ -169,6 +196,8 @@ OPS = {
             "channels": s["channels"],
             "images": s["frames"],
             "silu": s["silu"],
+            "shift": s["shift"],
+            "channels_last": 1,
         },
     ),
     "layer_norm": Op(
@@ -197,13 +226,29 @@ OPS = {
         unit=lambda s: s["images"] * s["tokens"] * s["width"],
         key=lambda s: {"rows": s["images"] * s["tokens"], "width": s["width"]},
     ),
+    "linear_geglu": Op(
+        shapes=lambda s: [(s["images"], s["tokens"], s["width"]), (2 * s["inner"], s["width"]), (2 * s["inner"],)],
+        batched=1,
+        items=lambda s: s["images"],
+        run=lambda s, backend: lambda x, w, b: linear_geglu(x, w, b, backend=backend),
+        reference=lambda s: linear_geglu_reference,
+        plain=lambda s: lambda x, w, b: _geglu(F.linear(x, w, b)),
+        apart=lambda x, w, b: geglu(F.linear(x, w, b), backend="triton"),
+        passes=(1, 1),  # and something more backward, where the products take longer than memory in any case
+        unit=lambda s: s["images"] * s["tokens"] * (s["width"] + s["inner"]) + 2 * s["inner"] * s["width"],
+        key=lambda s: {"rows": s["images"] * s["tokens"], "width": s["width"], "inner": s["inner"]},
+        flops=lambda s: 4 * s["images"] * s["tokens"] * s["width"] * s["inner"],
+        flops_backward=2,
+    ),
     "guided_ddim": Op(
         shapes=lambda s: [(n, s["frames"], s["channels"], s["height"], s["width"]) for n in (1, 2)],
         batched=2,
         items=lambda s: 1,
-        run=lambda s, backend: lambda x, both: guided_ddim(x, both, _alphas(x), guidance_scale=SCALE, backend=backend),
-        reference=lambda s: lambda x, both: guided_ddim_reference(x, both, _alphas(x), SCALE, False),
-        plain=lambda s: lambda x, both: guided_ddim_reference(x, both, _alphas(x), SCALE, False),
+        run=lambda s, backend: (
+            lambda x, both: guided_ddim(x, both, _alphas(x.device), guidance_scale=SCALE, backend=backend)
+        ),
+        reference=lambda s: lambda x, both: guided_ddim_reference(x, both, _alphas(x.device), SCALE, False),
+        plain=lambda s: lambda x, both: guided_ddim_reference(x, both, _alphas(x.device), SCALE, False),
         passes=(4, 0),
         unit=lambda s: s["frames"] * s["channels"] * s["height"] * s["width"],
         key=lambda s: {"rows": s["frames"] * s["channels"] * s["height"] * s["width"]},
@@ -224,8 +269,9 @@ def providers(op: Op, sizes: Sizes) -> dict[str, Function]:
     """Everyone who may compute it, torch's first; some will refuse a device, a dtype or a size when called."""
     plain = op.plain(sizes)
     found = {"compile": torch.compile(plain, dynamic=False)}
-    found |= {name: _within(backend, plain) for name, backend in SDPA.items()} if op.flops(sizes) else {"eager": plain}
-    return found | {backend: op.run(sizes, backend) for backend in OURS}
+    found |= {name: _within(backend, plain) for name, backend in SDPA.items()} if op.attends else {"eager": plain}
+    found |= {backend: op.run(sizes, backend) for backend in ("torch", "triton")}
+    return found | ({"triton-apart": op.apart} if op.apart else {})
 
 
 def _within(backend: SDPBackend, function: Function) -> Function:
@@ -250,4 +296,4 @@ def work(op: Op, sizes: Sizes, mode: str, dtype: torch.dtype) -> tuple[float, fl
     """(FLOP of matrix products, least bytes moved) of a call."""
     backward = mode != "fwd"
     numbers = op.unit(sizes) * (op.passes[0] + backward * op.passes[1])
-    return op.flops(sizes) * (3.5 if backward else 1), numbers * dtype.itemsize
+    return op.flops(sizes) * (1 + backward * op.flops_backward), numbers * dtype.itemsize

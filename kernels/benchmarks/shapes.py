@@ -58,7 +58,8 @@ def _group_norm(module: GroupNorm, args: tuple, kwargs: dict) -> tuple[str, dict
     n, channels, height, width = args[0].shape
     frames = args[1] if module.over_frames else 1
     sizes = {"images": n, "channels": channels, "height": height, "width": width, "groups": module.num_groups}
-    return "group_norm_silu", sizes | {"frames": frames, "silu": int(kwargs.get("silu", False))}
+    sizes |= {"frames": frames, "silu": int(kwargs.get("silu", False))}
+    return "group_norm_silu", sizes | {"shift": int(kwargs.get("shift") is not None)}
 
 
 def _layer_norm(module: LayerNorm, args: tuple, kwargs: dict) -> tuple[str, dict[str, int]]:
@@ -71,13 +72,19 @@ def _geglu(module: GEGLU, args: tuple, kwargs: dict) -> tuple[str, dict[str, int
     return "geglu", {"images": images, "tokens": tokens, "width": module.proj.out_features // 2}
 
 
-READERS = {
-    Attention: _attention,
-    TemporalAttention: _temporal,
-    GroupNorm: _group_norm,
-    LayerNorm: _layer_norm,
-    GEGLU: _geglu,
-}
+def _linear_geglu(module: GEGLU, args: tuple, kwargs: dict) -> tuple[str, dict[str, int]]:
+    _, sizes = _geglu(module, args, kwargs)
+    return "linear_geglu", sizes | {"width": module.proj.in_features, "inner": sizes["width"]}
+
+
+READERS = (
+    (Attention, _attention),
+    (TemporalAttention, _temporal),
+    (GroupNorm, _group_norm),
+    (LayerNorm, _layer_norm),
+    (GEGLU, _geglu),
+    (GEGLU, _linear_geglu),
+)
 
 
 def trace(clip: str) -> list[Shape]:
@@ -98,8 +105,9 @@ def trace(clip: str) -> list[Shape]:
         latents = torch.empty(2, frames, CONFIG.in_channels, side // 8, side // 8)
         inputs = latents, torch.empty(2), torch.empty(2, TEXT_TOKENS, CONFIG.context_dim)
     for name, module in unet.named_modules():
-        if read := READERS.get(type(module)):
-            module.register_forward_pre_hook(reader(name, read), with_kwargs=True)
+        for kind, read in READERS:
+            if type(module) is kind:
+                module.register_forward_pre_hook(reader(name, read), with_kwargs=True)
     with torch.no_grad():
         unet(*inputs)
     _, _, channels, height, width = latents.shape

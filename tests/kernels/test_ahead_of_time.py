@@ -14,6 +14,7 @@ BUDGET = {  # registers per thread, where many programs on a multiprocessor are 
     ("temporal16-40-bfloat16", "backward_kernel"): 96,
     ("text77-40-bfloat16", "single_pass_kernel"): 144,
     ("attention-40-bfloat16", "flash_kernel"): 152,
+    ("gated-40-bfloat16", "linear_geglu_kernel"): 248,  # two programs of 128 threads, on sm_90 128 of 256
     ("others", "geglu_kernel"): 48,
     ("others", "apply_kernel"): 96,
 }
@@ -29,10 +30,11 @@ def compiled(archs: str, *cases: str) -> list[dict]:
 
 
 def check(reports: list[dict]) -> None:
-    """float32 may spill a little: it multiplies in three passes, for the sake of being right rather than fast."""
+    """Attention in float32 may spill a little: it multiplies in three passes, to be right rather than fast."""
     for report in reports:
         case = report["case"]
-        assert report["stack"] == 0 or case.endswith("-float32"), f"spills: {report}"
+        may_spill = case.endswith("-float32") and not case.startswith("gated")
+        assert report["stack"] == 0 or may_spill, f"spills: {report}"
         assert report["registers"] <= BUDGET.get((case, report["kernel"]), 255), f"registers: {report}"
         assert report["shared"] <= SHARED[report["arch"]], f"shared memory: {report}"
         assert report["matrix"] > 0 or case == "others", f"no matrix instructions: {report}"
@@ -40,8 +42,9 @@ def check(reports: list[dict]) -> None:
 
 def test_the_widest_level():
     pytest.importorskip("triton")
-    reports = compiled("sm_80,sm_90", "attention-40-bfloat16", "text77-40-bfloat16", "temporal16-40-bfloat16")
-    assert len(reports) == 2 * 8
+    cases = ("attention-40-bfloat16", "text77-40-bfloat16", "temporal16-40-bfloat16", "gated-40-bfloat16")
+    reports = compiled("sm_80,sm_90", *cases)
+    assert len(reports) == 2 * 9
     check(reports)
 
 

@@ -20,9 +20,11 @@ import step  # noqa: E402
 SMALL = {  # sizes of every operation that a CPU computes at once
     "temporal_attention": {"clips": 2, "frames": 3, "tokens": 5, "heads": 2, "head_dim": 8},
     "attention": {"images": 4, "rows": 2, "tokens": 6, "keys": 7, "heads": 2, "head_dim": 8},
-    "group_norm_silu": {"images": 4, "channels": 8, "height": 3, "width": 5, "groups": 2, "frames": 2, "silu": 1},
+    "group_norm_silu": {"images": 4, "channels": 8, "height": 3, "width": 5, "groups": 2, "frames": 2, "silu": 1}
+    | {"shift": 1},
     "layer_norm": {"images": 4, "tokens": 5, "width": 8, "frames": 2},
     "geglu": {"images": 2, "tokens": 3, "width": 8},
+    "linear_geglu": {"images": 2, "tokens": 3, "width": 8, "inner": 12},
     "guided_ddim": {"frames": 2, "channels": 4, "height": 3, "width": 3},
 }
 
@@ -41,7 +43,9 @@ def test_the_shapes_are_those_of_the_step(traced):
     assert sorted(attention) == sorted(own + [(tokens, 77, 2, c) for tokens, _, _, c in own])
     assert sum(c for s, c in sizes_of(traced, "layer_norm")) == 111
     assert sum(c for s, c in sizes_of(traced, "group_norm_silu")) == 45 + 21 + 16
+    assert sum(c for s, c in sizes_of(traced, "group_norm_silu") if s["shift"]) == 22
     assert sum(c for s, c in sizes_of(traced, "geglu")) == 16 + 21
+    assert sum(c for s, c in sizes_of(traced, "linear_geglu")) == 16 + 21
 
 
 def sizes_of(traced, op):
@@ -51,10 +55,11 @@ def sizes_of(traced, op):
 def test_flops_of_the_step_are_known(traced):
     gflop = {
         op: sum(c * ops.OPS[op].flops(s) for s, c in sizes_of(traced, op)) / 1e9
-        for op in ("temporal_attention", "attention")
+        for op in ("temporal_attention", "attention", "linear_geglu")
     }
     assert gflop["temporal_attention"] == pytest.approx(49, rel=0.02)
     assert gflop["attention"] == pytest.approx(3920 + 114, rel=0.02)
+    assert gflop["linear_geglu"] == pytest.approx((5315 + 4912) * 2 / 3, rel=0.02)  # the layer back is half as wide
 
 
 @pytest.mark.parametrize("mode", run.MODES)
@@ -65,7 +70,7 @@ def test_every_provider_computes_the_same(op, mode):
         pytest.skip("no backward pass")
     inputs = ops.make_inputs(spec, sizes, "cpu", torch.float32)
     for name, function in ops.providers(spec, sizes).items():
-        if name not in ("compile", "triton", "sdpa-efficient", "sdpa-cudnn"):
+        if name not in ("compile", "triton", "triton-apart", "sdpa-efficient", "sdpa-cudnn"):
             assert run.error(function, spec, sizes, inputs, mode) < 1e-6, name
 
 
@@ -74,7 +79,9 @@ def test_the_dispatch_is_told_of_the_calls_that_it_will_see(op, monkeypatch):
     spec, sizes, seen = ops.OPS[op], SMALL[op], []
     door = sys.modules[f"animatediff_kernels.{op}"]
     monkeypatch.setattr(door, "choose", lambda call, backend: seen.append(call) or dispatch.choose(call, backend))
-    spec.run(sizes, "torch")(*ops.make_inputs(spec, sizes, "cpu", torch.float32))
+    inputs = ops.make_inputs(spec, sizes, "cpu", torch.float32)
+    as_on_cuda = [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs]
+    spec.run(sizes, "torch")(*as_on_cuda)
     assert {"rows": seen[0].rows} | dict(seen[0].shape) == spec.key(sizes)
 
 

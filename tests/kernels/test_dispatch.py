@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from animatediff_kernels import dispatch, explain, geglu, temporal_attention, use_backend
+from animatediff_kernels import dispatch, explain, geglu, linear_geglu, temporal_attention, use_backend
 from animatediff_kernels.dispatch import Call, auto, choose, read_measurements, refusal
 
 
@@ -31,6 +31,8 @@ REFUSALS = [
     pytest.param(call(dtype=torch.float32, frames=33, head_dim=40), "at most 32 frames", id="float32 frames"),
     pytest.param(call("attention", tokens=64, keys=64, head_dim=512), "head_dim 512 is outside", id="head width"),
     pytest.param(call("layer_norm", width=8192), "width 8192 is outside", id="norm width"),
+    pytest.param(call("linear_geglu", width=8200, inner=8), "width 8200 is outside", id="linear width"),
+    pytest.param(call("linear_geglu", width=8, inner=32_769), "inner 32769 is outside", id="gated width"),
 ]
 
 
@@ -81,6 +83,32 @@ def test_auto_inside_a_compiled_graph(monkeypatch):
         x = torch.randn(rows, 16)
         assert torch.allclose(whole(x), geglu(x, backend="torch"), atol=1e-6)
     assert ["animatediff" in code for code in graphs[:2]] == [False, True]
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_auto_leaves_images_that_are_not_channels_last_to_torch(monkeypatch, last):
+    sizes = {"channels": 4, "images": 1, "silu": 1, "shift": 0, "channels_last": 1}
+    measured = call("group_norm_silu", dtype=torch.float32, **sizes)
+    monkeypatch.setattr(dispatch, "MEASURED", {measured.key: {1: (1.0, 2.0)}})
+    monkeypatch.setattr(dispatch, "device_name", lambda device: "sm_90")
+    seen, door = [], sys.modules["animatediff_kernels.group_norm_silu"]
+    monkeypatch.setattr(door, "choose", lambda *asked: seen.append(choose(*asked)) or seen[-1])
+    x = torch.randn(1, 4, 2, 3).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    door.group_norm_silu(x, 2, torch.ones(4), torch.zeros(4), eps=1e-5)
+    door.group_norm_silu(x, 2, torch.ones(4), torch.zeros(4), eps=1e-5, backend="triton")
+    first = "measured at 1 rows" if last else "images are measured in channels_last, and these are not"
+    assert [choice.backend for choice in seen] == ["triton" if last else "torch", "triton"]
+    assert seen[0].reason.startswith(first)
+
+
+def test_a_linear_layer_leaves_its_gate_a_choice_of_its_own(monkeypatch):
+    x, weight, bias, seen = torch.randn(4, 6), torch.randn(16, 6), torch.randn(16), []
+    expected = linear_geglu(x, weight, bias)
+    monkeypatch.setattr(dispatch, "MEASURED", {call("geglu", dtype=torch.float32, width=8).key: {4: (1.0, 2.0)}})
+    monkeypatch.setattr(dispatch, "device_name", lambda device: "sm_90")
+    real = sys.modules["animatediff_kernels.geglu"].geglu_op
+    monkeypatch.setattr(sys.modules["animatediff_kernels.geglu"], "geglu_op", lambda x: seen.append(x.shape) or real(x))
+    assert torch.allclose(linear_geglu(x, weight, bias), expected, atol=1e-6) and seen == [(4, 16)]
 
 
 def test_the_committed_table_is_readable():

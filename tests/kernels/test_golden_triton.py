@@ -8,7 +8,7 @@ import functools
 
 import pytest
 import torch
-from animatediff_kernels import attention, geglu, group_norm_silu, layer_norm, use_backend
+from animatediff_kernels import attention, group_norm_silu, layer_norm, linear_geglu, use_backend
 
 from animatediff.model_config import MotionConfig, UNetConfig
 from animatediff.models import attention as spatial
@@ -27,7 +27,12 @@ def triton():
 
 
 def test_video_model_along_frames(unets, monkeypatch):  # noqa: F811
-    for module, door in ((spatial, attention), (spatial, geglu), (layers, group_norm_silu), (layers, layer_norm)):
+    for module, door in (
+        (spatial, attention),
+        (spatial, linear_geglu),
+        (layers, group_norm_silu),
+        (layers, layer_norm),
+    ):
         monkeypatch.setattr(module, door.__name__, functools.partial(door, backend="torch"))
     golden.test_video_model(unets, "v2", 481)
 
@@ -46,7 +51,7 @@ def test_a_tiny_network_uses_every_kernel_and_computes_the_same():
     with torch.profiler.profile() as profile:
         got = unet(*inputs)
     used = {event.name.removeprefix("animatediff::") for event in profile.events() if "animatediff::" in event.name}
-    assert used == {"temporal_attention", "attention", "group_norm_silu", "layer_norm", "geglu"}
+    assert used == {"temporal_attention", "attention", "group_norm_silu", "layer_norm", "linear_geglu"}
     with use_backend("torch"):
         golden.assert_close(got, unet(*inputs))
 

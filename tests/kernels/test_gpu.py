@@ -45,6 +45,33 @@ def test_every_shape_of_the_network(clip, op, dtype, mode):
         torch.cuda.empty_cache()
 
 
+@pytest.fixture(scope="module")
+def small_clip():
+    return shapes.trace("16f-256")
+
+
+@pytest.mark.parametrize("mode", run.MODES)
+@pytest.mark.parametrize("op", ops.OPS)
+def test_replayed_in_a_cuda_graph(small_clip, op, mode):
+    """What was captured once computes from the values that its inputs have when it is replayed."""
+    spec = ops.OPS[op]
+    if mode != "fwd" and not spec.differentiable:
+        pytest.skip("no backward pass")
+    sizes = next(dict(shape.sizes) for shape in small_clip if shape.op == op)
+    inputs, function = ops.make_inputs(spec, sizes, "cuda", torch.float16), spec.run(sizes, "triton")
+    warm, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):  # compiles the kernels, sets up cuBLAS
+        ops.results(function, inputs, mode)
+    torch.cuda.current_stream().wait_stream(warm)
+    with torch.cuda.graph(graph):
+        found = ops.results(function, inputs, mode)
+    for x in inputs:
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(found, ops.results(function, inputs, mode))
+
+
 def test_more_pixels_than_a_grid_axis_takes():
     """A guided clip of 1024x1024 has 2 * 128 * 128 pixels of 8 heads each."""
     qkv = torch.randn(2 * 2, 128 * 128, 3 * 8 * 40, device="cuda", dtype=torch.float16)

@@ -18,12 +18,12 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda t: str(t)[6:])
 
 
-def check_group_norm(x, groups, frames, silu=True):
+def check_group_norm(x, groups, frames, silu=True, shift=()):
     weight, bias = torch.randn(2, x.shape[1]).to(x.dtype)
     assert_right(
-        lambda x, w, b: group_norm_silu(x, groups, w, b, eps=1e-5, frames=frames, silu=silu),
-        lambda x, w, b: group_norm_silu_reference(x, groups, w, b, 1e-5, frames, silu),
-        [x, weight, bias],
+        lambda x, w, b, shift=None: group_norm_silu(x, groups, w, b, eps=1e-5, frames=frames, silu=silu, shift=shift),
+        lambda x, w, b, shift=None: group_norm_silu_reference(x, groups, w, b, shift, 1e-5, frames, silu),
+        [x, weight, bias, *shift],
     )
 
 
@@ -40,6 +40,14 @@ def check_group_norm(x, groups, frames, silu=True):
 def test_group_norm_silu(shape, groups, frames, silu, dtype):
     x = (3 + torch.randn(shape)).to(dtype)
     check_group_norm(x.to(memory_format=torch.channels_last), groups, frames, silu)
+
+
+@DTYPES
+@pytest.mark.parametrize(("frames", "rows"), [(1, 2), (2, 2), (2, 4), (4, 1)], ids=lambda n: str(n))
+def test_group_norm_of_shifted_images(frames, rows, dtype):
+    """Rows of the shift for clips or for images, statistics of images or of clips."""
+    x, shift = 3 + torch.randn(4, 24, 3, 5), 4 * torch.randn(24, rows).T
+    check_group_norm(x.to(dtype).to(memory_format=torch.channels_last), 4, frames, shift=[shift.to(dtype)])
 
 
 @pytest.mark.parametrize(
@@ -118,7 +126,11 @@ def test_an_unknown_prediction_is_refused():
 
 
 CALLS = {
-    "group_norm_silu": lambda x: (group_norm_silu_op, (x, 2, *weights(x.shape[1]), 1e-5, 2, True)),
+    "group_norm_silu": lambda x: (group_norm_silu_op, (x, 2, *weights(x.shape[1]), None, 1e-5, 2, True)),
+    "shifted": lambda x: (
+        group_norm_silu_op,
+        (x, 2, *weights(4), torch.randn(1, 4, requires_grad=True), 1e-5, 2, True),
+    ),
     "layer_norm": lambda x: (layer_norm_op, (x[0], *weights(x.shape[3]), torch.randn(2, x.shape[3]), 1e-5)),
     "geglu": lambda x: (geglu_op, (x,)),
     "guided_ddim": lambda x: (guided_ddim_op, (x.detach()[:1], x.detach(), torch.rand(2), 7.5, False)),

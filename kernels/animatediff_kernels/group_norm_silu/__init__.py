@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from animatediff_kernels.dispatch import Call, choose
 from animatediff_kernels.group_norm_silu.op import group_norm_silu_op
+from animatediff_kernels.group_norm_silu.reference import shifted
 
 
 def group_norm_silu(
@@ -18,21 +20,29 @@ def group_norm_silu(
     eps: float,
     frames: int = 1,
     silu: bool = True,
+    shift: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """silu(group_norm(x)) (Wu and He 2018, arXiv 1803.08494), or without the SiLU.
+    """silu(group_norm(x + shift)) (Wu and He 2018, arXiv 1803.08494), or without the SiLU.
 
     Args:
-        x: ((b frames), c, h, w), in any memory format, which the result shares.
+        x: ((b frames), c, h, w), in any memory format, which the result shares; "auto" asks torch unless it is
+            channels_last.
         weight, bias: (c,), of any dtype.
         frames: images whose statistics are pooled; 1 normalises every image by itself.
+        shift: (n / r, c), of any dtype: what is added to all pixels of r consecutive images, such as the embedding of
+            their time. None adds nothing.
         backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
     Raises: ValueError where "triton" is asked for and cannot be had.
     """
-    sizes = {"channels": x.shape[1], "images": frames, "silu": int(silu)}
-    call = Call.of("group_norm_silu", x, weights=(weight, bias), rows=x.numel() // x.shape[1], **sizes)
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    weights = (weight, bias) if shift is None else (weight, bias, shift)
+    sizes = {"channels": x.shape[1], "images": frames, "silu": int(silu), "shift": int(shift is not None)}
+    sizes |= {"channels_last": int(last)}
+    call = Call.of("group_norm_silu", x, weights=weights, rows=x.numel() // x.shape[1], **sizes)
     if choose(call, backend).backend == "triton":
-        return group_norm_silu_op(x, num_groups, weight, bias, eps, frames, silu)[0]
+        return group_norm_silu_op(x, num_groups, weight, bias, shift, eps, frames, silu)[0]
+    x = shifted(x, shift)
     if frames == 1:
         y = F.group_norm(x, num_groups, weight, bias, eps)
     else:

@@ -1,6 +1,6 @@
 """GroupNorm and SiLU: the backward kernels.
 
-With n = (x - mean) rstd, z = n w + b, y = silu(z) and dz = dy silu'(z), the mean taken over a group:
+With n = (x + shift - mean) rstd, z = n w + b, y = silu(z) and dz = dy silu'(z), the mean taken over a group:
 dx = rstd (dz w - mean(dz w) - n mean(dz w n)), dw = sum dz n, db = sum dz.
 """
 
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from animatediff_kernels import launch
-from animatediff_kernels.group_norm_silu.triton_fwd import token_and_channel_block
+from animatediff_kernels.group_norm_silu.triton_fwd import shift_arguments, token_and_channel_block
 from animatediff_kernels.launch import blocks
 
 
@@ -20,6 +20,7 @@ def backward_kernel(
     dy,
     weight,
     bias,
+    shift,
     mean,
     rstd,
     sums,  # of dz and of dz n over a chunk, (images, chunks, channels) each: written, or
@@ -34,8 +35,10 @@ def backward_kernel(
     grad_token_stride,
     tokens,
     frames,
+    images_per_shift,
     CHANNELS: tl.constexpr,
     PER_GROUP: tl.constexpr,
+    SHIFT: tl.constexpr,  # whether there is one
     SILU: tl.constexpr,
     SUMS: tl.constexpr,  # whether to write the sums, or else dx
     TOKEN_BLOCK: tl.constexpr,
@@ -52,10 +55,13 @@ def backward_kernel(
     valid = (token < tokens) & there[None, :]
     group = image // frames * (CHANNELS // PER_GROUP) + channel // PER_GROUP
     scale = tl.load(rstd + group, mask=there, other=0.0)[None, :]
-    middle = tl.load(mean + group, mask=there, other=0.0)[None, :]
+    middle = tl.load(mean + group, mask=there, other=0.0)
+    if SHIFT:
+        own = tl.load(shift + image // images_per_shift * CHANNELS + channel, mask=there, other=0.0)
+        middle -= own.to(tl.float32)
     w = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)[None, :]
     at = image * image_stride + token * token_stride + channel[None, :] * channel_stride
-    normalised = (tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle) * scale
+    normalised = (tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle[None, :]) * scale
     grad_at = image * tokens * CHANNELS + token * grad_token_stride + channel[None, :] * grad_channel_stride
     dz = tl.load(dy + grad_at, mask=valid, other=0.0).to(tl.float32)
     if SILU:
@@ -78,6 +84,7 @@ def backward(
     dy: Tensor,
     weight: Tensor,
     bias: Tensor,
+    shift: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     frames: int,
@@ -90,12 +97,13 @@ def backward(
     chunks = blocks(tokens, tile["TOKEN_BLOCK"])
     programs = n * chunks * blocks(channels, tile["CHANNEL_BLOCK"])
     sums = x.new_empty(2, n, chunks, channels, dtype=torch.float32)
-    sizes = {"CHANNELS": channels, "PER_GROUP": channels // groups, "SILU": silu, **tile}
+    shift, shared, has_shift = shift_arguments(x, shift)
+    sizes = {"CHANNELS": channels, "PER_GROUP": channels // groups, "SHIFT": has_shift, "SILU": silu, **tile}
     strides = (*x.stride(), dx.stride(1), dx.stride(2))
 
     def run(mean_grad: Tensor, mean_grad_normalised: Tensor, write_sums: bool) -> None:
         statistics = (mean, rstd, sums[0], sums[1], mean_grad, mean_grad_normalised)
-        args = (x, dy, weight, bias, *statistics, dx, *strides, tokens, frames)
+        args = (x, dy, weight, bias, shift, *statistics, dx, *strides, tokens, frames, shared)
         launch.run(backward_kernel, programs, *args, SUMS=write_sums, **sizes)
 
     run(mean, mean, True)  # the means of the gradient are not read yet

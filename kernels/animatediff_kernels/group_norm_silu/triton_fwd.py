@@ -1,7 +1,8 @@
 """GroupNorm and SiLU: the forward kernels.
 
 Channels of a group are rarely a power of two, so the two kernels that touch the activations work on channels: one
-writes mean and squared deviation of every channel over a chunk of tokens, one normalises. Between them a small kernel
+writes mean and squared deviation of every channel over a chunk of tokens, one normalises. A shift of a channel moves
+its mean and nothing else. Between them a small kernel
 merges the parts of a group by the formula of Chan, Golub and LeVeque (1983, Eq. 2.1), which does not cancel.
 """
 
@@ -17,13 +18,16 @@ from animatediff_kernels.launch import blocks, power_of_2
 @triton.jit
 def parts_kernel(
     x,
+    shift,
     means,
     deviations,
     image_stride,
     channel_stride,
     token_stride,
     tokens,
+    images_per_shift,
     CHANNELS: tl.constexpr,
+    SHIFT: tl.constexpr,  # whether there is one
     TOKEN_BLOCK: tl.constexpr,
     CHANNEL_BLOCK: tl.constexpr,
 ):
@@ -40,6 +44,9 @@ def parts_kernel(
     value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     mean = tl.sum(value, 0) / tl.minimum(TOKEN_BLOCK, tokens - chunk * TOKEN_BLOCK)
     distance = tl.where(valid, value - mean[None, :], 0.0)
+    if SHIFT:
+        at = image // images_per_shift * CHANNELS + channel
+        mean += tl.load(shift + at, mask=channel < CHANNELS, other=0.0).to(tl.float32)
     at = (image * chunks + chunk) * CHANNELS + channel
     tl.store(means + at, mean, mask=channel < CHANNELS)
     tl.store(deviations + at, tl.sum(distance * distance, 0), mask=channel < CHANNELS)
@@ -95,6 +102,7 @@ def apply_kernel(
     x,
     weight,
     bias,
+    shift,
     mean,
     rstd,
     y,
@@ -105,8 +113,10 @@ def apply_kernel(
     y_token_stride,
     tokens,
     frames,
+    images_per_shift,
     CHANNELS: tl.constexpr,
     PER_GROUP: tl.constexpr,
+    SHIFT: tl.constexpr,
     SILU: tl.constexpr,
     TOKEN_BLOCK: tl.constexpr,
     CHANNEL_BLOCK: tl.constexpr,
@@ -124,8 +134,11 @@ def apply_kernel(
     value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     scale = tl.load(rstd + group, mask=there, other=0.0) * tl.load(weight + channel, mask=there, other=0.0)
     middle = tl.load(mean + group, mask=there, other=0.0)
-    shift = tl.load(bias + channel, mask=there, other=0.0)
-    z = (value - middle[None, :]) * scale[None, :] + shift[None, :]
+    if SHIFT:
+        own = tl.load(shift + image // images_per_shift * CHANNELS + channel, mask=there, other=0.0)
+        middle -= own.to(tl.float32)
+    b = tl.load(bias + channel, mask=there, other=0.0)
+    z = (value - middle[None, :]) * scale[None, :] + b[None, :]
     if SILU:
         z = z / (1.0 + tl.exp(-z))
     at = image * tokens * CHANNELS + token * y_token_stride + channel[None, :] * y_channel_stride
@@ -146,12 +159,25 @@ def merge_block(x: Tensor, per_group: int, parts: int) -> dict[str, int]:
     return {"PARTS": parts, "ITEM_BLOCK": items, "PART_BLOCK": high, "CHANNEL_BLOCK": wide}
 
 
+def shift_arguments(x: Tensor, shift: Tensor | None) -> tuple[Tensor, int, bool]:
+    """A tensor to point at, how many images share a row of it, and whether there is one."""
+    return (x, 1, False) if shift is None else (shift, len(x) // len(shift), True)
+
+
 def forward(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, frames: int, silu: bool, y: Tensor
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    frames: int,
+    silu: bool,
+    y: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Write y (n, c, tokens), a dense tensor; return mean and 1 / standard deviation, (n / frames, groups) float32.
 
-    x: (n, c, tokens), of any strides.
+    x: (n, c, tokens), of any strides. shift: (n / r, c), contiguous, or None.
     """
     n, channels, tokens = x.shape
     tile = token_and_channel_block(x, channels, tokens)
@@ -160,12 +186,14 @@ def forward(
     means, deviations = x.new_empty(2, n, chunks, channels, dtype=torch.float32)
     mean = x.new_empty(n // frames, num_groups, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    launch.run(parts_kernel, programs, x, means, deviations, *x.stride(), tokens, CHANNELS=channels, **tile)
+    shift, shared, has_shift = shift_arguments(x, shift)
+    args = (x, shift, means, deviations, *x.stride(), tokens, shared)
+    launch.run(parts_kernel, programs, *args, CHANNELS=channels, SHIFT=has_shift, **tile)
     items, sizes = mean.numel(), {"GROUPS": num_groups, "PER_GROUP": per_group, "CHUNKS": chunks}
     sizes |= {"TOKEN_BLOCK": tile["TOKEN_BLOCK"], **merge_block(x, per_group, frames * chunks)}
     args = (means, deviations, mean, rstd, items, tokens, eps)
     launch.run(merge_kernel, blocks(items, sizes["ITEM_BLOCK"]), *args, **sizes)
-    sizes = {"CHANNELS": channels, "PER_GROUP": per_group, "SILU": silu, **tile}
-    strides = (*x.stride(), y.stride(1), y.stride(2))
-    launch.run(apply_kernel, programs, x, weight, bias, mean, rstd, y, *strides, tokens, frames, **sizes)
+    sizes = {"CHANNELS": channels, "PER_GROUP": per_group, "SHIFT": has_shift, "SILU": silu, **tile}
+    args = (x, weight, bias, shift, mean, rstd, y, *x.stride(), y.stride(1), y.stride(2), tokens, frames, shared)
+    launch.run(apply_kernel, programs, *args, **sizes)
     return mean, rstd
