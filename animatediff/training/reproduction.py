@@ -57,6 +57,7 @@ class Column:
 
     measure: str  # a key of the summary; of a key within it, `amplitudes.orbit`
     motions: tuple[str, ...] = tuple(MOTIONS)
+    digits: int | None = None  # after the point; by default 1 of percentages, 2 of others
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,8 @@ def table_text(plan: Reproduction, name: str) -> str:
             folders = [cell_folder(plan, name, row, column.motions, seed) for seed in plan.seeds]
             results = [json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in folders]
             devices |= {result["device"] for result in results}
-            cells.append(spread([lookup(result, column.measure) for result in results], 1 if "%" in title else 2))
+            digits = (1 if "%" in title else 2) if column.digits is None else column.digits
+            cells.append(spread([lookup(result, column.measure) for result in results], digits))
         lines.append(cells)
     text = markdown(["", *table.columns], lines)
     first = next(iter(table.columns.values())).motions
