@@ -73,7 +73,7 @@ class ShapesEncoder:
         folder = Path(self.output_dir)
         torch.manual_seed(self.seed)
         stage = ContrastiveStage(new_small_clip(self.encoder).to(device), data_seed=self.seed)
-        train(stage, self.loop, folder, log=log)
+        train(stage, self.loop, folder, log=log, stage_config=self)
         if world()[0] == 0:
             found = retrieval(WorldEncoder.from_file(folder / FILE))
             log("held-out scenes, percent right: " + ", ".join(f"{name} {value}" for name, value in found.items()))

@@ -16,8 +16,8 @@ from animatediff.utils import UserError
 
 # What may differ when a run goes on: of the loop,
 MAY_CHANGE = ("log_every", "checkpoint_every", "tensorboard", "learning_rate")
-# and of the stage, where the loop is compared by itself.
-NOT_OF_THE_RUN = ("loop", "output_dir", "samples", "cache", "threads", "gradient_checkpointing")
+# and of the stage, where loops are compared by themselves.
+NOT_OF_THE_RUN = ("loop", "autoencoder", "image", "output_dir", "samples", "cache", "threads", "gradient_checkpointing")
 
 
 class RunState:

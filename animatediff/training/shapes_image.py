@@ -80,7 +80,7 @@ class ShapesImage:
             save_image_model(model, folder / "image.safetensors", metadata=facts, dtype=torch.float16)
 
         stage = DiffusionStage("image", unet, text_encoder, schedule, clips, learns=learns, save=save)
-        train(stage, self.image, folder, log=log)
+        train(stage, self.image, folder, log=log, stage_config=self)
 
     def _autoencoder(self, folder: Path, log: Log, device: torch.device) -> VAE:
         """The trained VAE of an earlier start, or a new one."""
@@ -88,7 +88,7 @@ class ShapesImage:
             torch.manual_seed(self.seed)
             stage = AutoencoderStage(self.vae, data_seed=self.seed)
             stage.modules().to(device)
-            train(stage, self.autoencoder, folder, log=log)
+            train(stage, self.autoencoder, folder, log=log, stage_config=self)
         vae = VAE(self.vae)
         vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
         return vae
@@ -118,7 +118,7 @@ class ShapesDecoder:
         base = load_complete(self.pretrained_model_path)
         stage = DecoderStage(base, data_seed=self.seed, styles=self.styles, watermarks=self.watermarks)
         stage.modules().to(device)
-        train(stage, self.loop, Path(self.output_dir), log=log)
+        train(stage, self.loop, Path(self.output_dir), log=log, stage_config=self)
 
 
 @torch.no_grad()
