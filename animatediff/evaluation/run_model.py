@@ -14,6 +14,7 @@ from animatediff.data.world import World
 from animatediff.evaluation.run_shapes import Generate
 from animatediff.pipelines.animate import AnimateDiffPipeline
 from animatediff.pipelines.components import seeded
+from animatediff.pipelines.start import INPUTS
 from animatediff.pipelines.weights import check_entries
 from animatediff.utils import UserError
 
@@ -31,6 +32,8 @@ def clip_maker(pipeline: AnimateDiffPipeline, entry: AnimateEntry) -> Callable[.
     Raises:
         UserError: the entry asks for what cannot be.
     """
+    if given := [key for key in (*INPUTS, "controlnet_images") if getattr(entry, key)]:
+        raise UserError(f"entry {entry.name}: got {given[0]}, expected an entry whose clips are made of words alone")
     (checked,) = check_entries([entry])
     sampling = checked.sampling
 

@@ -37,6 +37,15 @@ def test_a_model_without_motion_module(config, tmp_path, capsys):
     assert "generated    shuffled    rendered" in out and out.splitlines()[-1] == str(tmp_path)
 
 
+def test_moves_of_the_camera(config, tmp_path, capsys):
+    evaluate.main(
+        ["--config", str(config), "--motions", "zoom_in", "orbit", "--captions", "2"]
+        + ["--device", "cpu", "--output-dir", str(tmp_path)]
+    )
+    assert json.loads((tmp_path / "summary.json").read_text())["rendered"]["by_motion"].keys() == {"zoom_in", "orbit"}
+    assert "zoom_in %" in capsys.readouterr().out
+
+
 def test_the_config_names_the_motion_module(config, tmp_path):
     evaluate.main(["--config", str(config), "--captions", "1", "--device", "cpu", "--output-dir", str(tmp_path)])
     settings = json.loads((tmp_path / "summary.json").read_text())["settings"]
@@ -124,5 +133,16 @@ def test_options_that_belong_together(tmp_path):
         evaluate.main(["--clip", "--fvd-against", "x"])
     with pytest.raises(UserError, match="got --fvd-features without --fvd-against"):
         evaluate.main(["--videos", str(tmp_path), "--fvd-features", "i3d.pt"])
-    with pytest.raises(UserError, match="got --videos and --device, expected one or the other"):
-        evaluate.main(["--videos", str(tmp_path), "--device", "cpu"])
+
+
+def test_an_entry_whose_clips_the_world_cannot_score(config, tmp_path):
+    def mistake(message, *options, **values):
+        path = write_config(tmp_path / "x.yaml", entry(config.parent, **{"L": 16, "H": 64, "W": 64} | values))
+        with pytest.raises(UserError, match=message):
+            evaluate.main(["--config", str(path), "--captions", "1", "--device", "cpu", *options])
+
+    mistake("got --entry 1, but .*x.yaml has 1: count from 0", "--entry", "1")
+    mistake("got 8 frames of 64x64, expected the built-in world's 16 of 64x64: measure other clips by --videos", L=8)
+    first = "configs/animate/inputs/first.png"
+    mistake("got image, expected an entry whose clips are made of words alone", image=first)
+    mistake("motions: got 'roll', expected motions of the world", "--motions", "roll")
