@@ -94,7 +94,8 @@ class Data:
         reader = ClipReader(series, threads=threads)
         if not cache:
             return StreamedClips(reader, base.vae, tokenizer, scribbles=self.scribbles)
-        made = repr((self.videos or self.images, self.single_frames, self.seed, base.report.sha256, series.files))
+        files = [(file, _version(file.path)) for file in series.files]
+        made = repr((self.videos or self.images, self.single_frames, self.seed, base.report.sha256, files))
         key, count = {"made_from": hashlib.sha256(made.encode()).hexdigest()}, len(series.files)
         with first_process_first():
             return LatentClips.build(
@@ -105,6 +106,7 @@ class Data:
                 tokenizer,
                 count=count,
                 scribbles=self.scribbles,
+                name=series.name,
                 log=log,
             )
 
@@ -116,6 +118,14 @@ class Data:
             clips = LatentClips.of_world(path, vae, world, scribbles=self.scribbles, log=log)
         clips.single_frames = self.single_frames
         return clips
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Changes when a file is replaced: its size and time of writing."""
+    if not path.exists():
+        return None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def own_tokenizer(model: Path) -> Tokenizer:
