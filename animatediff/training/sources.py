@@ -69,11 +69,12 @@ class Data:
         """
         if self.world:
             raise UserError("got --check-data for the built-in world, which draws its own clips, expected files")
-        series = self.series(log)
-        report = series.scan()
+        report = self.series(log).scan()
         log(str(report))
-        if isinstance(series, Clips) and not report.usable:
-            raise UserError(f"got {report.total} videos of which none can be used, expected some: see the report")
+        if not report.usable:
+            raise UserError(
+                f"got {report.total} {report.kind} of which none can be used, expected some: see the report"
+            )
 
     def check_fit(self, vae: VAE) -> None:
         """Raises: UserError where the size is none that the VAE encodes."""
