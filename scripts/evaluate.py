@@ -27,10 +27,12 @@ from scripts.animate import BUNDLED
 
 WORLD = {  # options that make the clips of the built-in world, and their defaults
     "config": BUNDLED,
+    "entry": 0,
     "motion": None,
     "captions": 200,
     "batch": 8,
     "style": "plain",
+    "motions": None,
     "steps": None,
     "guidance_scale": None,
     "seed": 1,
@@ -60,10 +62,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="TorchScript extractor, which is run, such as I3D (the encoder)",
     )
     parser.add_argument("--config", help="prompt config that names the model; by default the bundled")
+    parser.add_argument("--entry", type=int, metavar="N", help="of the config, counted from 0 (0)")
     parser.add_argument("--motion", metavar="FILE", help="another motion module; none: every frame on its own")
     parser.add_argument("--captions", type=int, help="clips to make and score (200)")
     parser.add_argument("--batch", type=int, help="clips made at a time (8)")
     parser.add_argument("--style", help="that the model paints in: plain, neon, hatched or pixelated (plain)")
+    parser.add_argument(
+        "--motions", nargs="+", metavar="MOTION", help="asked for in turn; also zoom_in, zoom_out, orbit"
+    )
     parser.add_argument("--steps", type=int, help="by default the config's")
     parser.add_argument("--guidance-scale", type=float, help="by default the config's")
     parser.add_argument("--seed", type=int, help="of the series of captions; the model was trained on 0 (1)")
@@ -72,7 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default float16 on CUDA, else float32")
     args = parser.parse_args(argv)
     weights = _options(args, WITH_VIDEOS)
-    given = _options(args, [name for name in WORLD if not (name == "device" and weights)])
+    given = _options(args, [name for name in WORLD if name != "device"])
     if args.videos and given:
         raise UserError(f"got --videos and {given}, expected one or the other: --videos measures clips that are there")
     if weights and not args.videos:
@@ -134,20 +140,37 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
     overrides = {key: value for key, value in given.items() if value is not None}
     if args.motion == "none":
         overrides["motion_module"] = ""
-    entry = load_config(args.config, overrides).entries[0]
+    entries = load_config(args.config, overrides).entries
+    if not 0 <= args.entry < len(entries):
+        raise UserError(
+            f"got --entry {args.entry}, but {args.config} has {len(entries)}, expected 0 to {len(entries) - 1}"
+        )
+    entry = entries[args.entry]
+    if len(entries) > 1:
+        print(f"entry {args.entry} ({entry.name}) of 0 to {len(entries) - 1}; --entry takes another", file=sys.stderr)
 
     # Here, because these import torch: mistakes above are told at once.
-    from animatediff.evaluation.run_model import clip_maker
+    from animatediff.data.shapes import MOTIONS
+    from animatediff.data.world import World
+    from animatediff.evaluation.run_model import check_entry, clip_maker
     from animatediff.evaluation.run_shapes import evaluate_shapes
     from animatediff.evaluation.shapes_report import format_table
     from animatediff.pipelines.animate import AnimateDiffPipeline
     from animatediff.pipelines.weights import check_entries
 
-    pipeline = AnimateDiffPipeline.from_config(args.config, device=args.device, dtype=args.dtype, **overrides)
+    motions = args.motions or list(MOTIONS)
+    World(args.captions, style=args.style, motions=tuple(motions))  # tells a style or motion that is none
+    check_entry(entry)
+    pipeline = AnimateDiffPipeline.from_config(
+        args.config, entry=args.entry, device=args.device, dtype=args.dtype, **overrides
+    )
     for line in pipeline.components.reports:
         print(line, file=sys.stderr)
     sampling = check_entries([entry])[0].sampling
     settings = {
+        "config": str(args.config),
+        "entry": entry.name,
+        "motions": motions,
         "model": entry.pretrained_model_path,
         "motion_module": entry.motion_module or "none",
         "sampler": sampling.sampler,
@@ -160,6 +183,7 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         seed=args.seed,
         batch=args.batch,
         style=args.style,
+        motions=motions,
         output_dir=folder,
         settings=settings,
     )
