@@ -32,13 +32,13 @@ WORLD = {  # options that make the clips of the built-in world, and their defaul
     "captions": 200,
     "batch": 8,
     "style": "plain",
-    "motions": (),
+    "motions": None,
     "steps": None,
     "guidance_scale": None,
     "seed": 1,
+    "device": "auto",
     "dtype": None,
 }
-ANY = {"device": "auto"}
 
 
 WITH_VIDEOS = ("clip", "reference", "fvd_against", "fvd_features")
@@ -62,13 +62,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="TorchScript extractor, which is run, such as I3D (the encoder)",
     )
     parser.add_argument("--config", help="prompt config that names the model; by default the bundled")
-    parser.add_argument("--entry", type=int, metavar="N", help="of that config, from 0 (0)")
+    parser.add_argument("--entry", type=int, metavar="N", help="of the config, counted from 0 (0)")
     parser.add_argument("--motion", metavar="FILE", help="another motion module; none: every frame on its own")
     parser.add_argument("--captions", type=int, help="clips to make and score (200)")
     parser.add_argument("--batch", type=int, help="clips made at a time (8)")
     parser.add_argument("--style", help="that the model paints in: plain, neon, hatched or pixelated (plain)")
     parser.add_argument(
-        "--motions", nargs="+", metavar="NAME", help="that captions ask for, such as zoom_in orbit (the shapes' ten)"
+        "--motions", nargs="+", metavar="MOTION", help="asked for in turn; also zoom_in, zoom_out, orbit"
     )
     parser.add_argument("--steps", type=int, help="by default the config's")
     parser.add_argument("--guidance-scale", type=float, help="by default the config's")
@@ -78,14 +78,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default float16 on CUDA, else float32")
     args = parser.parse_args(argv)
     weights = _options(args, WITH_VIDEOS)
-    given = _options(args, WORLD)
+    given = _options(args, [name for name in WORLD if name != "device"])
     if args.videos and given:
         raise UserError(f"got --videos and {given}, expected one or the other: --videos measures clips that are there")
     if weights and not args.videos:
         raise UserError(f"got {weights} without --videos, expected both: give the clips that are to be measured")
     if args.fvd_features and not args.fvd_against:
         raise UserError("got --fvd-features without --fvd-against, expected both: give clips to compare with")
-    for key, default in (WORLD | ANY).items():
+    for key, default in WORLD.items():
         if getattr(args, key) is None:
             setattr(args, key, default)
     if args.captions < 1 or args.batch < 1 or args.seed < 0:
@@ -142,24 +142,25 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         overrides["motion_module"] = ""
     entries = load_config(args.config, overrides).entries
     if not 0 <= args.entry < len(entries):
-        raise UserError(f"got --entry {args.entry}, but {args.config} has {len(entries)}: count from 0")
+        raise UserError(
+            f"got --entry {args.entry}, but {args.config} has {len(entries)}, expected 0 to {len(entries) - 1}"
+        )
     entry = entries[args.entry]
     if len(entries) > 1:
-        print(f"entry {args.entry} of {len(entries)}: {entry.name} (--entry N for another)", file=sys.stderr)
+        print(f"entry {args.entry} ({entry.name}) of 0 to {len(entries) - 1}; --entry takes another", file=sys.stderr)
 
     # Here, because these import torch: mistakes above are told at once.
-    from animatediff.data.shapes import FRAMES, MOTIONS, SIZE
-    from animatediff.evaluation.run_model import clip_maker
+    from animatediff.data.shapes import MOTIONS
+    from animatediff.data.world import World
+    from animatediff.evaluation.run_model import check_entry, clip_maker
     from animatediff.evaluation.run_shapes import evaluate_shapes
     from animatediff.evaluation.shapes_report import format_table
     from animatediff.pipelines.animate import AnimateDiffPipeline
     from animatediff.pipelines.weights import check_entries
 
-    if (entry.L, entry.H, entry.W) != (FRAMES, SIZE, SIZE):
-        got, expected = f"{entry.L} frames of {entry.H}x{entry.W}", f"{FRAMES} of {SIZE}x{SIZE}"
-        raise UserError(
-            f"entry {entry.name}: got {got}, expected the built-in world's {expected}: measure other clips by --videos"
-        )
+    motions = args.motions or list(MOTIONS)
+    World(args.captions, style=args.style, motions=tuple(motions))  # tells a style or motion that is none
+    check_entry(entry)
     pipeline = AnimateDiffPipeline.from_config(
         args.config, entry=args.entry, device=args.device, dtype=args.dtype, **overrides
     )
@@ -167,6 +168,9 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         print(line, file=sys.stderr)
     sampling = check_entries([entry])[0].sampling
     settings = {
+        "config": str(args.config),
+        "entry": entry.name,
+        "motions": motions,
         "model": entry.pretrained_model_path,
         "motion_module": entry.motion_module or "none",
         "sampler": sampling.sampler,
@@ -179,7 +183,7 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         seed=args.seed,
         batch=args.batch,
         style=args.style,
-        motions=args.motions or tuple(MOTIONS),
+        motions=motions,
         output_dir=folder,
         settings=settings,
     )

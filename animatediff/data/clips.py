@@ -71,8 +71,9 @@ class CaptionedVideo:
 
 @dataclass(frozen=True)
 class ScanReport:
-    """What can be used of a set of videos."""
+    """What can be used of a set of files."""
 
+    kind: str  # what they are: videos, pictures
     total: int
     unusable: list[tuple[Path, UnusableVideo]]
     variable_rate: list[Path]  # usable: resampled to their average rate
@@ -82,7 +83,7 @@ class ScanReport:
         return self.total - len(self.unusable)
 
     def __str__(self) -> str:
-        lines = [f"{self.usable} of {self.total} videos can be used"]
+        lines = [f"{self.usable} of {self.total} {self.kind} can be used"]
         for reason in sorted({problem.reason for _, problem in self.unusable}):
             named = [(path, problem) for path, problem in self.unusable if problem.reason == reason]
             lines.append(f"{reason}: {len(named)}")
@@ -105,6 +106,7 @@ class Series(ABC):
         log: told of every file that is left out.
     """
 
+    kind = "files"
     nothing = "clip"  # what none of the files gives, for a message
 
     def __init__(self, files: list[CaptionedVideo], *, seed: int, log: Log):
@@ -125,7 +127,7 @@ class Series(ABC):
                 return self._draw(file, np.random.default_rng((self.seed, index, attempt))), file.caption or ""
             except UnusableVideo as problem:
                 self._unusable.add(number)
-                self.log(f"left out {file.path}: {problem}")
+                self.log(f"left out {file.path}: {problem} ({len(self._unusable)} of {len(self.files)} files so far)")
         raise UserError(
             f"got {len(self.files)} files of which none gives a {self.nothing}, expected at least one: --check-data "
             "says what is the matter with each"
@@ -136,6 +138,26 @@ class Series(ABC):
         number = next(number for number in self._order(index) if number not in self._unusable)
         return str(self.files[number].path)
 
+    def scan(self, *, threads: int = 4) -> ScanReport:
+        """Look at every file."""
+
+        def look(file: CaptionedVideo) -> bool | UnusableVideo:
+            try:
+                return self._look(file)
+            except UnusableVideo as problem:
+                return problem
+
+        unusable, variable = [], []
+        with ThreadPoolExecutor(threads) as pool:
+            for i, (file, result) in enumerate(zip(self.files, pool.map(look, self.files), strict=True)):
+                if isinstance(result, UnusableVideo):
+                    unusable.append((file.path, result))
+                elif result:
+                    variable.append(file.path)
+                if i and i % 1000 == 0:
+                    self.log(f"looked at {i} of {len(self.files)} {self.kind}")
+        return ScanReport(self.kind, len(self.files), unusable, variable)
+
     def _order(self, index: int) -> Iterator[int]:
         """The file of clip `index`, and those that would take its place."""
         epoch, place = divmod(index, len(self.files))
@@ -145,6 +167,10 @@ class Series(ABC):
     @abstractmethod
     def _draw(self, file: CaptionedVideo, rng: np.random.Generator) -> Tensor:
         """Raises: UnusableVideo."""
+
+    @abstractmethod
+    def _look(self, file: CaptionedVideo) -> bool:
+        """Whether its frame rate varies. Raises: UnusableVideo."""
 
 
 class Clips(Series):
@@ -159,32 +185,18 @@ class Clips(Series):
         UserError: the list or folder is missing, broken or empty.
     """
 
+    kind = "videos"
+
     def __init__(self, config: ClipConfig, *, seed: int = 0, log: Log = print):
         super().__init__(list_videos(config), seed=seed, log=log)
-        self.config, self.videos = config, self.files
+        self.config = config
         self.nothing = f"clip of {config.span} frames"
 
-    def scan(self, *, threads: int = 4) -> ScanReport:
-        """Read the header and the last possible clip of every video."""
-
-        def look(video: CaptionedVideo) -> VideoInfo | UnusableVideo:
-            try:
-                info = self._check(video)
-                self._read(video.path, info, max(info.frames - self.config.span, 0), self.config.size)
-                return info
-            except UnusableVideo as problem:
-                return problem
-
-        unusable, variable = [], []
-        with ThreadPoolExecutor(threads) as pool:
-            for i, (video, result) in enumerate(zip(self.videos, pool.map(look, self.videos), strict=True)):
-                if isinstance(result, UnusableVideo):
-                    unusable.append((video.path, result))
-                elif result.variable_rate:
-                    variable.append(video.path)
-                if i and i % 1000 == 0:
-                    self.log(f"looked at {i} of {len(self.videos)} videos")
-        return ScanReport(len(self.videos), unusable, variable)
+    def _look(self, video: CaptionedVideo) -> bool:
+        """Read the header and the last possible clip."""
+        info = self._check(video)
+        self._read(video.path, info, max(info.frames - self.config.span, 0), self.config.size)
+        return info.variable_rate
 
     def _draw(self, video: CaptionedVideo, rng: np.random.Generator) -> Tensor:
         config, (h, w) = self.config, self.config.size
@@ -265,7 +277,7 @@ def _read_list(config: ClipConfig) -> Iterator[CaptionedVideo]:
         raise UserError(f"got csv_path {path}, which is no file: check the path")
     folder = Path(config.video_folder) if config.video_folder else path.parent
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        rows = _json_rows(path, file) if path.suffix.lower() == ".jsonl" else csv.DictReader(file)
+        rows = _json_rows(path, file) if path.suffix.lower() == ".jsonl" else _csv_rows(path, file)
         for number, row in enumerate(rows, 1):
             name, caption = (f"{row['videoid']}.mp4", row.get("name")) if row.get("videoid") else _path_row(row)
             if not name:
@@ -278,6 +290,18 @@ def _read_list(config: ClipConfig) -> Iterator[CaptionedVideo]:
 
 def _path_row(row: dict) -> tuple[str | None, str | None]:
     return row.get("path"), row.get("caption")
+
+
+def _csv_rows(path: Path, lines) -> Iterator[dict]:
+    read = 0
+    try:
+        for row in csv.DictReader(lines):
+            yield row
+            read += 1
+    except csv.Error as error:
+        raise UserError(
+            f"got {path} whose row {read + 1} is no CSV ({error}): shorten its caption, or close its quotes"
+        ) from None
 
 
 def _json_rows(path: Path, lines) -> Iterator[dict]:

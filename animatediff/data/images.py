@@ -50,7 +50,7 @@ class Images(Series):
         UserError: the folder is missing or has no picture.
     """
 
-    nothing = "picture"
+    kind, nothing = "pictures", "picture"
 
     def __init__(self, config: ImageConfig, *, seed: int = 0, log: Log = print):
         super().__init__(list_images(config), seed=seed, log=log)
@@ -68,24 +68,9 @@ class Images(Series):
             image = ImageOps.mirror(image)
         return rearrange(torch.from_numpy(np.array(image)), "h w c -> 1 c h w").float() / 127.5 - 1
 
-    def scan(self) -> str:
-        """Open every picture; a report in words.
-
-        Raises:
-            UserError: none can be used.
-        """
-        problems = []
-        for file in self.files:
-            try:
-                open_image(file)
-            except UnusableVideo as problem:
-                problems.append(f"  {file.path}: {problem}")
-        lines = [f"{len(self.files) - len(problems)} of {len(self.files)} pictures can be used", *problems]
-        if len(problems) == len(self.files):
-            raise UserError(
-                f"got {len(problems)} pictures of which none can be used, expected some:\n" + "\n".join(lines)
-            )
-        return "\n".join(lines)
+    def _look(self, file: CaptionedVideo) -> bool:
+        open_image(file)
+        return False
 
 
 def open_image(file: CaptionedVideo) -> Image.Image:

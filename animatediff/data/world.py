@@ -31,6 +31,8 @@ class World:
     def __post_init__(self) -> None:
         if self.clips < 1:
             raise UserError(f"clips: got {self.clips}, expected at least 1")
+        if self.seed < 0:
+            raise UserError(f"seed: got {self.seed}, expected 0 or more")
         if self.style not in STYLES:
             raise UserError(f"style: got {self.style!r}, expected one of {', '.join(STYLES)}")
         for key in ("motions", "favoured"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,36 +11,48 @@ from torch import Tensor
 
 from animatediff.config import AnimateEntry
 from animatediff.data.scribble import draw_scribbles
+from animatediff.data.shapes import FRAMES, SIZE
 from animatediff.data.world import World
 from animatediff.evaluation.run_shapes import Generate
 from animatediff.pipelines.animate import AnimateDiffPipeline
 from animatediff.pipelines.components import seeded
-from animatediff.pipelines.start import INPUTS
 from animatediff.pipelines.weights import check_entries
 from animatediff.utils import UserError
 
 
+def check_entry(entry: AnimateEntry) -> None:
+    """Raises: UserError where an entry makes clips of something else than captions, or not of the world's size."""
+    given = [*entry.input_paths(), *(["controlnet_images"] if entry.controlnet_images else [])]
+    if given:
+        raise UserError(f"entry {entry.name}: got {given[0]}, expected none: clips are made from captions alone")
+    if (entry.L, entry.H, entry.W) != (FRAMES, SIZE, SIZE):
+        raise UserError(
+            f"entry {entry.name}: got L={entry.L} H={entry.H} W={entry.W}, expected L={FRAMES} H={SIZE} W={SIZE}, as "
+            "the clips of the built-in world: measure other clips by --videos"
+        )
+
+
 def clip_maker(pipeline: AnimateDiffPipeline, entry: AnimateEntry) -> Callable[..., Tensor]:
-    """What animates captions as an entry of a prompt config says: its sampler, guidance, length, negative prompt.
+    """What animates captions as an entry of a prompt config says.
 
     Args:
         pipeline: of that entry.
-        entry: its prompts and seeds are not used.
+        entry: its prompts and seeds are not used, but what is to be before and after every prompt, and avoided.
 
     Returns:
         Of captions and noise seeds, and further keywords of the pipeline's call.
 
     Raises:
-        UserError: the entry asks for what cannot be.
+        UserError: the entry asks for what cannot be, or `check_entry` refuses it.
     """
-    if given := [key for key in (*INPUTS, "controlnet_images") if getattr(entry, key)]:
-        raise UserError(f"entry {entry.name}: got {given[0]}, expected an entry whose clips are made of words alone")
+    check_entry(entry)
     (checked,) = check_entries([entry])
     sampling = checked.sampling
 
     def generate(captions: list[str], seeds: list[int], **more: Any) -> Tensor:
+        asked = replace(entry, prompt=tuple(captions), n_prompt=entry.n_prompt[:1], seed=(0,), random_seed=())
         clips = pipeline(
-            captions,
+            [prompt for prompt, _, _ in asked.per_prompt()],
             num_frames=entry.L,
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,

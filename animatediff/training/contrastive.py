@@ -22,6 +22,7 @@ from animatediff.evaluation.world_encoder import (
 from animatediff.model_config import SmallCLIPConfig
 from animatediff.models.small_clip import SmallCLIP
 from animatediff.models.text import Tokenizer
+from animatediff.training.limits import check_numbers
 from animatediff.training.loop import LoopConfig, Stage, train, world
 
 FILE = "encoder.safetensors"
@@ -67,6 +68,9 @@ class ShapesEncoder:
     loop: LoopConfig
     encoder: SmallCLIPConfig = SmallCLIPConfig()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def run(self, log: Callable[[str], None], device: torch.device = CPU) -> None:
         """Train, or go on; writes `output_dir`/encoder.safetensors and logs how well it does on held-out scenes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,17 @@ class LatentClips:
         scribbles: of the last batch, bool (b, f, H, W), where the clips have them.
     """
 
-    def __init__(self, latents: Tensor, tokens: Tensor, empty: Tensor, lines: Tensor | None = None):
+    def __init__(
+        self,
+        latents: Tensor,
+        tokens: Tensor,
+        empty: Tensor,
+        lines: Tensor | None = None,
+        files: Sequence[str] = (),
+    ):
         self.latents, self.tokens, self.empty = latents, tokens, empty
         self.lines = lines  # of all clips, packed
+        self.files = files  # that each clip is from; none in the built-in world
         self.scribbles: Tensor | None = None
         self.weights, self.single_frames = torch.ones(len(latents)), False
         self.names: list[str] = []
@@ -58,7 +66,7 @@ class LatentClips:
     def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Clips drawn by `generator`: a `ClipSource`."""
         which = self.draw(batch_size, generator)
-        self.names = [f"clip {i}" for i in which.tolist()]
+        self.names = [self.files[i] if self.files else f"clip {i}" for i in which.tolist()]
         if self.lines is not None:
             cell = self.lines.shape[-2] // self.latents.shape[-2]
             self.scribbles = unpack(self.lines[which], cell * self.latents.shape[-1])
@@ -103,6 +111,7 @@ class LatentClips:
         count: int,
         chunk_frames: int = 16,
         scribbles: bool = False,
+        name: Callable[[int], str] | None = None,
         log: Log = print,
     ) -> LatentClips:
         """Read the clips at `path`, or encode `batches` and write that file.
@@ -114,26 +123,30 @@ class LatentClips:
             vae, tokenizer: of the image model.
             chunk_frames: pictures encoded at a time.
             scribbles: draw them too.
+            name: the file of a clip whose batch was made, by its number.
             log: told how far it is.
         """
         empty = tokenize(tokenizer, [""])[0]
         key = key | SCRIBBLED if scribbles else key
         if made_from(path, key):
             state = torch.load(path, weights_only=True, mmap=True)
-            return cls(state["latents"], state["tokens"], empty, state["lines"] if scribbles else None)
-        latents, tokens, lines, done = [], [], [], 0
+            lines = state["lines"] if scribbles else None
+            return cls(state["latents"], state["tokens"], empty, lines, state.get("files", ()))
+        latents, tokens, lines, files, done = [], [], [], [], 0
         for number, (video, captions) in enumerate(batches):
             latents.append(encode(vae, video, chunk_frames=chunk_frames).half().cpu())
             tokens.append(tokenize(tokenizer, captions))
             if scribbles:
                 lines.append(pack(draw_scribbles(video.to(vae.quant_conv.weight.device))))
+            if name:
+                files += [name(index) for index in range(done, done + len(captions))]
             done += len(captions)
             if number % 32 == 0 or done == count:
                 log(f"encoded {done}/{count} clips")
-        clips = cls(torch.cat(latents), torch.cat(tokens), empty, torch.cat(lines) if scribbles else None)
+        clips = cls(torch.cat(latents), torch.cat(tokens), empty, torch.cat(lines) if scribbles else None, files)
         temporary = path.with_suffix(".tmp")
         drawn = {"lines": clips.lines} if scribbles else {}
-        torch.save({**key, "latents": clips.latents, "tokens": clips.tokens, **drawn}, temporary)
+        torch.save({**key, "latents": clips.latents, "tokens": clips.tokens, "files": files, **drawn}, temporary)
         os.replace(temporary, path)
         return clips
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from animatediff.control_config import condition_frames
+from animatediff.data.gif import GIF_MAX_FPS
 from animatediff.data.video_io import save_video
 from animatediff.pipelines.animate import AnimateDiffPipeline
 from animatediff.pipelines.components import Components, seeded
 from animatediff.pipelines.control import read_condition_images
+from animatediff.training.limits import check_numbers
 from animatediff.training.sources import existing
 from animatediff.utils import UserError, naming
 
@@ -39,6 +41,9 @@ class SampleConfig:
     controlnet_image_indexs: tuple[int, ...] = (0,)  # the frame of each
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        if not 0 < self.fps <= GIF_MAX_FPS:
+            raise UserError(f"fps: got {self.fps:g}, expected above 0 and at most {GIF_MAX_FPS}")
         for key in ("every", "steps", "L", "H", "W"):
             if (value := getattr(self, key)) < 1:
                 raise UserError(f"{key}: got {value}, expected at least 1")

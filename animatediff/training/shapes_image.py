@@ -20,6 +20,7 @@ from animatediff.models.vae import VAE
 from animatediff.training.autoencoder import AutoencoderStage, DecoderStage
 from animatediff.training.diffusion_stages import DiffusionStage
 from animatediff.training.latents import LatentClips
+from animatediff.training.limits import check_numbers
 from animatediff.training.loop import LoopConfig, first_process_first, train
 from animatediff.training.sources import load_complete
 from animatediff.utils import UserError
@@ -43,6 +44,9 @@ class ShapesImage:
     prediction_type: str = "epsilon"  # what the UNet learns to predict: epsilon, v_prediction or sample
     init_from: str = ""  # an image model to start from, of these sizes; its VAE is kept
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def run(self, log: Log, device: torch.device = CPU) -> None:
         """Train, or go on; writes `output_dir`/image.safetensors, an SD 1.x single file.
@@ -106,6 +110,7 @@ class ShapesDecoder:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if unknown := sorted(set(self.styles) - set(STYLES)):
             raise UserError(f"styles: got {unknown[0]!r}, expected some of {', '.join(STYLES)}")
 

@@ -69,11 +69,12 @@ class Data:
         """
         if self.world:
             raise UserError("got --check-data for the built-in world, which draws its own clips, expected files")
-        series = self.series(log)
-        report = series.scan()
+        report = self.series(log).scan()
         log(str(report))
-        if isinstance(series, Clips) and not report.usable:
-            raise UserError(f"got {report.total} videos of which none can be used, expected some: see the report")
+        if not report.usable:
+            raise UserError(
+                f"got {report.total} {report.kind} of which none can be used, expected some: see the report"
+            )
 
     def check_fit(self, vae: VAE) -> None:
         """Raises: UserError where the size is none that the VAE encodes."""
@@ -94,7 +95,8 @@ class Data:
         reader = ClipReader(series, threads=threads)
         if not cache:
             return StreamedClips(reader, base.vae, tokenizer, scribbles=self.scribbles)
-        made = repr((self.videos or self.images, self.single_frames, self.seed, base.report.sha256, series.files))
+        files = [(file, _version(file.path)) for file in series.files]
+        made = repr((self.videos or self.images, self.single_frames, self.seed, base.report.sha256, files))
         key, count = {"made_from": hashlib.sha256(made.encode()).hexdigest()}, len(series.files)
         with first_process_first():
             return LatentClips.build(
@@ -105,6 +107,7 @@ class Data:
                 tokenizer,
                 count=count,
                 scribbles=self.scribbles,
+                name=series.name,
                 log=log,
             )
 
@@ -116,6 +119,14 @@ class Data:
             clips = LatentClips.of_world(path, vae, world, scribbles=self.scribbles, log=log)
         clips.single_frames = self.single_frames
         return clips
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Changes when a file is replaced: its size and time of writing."""
+    if not path.exists():
+        return None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def own_tokenizer(model: Path) -> Tokenizer:

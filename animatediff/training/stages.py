@@ -37,6 +37,7 @@ from animatediff.training.diffusion_stages import (
     insert_motion,
     learn_motion,
 )
+from animatediff.training.limits import check_numbers
 from animatediff.training.loop import LoopConfig, train
 from animatediff.training.lora import attach_lora
 from animatediff.training.losses import MEAN_SQUARE, LossConfig
@@ -73,6 +74,9 @@ class Training(ABC):
     seed: int = 0
 
     stage_class = DiffusionStage  # without an annotation, and so no key of the YAML
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def networks(self, base: ImageModel, log: Log) -> UNet:
         """The UNet that denoises, on the CPU."""
@@ -179,6 +183,11 @@ class ImageLoRA(Training):
     alpha: float | None = None  # the change is multiplied by alpha / rank; rank by default
     train_text_encoder: bool = False
     convolutions: bool = False  # change these too, not the transformers alone: for looks that are texture
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None and self.alpha <= 0:
+            raise UserError(f"alpha: got {self.alpha:g}, expected above 0: at 0 nothing can be learnt")
 
     def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
         text_encoder: TextEncoder | None = base.text_encoder if self.train_text_encoder else None

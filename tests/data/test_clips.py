@@ -70,6 +70,7 @@ def test_lists(tmp_path, name, text, video_folder, expected):
     [
         ("x.csv", "file,text\n1.mp4,a\n", "row 1 of file, text, expected videoid and name"),
         ("x.csv", "path,caption\n", "without a video"),
+        ("x.csv", f"path,caption\n1.mp4,a\n2.mp4,{'a' * 200_000}\n", r"x.csv whose row 2 is no CSV \(field larger"),
         ("x.jsonl", '{"path": "a"}\n{"path":', "line 2 is no JSON"),
         ("x.jsonl", "[1]\n", "line 1 is no JSON object"),
         ("none.csv", None, "none.csv, which is no file"),
@@ -153,10 +154,12 @@ def test_a_camera_zooms_into_the_middle(folder):
 def test_the_report_counts_and_names(broken):
     folder, reasons = broken
     report = Clips(config(folder, sample_n_frames=16)).scan(threads=2)
+    assert report.kind == "videos" and report.variable_rate == [folder / "uneven.mp4"]
     assert {path.name: problem.reason for path, problem in report.unusable} == reasons
-    assert report.usable == 1 and report.total == len(reasons) + 1
+    assert report.usable == 2 and report.total == len(reasons) + 2
     text = str(report)
-    assert text.startswith("1 of 9 videos can be used")
+    assert text.startswith("2 of 10 videos can be used")
+    assert text.endswith(f"used, resampled from a variable frame rate: 1\n  {folder / 'uneven.mp4'}")
     for reason, count in Counter(reasons.values()).items():
         assert f"{reason}: {count}" in text
     assert all(name in text for name in reasons) and "6 of 16 frames at stride 2" in text
@@ -166,8 +169,9 @@ def test_training_goes_on_with_the_next_video_and_names_the_bad_one_once(broken)
     folder, reasons = broken
     lines = []
     clips = Clips(config(folder, sample_n_frames=16), seed=0, log=lines.append)
-    assert [clips.clip(index)[1] for index in range(9, 15)] == ["a gray wall"] * 6
+    assert [clips.clip(index)[1] for index in range(10)] == ["a gray wall"] * 10  # every file's turn comes
     assert sorted(line.split("/")[-1].split(":")[0] for line in lines) == sorted(reasons)
+    assert lines[-1].endswith("(8 of 10 files so far)")
 
 
 def test_nothing_but_bad_videos(tmp_path):

@@ -36,7 +36,10 @@ def ffmpeg(*arguments: str) -> None:
 
 
 def write_broken(folder: Path) -> dict[str, str]:
-    """One file of each kind that gives no clip of 16 frames at stride 2; name -> reason."""
+    """One file of each kind that gives no clip of 16 frames at stride 2; name -> reason.
+
+    Two files beside them do: `whole.mp4`, and `uneven.mp4`, of variable rate.
+    """
     whole = write(folder / "whole.mp4").read_bytes()
     pictures = whole.index(b"mdat")  # behind the index, as players of half a file want it
     content = {
@@ -52,6 +55,9 @@ def write_broken(folder: Path) -> dict[str, str]:
     ffmpeg("-f", "lavfi", "-i", "sine=duration=3", str(folder / "sound.mp4"))
     (folder / "sound.txt").write_text("a tone")
     write(folder / "short.mp4", frames=12)
+    gap = ["-vf", "select='not(between(n,10,12))'", "-fps_mode", "vfr"]
+    ffmpeg("-i", str(folder / "whole.mp4"), *gap, str(folder / "uneven.mp4"))
+    (folder / "uneven.txt").write_text("a gray wall")
     write(folder / "mute.mp4", caption=None)
     return {
         "empty.mp4": "zero length",

@@ -1,5 +1,6 @@
 """What the measuring of a model hands to its pipeline."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import torch
 from animatediff.config import load_config
 from animatediff.data.scribble import draw_scribbles
 from animatediff.data.world import World
-from animatediff.evaluation.run_model import controlled_clip_maker
+from animatediff.evaluation.run_model import clip_maker, controlled_clip_maker
 from animatediff.utils import UserError
 
 ENTRY = load_config(Path(__file__).parents[2] / "configs/animate/shapes.yaml").entries[0]
@@ -42,6 +43,14 @@ def test_an_encoder_sees_the_frames_of_each_scene(kind):
             torch.testing.assert_close(shown, video[[0, 15]] / 2 + 0.5)
         else:
             assert torch.equal(shown[:, 1], draw_scribbles(video[[0, 15]]).float()) and shown.shape == (2, 3, 64, 64)
+
+
+def test_an_entry_frames_its_captions():
+    pipeline = Pipeline(None)
+    framed = replace(ENTRY, head_prompt="a film", tail_prompt="4k", n_prompt=("bad",))
+    clip_maker(pipeline, framed)(["a star", "a cross"], [0, 1])
+    ((prompts, call),) = pipeline.calls
+    assert prompts == ["a film, a star, 4k", "a film, a cross, 4k"] and call["negative_prompt"] == "bad"
 
 
 def test_frames_want_an_encoder():

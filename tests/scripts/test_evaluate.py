@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from animatediff.data.video_io import save_video
+from animatediff.pipelines.animate import AnimateDiffPipeline
 from animatediff.utils import UserError
 from scripts import evaluate
 from tests.nano import entry, write_config, write_files
@@ -37,19 +39,45 @@ def test_a_model_without_motion_module(config, tmp_path, capsys):
     assert "generated    shuffled    rendered" in out and out.splitlines()[-1] == str(tmp_path)
 
 
-def test_moves_of_the_camera(config, tmp_path, capsys):
-    evaluate.main(
-        ["--config", str(config), "--motions", "zoom_in", "orbit", "--captions", "2"]
-        + ["--device", "cpu", "--output-dir", str(tmp_path)]
-    )
-    assert json.loads((tmp_path / "summary.json").read_text())["rendered"]["by_motion"].keys() == {"zoom_in", "orbit"}
-    assert "zoom_in %" in capsys.readouterr().out
-
-
 def test_the_config_names_the_motion_module(config, tmp_path):
     evaluate.main(["--config", str(config), "--captions", "1", "--device", "cpu", "--output-dir", str(tmp_path)])
     settings = json.loads((tmp_path / "summary.json").read_text())["settings"]
     assert settings["motion_module"].endswith("mm_v3.safetensors") and settings["steps"] == 1
+
+
+def test_an_entry_and_motions_of_the_camera(config, tmp_path, capsys):
+    entries = yaml.safe_load(config.read_text())
+    both = write_config(tmp_path / "two.yaml", *entries, entries[0] | {"name": "second", "guidance_scale": 1.5})
+    evaluate.main(
+        ["--config", str(both), "--entry", "1", "--motions", "zoom_in", "orbit", "--captions", "2", "--device", "cpu"]
+        + ["--output-dir", str(tmp_path / "out")]
+    )
+    assert "entry 1 (second) of 0 to 1" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["settings"]["entry"] == "second" and summary["settings"]["guidance_scale"] == 1.5
+    assert list(summary["rendered"]["by_motion"]) == ["zoom_in", "orbit"] == summary["settings"]["motions"]
+    assert summary["rendered"]["motion"] == 100
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "message"),
+    [
+        ({}, ["--entry", "1"], "got --entry 1, but .* has 1, expected 0 to 0"),
+        ({}, ["--motions", "orbit", "dolly"], "motions: got 'dolly', expected motions of the world: still"),
+        ({}, ["--style", "oil"], "style: got 'oil', expected one of plain"),
+        ({"L": 8}, [], "entry a: got L=8 H=64 W=64, expected L=16 H=64 W=64"),
+        ({"image": "x.png"}, [], "entry a: got image, expected none: clips are made from captions alone"),
+        ({"controlnet_path": "x", "controlnet_images": "y"}, [], "entry a: got controlnet_images, expected none"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_is_loaded(
+    config, tmp_path, monkeypatch, values, options, message
+):
+    monkeypatch.setattr(AnimateDiffPipeline, "from_config", lambda *_, **__: pytest.fail("loaded"))
+    (one,) = yaml.safe_load(config.read_text())
+    path = write_config(tmp_path / "one.yaml", one | {"name": "a"} | values)
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["--config", str(path), *options])
 
 
 def test_mistakes(config, tmp_path):
@@ -64,7 +92,7 @@ def test_mistakes(config, tmp_path):
 
 def test_videos(tmp_path, capsys):
     save_video(torch.linspace(0, 1, 4)[:, None, None, None].expand(-1, 3, 16, 16), tmp_path / "fade.gif")
-    evaluate.main(["--videos", str(tmp_path / "fade.gif"), "--output-dir", str(tmp_path / "out")])
+    evaluate.main(["--videos", str(tmp_path / "fade.gif"), "--device", "cpu", "--output-dir", str(tmp_path / "out")])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"summary.json", "clips.csv", "sheet.png"}
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["mean", "lowest", "highest", "clips"] and out[-1] == str(tmp_path / "out")
@@ -133,16 +161,3 @@ def test_options_that_belong_together(tmp_path):
         evaluate.main(["--clip", "--fvd-against", "x"])
     with pytest.raises(UserError, match="got --fvd-features without --fvd-against"):
         evaluate.main(["--videos", str(tmp_path), "--fvd-features", "i3d.pt"])
-
-
-def test_an_entry_whose_clips_the_world_cannot_score(config, tmp_path):
-    def mistake(message, *options, **values):
-        path = write_config(tmp_path / "x.yaml", entry(config.parent, **{"L": 16, "H": 64, "W": 64} | values))
-        with pytest.raises(UserError, match=message):
-            evaluate.main(["--config", str(path), "--captions", "1", "--device", "cpu", *options])
-
-    mistake("got --entry 1, but .*x.yaml has 1: count from 0", "--entry", "1")
-    mistake("got 8 frames of 64x64, expected the built-in world's 16 of 64x64: measure other clips by --videos", L=8)
-    first = "configs/animate/inputs/first.png"
-    mistake("got image, expected an entry whose clips are made of words alone", image=first)
-    mistake("motions: got 'roll', expected motions of the world", "--motions", "roll")

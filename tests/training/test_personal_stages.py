@@ -207,13 +207,14 @@ def test_samples_during_training(files, trained, tmp_path):
     assert equal(*(read_state_dict(path).tensors for path in (trained["motion_lora"], file)))
 
 
-def test_a_loss_that_is_not_finite_names_the_files(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_loss_that_is_not_finite_names_the_files(files, tmp_path, monkeypatch, cache):
     real = diffusion_stages.denoising_loss
     monkeypatch.setattr(diffusion_stages, "denoising_loss", lambda *rest: real(*rest) * float("inf"))
     with pytest.raises(
-        UserError, match=r"got loss inf at step 0 of image_finetune \(the batch: .*/images/[abc].png, .*"
+        UserError, match=r"got loss inf at step 0 of image_finetune \(the batch: \S*/images/[abc].png, \S*/[abc].png\)"
     ):
-        run(files, tmp_path, "image_finetune")
+        run(files, tmp_path, "image_finetune", cache=cache)
 
 
 # ---- the built-in world
@@ -258,6 +259,13 @@ def test_other_worlds(values, message):
         ("image_lora", {"image_data": None}, "got 0 of train_data"),
         ("image_lora", {"world": {"clips": 1}}, "got 2 of train_data"),
         ("image_lora", {"rank": 0}, "rank: got 0, expected at least 1"),
+        ("image_lora", {"alpha": 0.0}, "alpha: got 0, expected above 0"),
+        ("image_finetune", {"threads": 0}, "threads: got 0, expected at least 1"),
+        ("image_finetune", {"seed": -1}, "seed: got -1, expected 0 to"),
+        ("motion_lora", {"noisy_share": 7.0}, "noisy_share: got 7.0, expected 0 to 1"),
+        ("motion_lora", {"samples": {"every": 1, "prompt": "a", "guidance_scale": -1}}, "scale: got -1.0, expected at"),
+        ("motion_lora", {"samples": {"every": 1, "prompt": "a", "fps": 0}}, "samples: fps: got 0, expected above 0"),
+        ("motion_lora", {"train_data": None, "world": {"clips": 1, "seed": -1}}, "world: seed: got -1, expected 0"),
         ("motion_lora", {"train_data": None, "image_data": "images"}, "got image_data for a stage that learns motion"),
         ("motion_lora", {"motion_module": "adapter"}, "domain adapter"),
         ("motion_lora", {"samples": {"every": 1, "prompt": "a", "H": 20}}, "samples: got a side of 20 pixels"),
@@ -272,6 +280,12 @@ def test_mistakes(files, tmp_path, stage, values, message):
 def test_check_data_of_pictures(files, tmp_path, capsys):
     train.main(["--config", str(config_file(files, tmp_path, "image_lora")), "--check-data"])
     assert capsys.readouterr().out == "3 of 3 pictures can be used\n"
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/page.png").write_text("<html>")
+    bad = config_file(files, tmp_path, "image_lora", image_data={"image_folder": str(tmp_path / "pictures")})
+    with pytest.raises(UserError, match="^got 1 pictures of which none can be used, expected some: see the report$"):
+        train.main(["--config", str(bad), "--check-data"])
+    assert capsys.readouterr().out.startswith("0 of 1 pictures can be used\nno caption: 1\n")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

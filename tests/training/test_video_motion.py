@@ -1,5 +1,6 @@
 """Stage `motion_module`: from video files and an image model to a motion module that animates."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,24 @@ def test_cached_clips_are_those_that_are_streamed(files, tmp_path):
     assert torch.equal(again.latents, cached.latents)
     with pytest.raises(LookupError):  # another key: the file is not what is asked for
         LatentClips.build(tmp_path / "clips.pt", {"key": 2}, unread(), vae, tokenizer, **made)
+
+
+def test_a_cached_clip_has_the_name_of_its_file_and_is_made_again_where_that_was_replaced(files, tmp_path):
+    shutil.copytree(files / "videos", tmp_path / "videos")
+    videos = config(files, tmp_path, train_data=DATA | {"video_folder": str(tmp_path / "videos")}).data()
+    base, path = load_base(files / "nano.safetensors"), files / "nano.safetensors"
+
+    def source() -> tuple[LatentClips, list[str]]:
+        lines = []
+        return videos.source(base, path, tmp_path, cache=True, threads=1, log=lines.append), lines
+
+    (made, lines), (read, no_lines) = source(), source()
+    assert lines and not no_lines and list(made.files) == list(read.files)
+    assert sorted(Path(file).name for file in read.files) == ["a.mp4", "b.mp4", "c.mp4"]
+    index = next(i for i, file in enumerate(read.files) if file.endswith("b.mp4"))
+    assert torch.equal(Tokenizer()(["wall b"])[0, 0].int(), read.tokens[index])
+    shutil.copyfile(tmp_path / "videos/a.mp4", tmp_path / "videos/b.mp4")  # as many bytes, perhaps: the time tells
+    assert source()[1]
 
 
 def test_the_next_clips_of_this_process_are_read_ahead(monkeypatch):
