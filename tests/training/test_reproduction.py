@@ -123,7 +123,8 @@ def test_a_spread_is_of_the_values_that_are_there():
 def test_the_shipped_plans(name, quick):
     plan = load_reproduction(f"configs/eval/{name}.yaml", quick=quick)
     assert isinstance(plan, Reproduction) and len(plan.seeds) >= 3
-    assert set(plan.trainings) == {name for name in plan_tasks(plan) if "/" not in name}
+    used = {name for name in plan_tasks(plan) if "/" not in name}
+    assert used == set(plan.trainings) or (quick and used < set(plan.trainings))
     for name in plan.trainings:
         plan.stage(name)
     for table in plan.tables.values():
