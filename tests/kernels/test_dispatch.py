@@ -5,7 +5,19 @@ import sys
 
 import pytest
 import torch
-from animatediff_kernels import dispatch, explain, geglu, linear_geglu, temporal_attention, use_backend
+from animatediff_kernels import (
+    attention,
+    dispatch,
+    explain,
+    geglu,
+    group_norm_silu,
+    guided_ddim,
+    layer_norm,
+    linear_geglu,
+    temporal_attention,
+    temporal_attention_packed,
+    use_backend,
+)
 from animatediff_kernels.dispatch import Call, auto, choose, read_measurements, refusal
 
 
@@ -166,3 +178,36 @@ def test_a_function_refuses_what_it_is_asked_in_vain():
 def test_importing_the_package_does_not_import_triton():
     code = "import sys, animatediff_kernels; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+MISFITS = {
+    "images of a part of a clip": lambda: temporal_attention(*3 * [_(5, 3, 8)], frames=2, num_heads=2),
+    "heads of unequal width": lambda: temporal_attention(*3 * [_(4, 3, 18)], frames=2, num_heads=4),
+    "fewer keys than pixels": lambda: temporal_attention(_(4, 3, 8), _(2, 3, 8), _(4, 3, 8), frames=2, num_heads=2),
+    "a joint projection that is none": lambda: temporal_attention_packed(_(4, 3, 16), frames=2, num_heads=2),
+    "rows that do not divide": lambda: attention(_(3, 2, 8), _(2, 5, 8), _(2, 5, 8), num_heads=2),
+    "keys without values": lambda: attention(_(2, 2, 8), _(2, 7, 8), _(2, 5, 8), num_heads=2),
+    "keys of another width": lambda: attention(_(2, 2, 16), _(2, 2, 8), _(2, 2, 8), num_heads=2),
+    "a width that heads do not divide": lambda: attention(*3 * [_(2, 2, 18)], num_heads=4),
+    "a value without a gate": lambda: geglu(_(2, 7)),
+    "weights of another layer": lambda: linear_geglu(_(2, 8), _(12, 6), _(12)),
+    "a short bias": lambda: linear_geglu(_(2, 8), _(12, 8), _(11)),
+    "weights that are too short": lambda: layer_norm(_(2, 3, 8), _(4), _(4)),
+    "codes of a part of a clip": lambda: layer_norm(_(3, 3, 8), _(8), _(8), code=_(2, 8)),
+    "groups that do not divide": lambda: group_norm_silu(_(2, 8, 3, 3), 3, _(8), _(8), eps=1e-5),
+    "a bias that is too short": lambda: group_norm_silu(_(2, 8, 3, 3), 2, _(8), _(4), eps=1e-5),
+    "statistics of a part of a clip": lambda: group_norm_silu(_(3, 8, 3, 3), 2, _(8), _(8), eps=1e-5, frames=2),
+    "shifts of a part": lambda: group_norm_silu(_(3, 8, 3, 3), 2, _(8), _(8), eps=1e-5, shift=_(2, 8)),
+    "one prediction": lambda: guided_ddim(_(2, 4), _(2, 4), _(2), guidance_scale=2.0),
+    "one alpha": lambda: guided_ddim(_(2, 4), _(4, 4), _(1), guidance_scale=2.0),
+}
+
+
+@pytest.mark.parametrize("call", MISFITS.values(), ids=MISFITS)
+def test_shapes_that_do_not_fit_are_refused_before_a_kernel_reads_beyond_them(call):
+    with pytest.raises(ValueError, match="^got .*expected"):
+        call()

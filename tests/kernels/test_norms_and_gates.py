@@ -161,3 +161,22 @@ def test_weights_may_be_float32_as_under_autocast(norm):
     assert out.dtype == torch.float16 and torch.allclose(out.float(), exact, atol=5e-3)
     grads = torch.autograd.grad(out.float().sum(), [w, b])
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("lay", [lambda t: t[:1].expand(8), lambda t: t[::2]], ids=["expanded", "every second"])
+@pytest.mark.parametrize("norm", ["layer_norm", "group_norm_silu"])
+def test_weights_of_any_layout(norm, lay):
+    x, w, b = torch.randn(2, 3, 8), lay(torch.randn(16)), lay(torch.randn(16))
+    calls = {
+        "layer_norm": lambda x, w, b, backend: layer_norm(x, w, b, backend=backend),
+        "group_norm_silu": lambda x, w, b, backend: group_norm_silu(
+            x.mT[..., None], 2, w, b, eps=1e-5, backend=backend
+        ),
+    }
+    results = []
+    for backend in ("torch", "triton"):
+        leaves = [t.clone().requires_grad_() if t is x else t.detach().requires_grad_() for t in (x, w, b)]
+        y = calls[norm](*leaves, backend)
+        results.append([y, *torch.autograd.grad((y * torch.linspace(0, 1, y.numel()).view_as(y)).sum(), leaves)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -19,12 +19,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, backend: str |
             rows of q share keys and values: the frames of a clip attend to one text without copies of it.
         backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
     Returns: (n, s, num_heads * head_dim).
-    Raises: ValueError for rows that do not divide, and where "triton" is asked for and cannot be had.
+    Raises: ValueError for shapes that do not fit, and where "triton" is asked for and cannot be had.
     """
     n, s, width = q.shape
     rows, tokens = k.shape[:2]
     if n % rows:
         raise ValueError(f"got {n} query rows and {rows} key rows, expected a multiple")
+    if width % num_heads:
+        raise ValueError(f"got a width of {width}, expected a multiple of num_heads={num_heads}")
+    if not k.shape == v.shape == (rows, tokens, width):
+        raise ValueError(f"got k {(*k.shape,)}, v {(*v.shape,)}, expected q's width in both")
     head_dim = width // num_heads
     text = {} if (rows, tokens) == (n, s) else {"keys": tokens}  # an image attends to itself or to a text
     call = Call.of("attention", q, k, v, rows=n * s, head_dim=head_dim, **text)

@@ -16,9 +16,11 @@ def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
         x: (…, 2 * width), the values before the gates.
         backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
     Returns: (…, width).
-    Raises: ValueError where "triton" is asked for and cannot be had.
+    Raises: ValueError for an odd width, and where "triton" is asked for and cannot be had.
     """
     wide = x.shape[-1]
+    if wide % 2:
+        raise ValueError(f"got a width of {wide}, expected values and as many gates")
     call = Call.of("geglu", x, rows=x.numel() // wide, width=wide // 2)
     if choose(call, backend).backend == "triton":
         return geglu_op(x)

@@ -33,13 +33,22 @@ def group_norm_silu(
         shift: (n / r, c), of any dtype: what is added to all pixels of r consecutive images, such as the embedding of
             their time. None adds nothing.
         backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
-    Raises: ValueError where "triton" is asked for and cannot be had.
+    Raises: ValueError for shapes that do not fit, and where "triton" is asked for and cannot be had.
     """
+    n, channels = x.shape[:2]
+    if not weight.shape == bias.shape == (channels,):
+        raise ValueError(f"got weight {(*weight.shape,)} and bias {(*bias.shape,)}, expected ({channels},)")
+    if channels % num_groups:
+        raise ValueError(f"got {channels} channels, expected a multiple of num_groups={num_groups}")
+    if n % frames:
+        raise ValueError(f"got {n} images, expected a multiple of frames={frames}")
+    if shift is not None and not (shift.shape[1:] == (channels,) and n % len(shift) == 0):
+        raise ValueError(f"got shift {(*shift.shape,)} for {n} images, expected (a divisor of it, {channels})")
     last = x.is_contiguous(memory_format=torch.channels_last)
     weights = (weight, bias) if shift is None else (weight, bias, shift)
-    sizes = {"channels": x.shape[1], "images": frames, "silu": int(silu), "shift": int(shift is not None)}
+    sizes = {"channels": channels, "images": frames, "silu": int(silu), "shift": int(shift is not None)}
     sizes |= {"channels_last": int(last)}
-    call = Call.of("group_norm_silu", x, weights=weights, rows=x.numel() // x.shape[1], **sizes)
+    call = Call.of("group_norm_silu", x, weights=weights, rows=x.numel() // channels, **sizes)
     if choose(call, backend).backend == "triton":
         return group_norm_silu_op(x, num_groups, weight, bias, shift, eps, frames, silu)[0]
     x = shifted(x, shift)

@@ -23,6 +23,7 @@ def _forward(
     from animatediff_kernels.group_norm_silu.triton_fwd import forward
 
     y = _dense_like(x)
+    weight, bias = weight.contiguous(), bias.contiguous()
     shift = None if shift is None else shift.contiguous()
     mean, rstd = forward(x.flatten(2), num_groups, weight, bias, shift, eps, frames, silu, y.flatten(2))
     return y, mean, rstd
@@ -43,6 +44,7 @@ def _backward(
 
     dx = _dense_like(x)
     dy = dy.contiguous(memory_format=_format(x))
+    weight, bias = weight.contiguous(), bias.contiguous()
     shift = None if shift is None else shift.contiguous()
     dw, db = backward(x.flatten(2), dy.flatten(2), weight, bias, shift, mean, rstd, frames, silu, dx.flatten(2))
     return dx, dw.to(weight.dtype), db.to(bias.dtype)

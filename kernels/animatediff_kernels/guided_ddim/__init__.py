@@ -27,10 +27,14 @@ def guided_ddim(
         prediction_type: "epsilon" or "v_prediction".
         backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
     Returns: the next latents, of x's shape.
-    Raises: ValueError for other prediction types, and where "triton" is asked for and cannot be had.
+    Raises: ValueError for other prediction types or shapes, and where "triton" is asked for and cannot be had.
     """
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"got prediction_type={prediction_type!r}, expected epsilon or v_prediction")
+    if not (both.shape == (2 * x.shape[0], *x.shape[1:]) and alphas.shape == (2,)):
+        raise ValueError(
+            f"got x {(*x.shape,)}, both {(*both.shape,)}, alphas {(*alphas.shape,)}, expected (b, …), (2 b, …), (2,)"
+        )
     velocity = prediction_type == "v_prediction"
     if choose(Call.of("guided_ddim", x, both, rows=x.numel()), backend).backend == "triton":
         return guided_ddim_op(x, both, alphas, guidance_scale, velocity)

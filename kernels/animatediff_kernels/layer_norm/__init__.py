@@ -25,9 +25,13 @@ def layer_norm(
         code: (frames, c), of any dtype, or None to add nothing.
         backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
     Returns: ((b frames), s, c).
-    Raises: ValueError where "triton" is asked for and cannot be had.
+    Raises: ValueError for shapes that do not fit, and where "triton" is asked for and cannot be had.
     """
     n, s, width = x.shape
+    if not weight.shape == bias.shape == (width,):
+        raise ValueError(f"got weight {(*weight.shape,)} and bias {(*bias.shape,)}, expected ({width},)")
+    if code is not None and not (code.shape[1:] == (width,) and n % len(code) == 0):
+        raise ValueError(f"got code {(*code.shape,)} for {n} images, expected (a divisor of it, {width})")
     weights = (weight, bias) if code is None else (weight, bias, code)
     call = Call.of("layer_norm", x, weights=weights, rows=n * s, width=width, code=int(code is not None))
     if choose(call, backend).backend == "triton":

@@ -15,7 +15,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, code: Tensor | None, eps: 
     from animatediff_kernels.layer_norm.triton_fwd import forward
 
     y = _empty(x)
-    forward(x.contiguous(), weight, bias, None if code is None else code.contiguous(), eps, y)
+    forward(x.contiguous(), weight.contiguous(), bias.contiguous(), None if code is None else code.contiguous(), eps, y)
     return y
 
 
@@ -23,7 +23,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -
     from animatediff_kernels.layer_norm.triton_bwd import backward
 
     dx = _empty(x)
-    dw, db = backward(dy.contiguous(), x.contiguous(), weight, eps, dx)
+    dw, db = backward(dy.contiguous(), x.contiguous(), weight.contiguous(), eps, dx)
     return dx, dw.to(weight.dtype), db.to(bias.dtype)
 
 

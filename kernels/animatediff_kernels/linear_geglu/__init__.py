@@ -23,9 +23,13 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None
         x: (…, width). weight: (2 * inner, width), the rows of the values before those of the gates. bias: (2 * inner,).
         backend: "auto", "torch" or "triton"; None asks `use_backend` and the environment.
     Returns: (…, inner).
-    Raises: ValueError where "triton" is asked for and cannot be had.
+    Raises: ValueError for shapes that do not fit, and where "triton" is asked for and cannot be had.
     """
     wide, width = weight.shape
+    if not (wide % 2 == 0 and x.shape[-1] == width and bias.shape == (wide,)):
+        raise ValueError(
+            f"got x {(*x.shape,)}, weight {(*weight.shape,)}, bias {(*bias.shape,)}, expected (…, w), (2 i, w), (2 i,)"
+        )
     call = Call.of("linear_geglu", x, weight, bias, rows=x.numel() // width, width=width, inner=wide // 2)
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
