@@ -67,10 +67,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clip", nargs="+", choices=list(CLIPS), default=["16f-512", "24f-512", "16f-768"])
     parser.add_argument("--layer", default="", help="only shapes whose first layer has this in its name")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--provider", nargs="+", help="by default all: sdpa-…, eager, compile, torch, triton")
+    parser.add_argument(
+        "--provider",
+        nargs="+",
+        help="by default all, and only then with speed-ups: sdpa-…, eager, compile, torch, triton",
+    )
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--measured", action="store_true", help="also tell the dispatch (measured.csv) what won")
     args = parser.parse_args()
+    if args.measured and args.provider:
+        parser.error("got --measured with --provider, expected one of them: what won is only known of all")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 
@@ -81,6 +87,8 @@ def measure(
     """A row for every provider that can do it; the reasons of the others are printed."""
     op, sizes = OPS[shape.op], dict(shape.sizes)
     print(f"{shape.op} {shape.clip} {shape.layer}, {mode}: {describe(sizes)}")
+    torch._dynamo.reset()  # it compiles a function for a few shapes only, and then runs it as it is
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     inputs = make_inputs(op, sizes, device, dtype)
     flops, moved = work(op, sizes, mode, dtype)
     one, part = cut(op, sizes, inputs, 0)
@@ -91,6 +99,7 @@ def measure(
             continue
         try:
             wrong = error(function, op, sizes, inputs, mode)
+            results(function, inputs, mode)  # compiled once more, now that algorithms need not be deterministic
             peak_mb = peak_memory(lambda: results(function, inputs, mode), device)  # noqa: B023
             ms = time_call(lambda: results(function, inputs, mode), device)  # noqa: B023
         except (RuntimeError, ValueError) as refusal:
@@ -115,12 +124,13 @@ def measure(
                 "peak_mb": peak_mb,
                 "error": f"{wrong:.2e}",
                 "right": "yes" if wrong <= allowed else "no",
+                "speedup": "",
                 "ceiling_tflops": f"{peaks[0] / 1e12:.4g}",
                 "ceiling_gbps": f"{peaks[1] / 1e9:.4g}",
                 **provenance(),
             }
         )
-    return with_speedups(rows)
+    return rows if only else with_speedups(rows)
 
 
 def with_speedups(rows: list[Row]) -> list[Row]:
@@ -221,17 +231,20 @@ def write_rows(path: Path, rows: Iterable[Row], key: Sequence[str] = KEY, column
 
 
 def note_measured(path: Path, shape: Shape, mode: str, device: str, dtype: torch.dtype, rows: list[Row]) -> None:
-    """Put milliseconds (Triton, the best of torch) of a shape into the dispatch's table, if both are right."""
+    """Put milliseconds of a shape into the dispatch's table, if both are right: Triton's, and the least of what runs
+    otherwise and of torch's attention kernels, whichever of them torch would choose.
+    """
     ms = {row["provider"]: float(row["ms"]) for row in rows if row["right"] == "yes"}
     triton = ms.pop("triton", None)
-    if triton is None or not ms:
+    own = [value for provider, value in ms.items() if provider == "torch" or provider.startswith("sdpa")]
+    if triton is None or not own:
         return
     op, sizes = OPS[shape.op], dict(shape.sizes)
     (_, count), *others = op.key(sizes).items()
     call = Call(shape.op, device_name(torch.device(device)), dtype, mode != "fwd", count, tuple(others))
     with path.open(newline="", encoding="utf-8") as file:
         header, *known = csv.reader(file)
-    table = {tuple(row[:6]): row[6:] for row in known} | {(*call.key, str(count)): [triton, min(ms.values())]}
+    table = {tuple(row[:6]): row[6:] for row in known} | {(*call.key, str(count)): [triton, min(own)]}
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *[[*key, *table[key]] for key in sorted(table)]])
 

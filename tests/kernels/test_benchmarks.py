@@ -203,3 +203,10 @@ def test_a_step_against_its_floor(capsys, monkeypatch):
     ms, _, least, share = table["convolutions"]
     assert least == "4.57"  # 126 x 126 places, 4 x 4 channels, 3 x 3, two operations each
     assert float(share.rstrip("%")) == pytest.approx(457 / float(ms), rel=0.1) and table["all"][1] == "100.0%"
+
+
+def test_what_won_is_only_known_of_all(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run.py", "--measured", "--provider", "torch", "triton"])
+    with pytest.raises(SystemExit) as stop:
+        run.parse()
+    assert stop.value.code == 2 and "got --measured with --provider" in capsys.readouterr().err
