@@ -1,8 +1,8 @@
 """How the temporal kernels are launched, by architecture, dtype and frames.
 
 Chosen so that nothing spills and many programs fit on a multiprocessor, as the compilers of Triton 3.6 and 3.9 report
-it; no row has been timed on a GPU. Triton 3.6 gives an item of a batched product to one warp, and where items are fewer
-than warps, warps repeat each other's work: a program has an item for every warp, or just one, whose product is no batch.
+it; no row has been timed on a GPU. In Triton 3.6 an item of a batched product is one warp's work, and where there are
+fewer items than warps, warps repeat each other: a program has an item for every warp, or just one and no batch.
 """
 
 from typing import NamedTuple
