@@ -51,7 +51,7 @@ def compile_kernel(arch: str, kernel, args, options, constants) -> dict:
         "registers": int(registers),
         "stack": int(stack),
         "shared": compiled.metadata.shared,
-        "matrix": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", compiled.asm["ptx"])),
+        "matrix": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"])),
     }
 
 

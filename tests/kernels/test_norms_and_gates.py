@@ -102,6 +102,15 @@ def test_layer_norm_with_the_launch_of_a_gpu(monkeypatch):
     )
 
 
+def test_layer_norm_without_eps_leaves_rows_that_are_not_there_alone():
+    x, w, b = torch.randn(1, 7, 40), *torch.randn(2, 40)
+    assert_right(
+        lambda x, w, b: layer_norm(x, w, b, eps=0.0),
+        lambda x, w, b: layer_norm_reference(x, w, b, None, 0.0),
+        [x, w, b],
+    )
+
+
 @DTYPES
 @pytest.mark.parametrize("shape", [(3, 7, 2 * 1280), (5, 2 * 12), (1, 2)], ids=str)
 def test_geglu(shape, dtype):

@@ -154,7 +154,8 @@ def token_and_channel_block(x: Tensor, channels: int, tokens: int) -> dict[str, 
 def merge_block(x: Tensor, per_group: int, parts: int) -> dict[str, int]:
     """The tile of the kernel that merges: as many groups as keep 128 threads busy, 512 numbers."""
     numbers = 65_536 if launch.architecture(x) == "interpreter" else 512
-    high, wide = min(32, power_of_2(parts)), power_of_2(per_group)
+    wide = power_of_2(per_group)
+    high = min(32, power_of_2(parts), max(1, numbers // wide))
     items = max(1, numbers // (high * wide))
     return {"PARTS": parts, "ITEM_BLOCK": items, "PART_BLOCK": high, "CHANNEL_BLOCK": wide}
 

@@ -45,6 +45,7 @@ def backward_kernel(
         grad = tl.load(dy + at, mask=valid, other=0.0).to(tl.float32)
         distance = tl.where(there, value - (tl.sum(value, 1) / WIDTH)[:, None], 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(distance * distance, 1) / WIDTH + eps)
+        rstd = tl.where(row < rows, rstd, 0.0)  # an eps of 0 would make it infinite, and 0 * inf is NaN
         normalised = distance * rstd[:, None]
         g = grad * w
         direct, through = tl.sum(g, 1) / WIDTH, tl.sum(g * normalised, 1) / WIDTH

@@ -1,7 +1,8 @@
-"""How the temporal kernels are launched, by architecture, dtype, frames and head width.
+"""How the temporal kernels are launched, by architecture, dtype and frames.
 
-Chosen so that nothing spills and many programs fit on a multiprocessor, as the compiler reports it; no row has been
-timed on a GPU.
+Chosen so that nothing spills and many programs fit on a multiprocessor, as the compilers of Triton 3.6 and 3.9 report
+it; no row has been timed on a GPU. In Triton 3.6 an item of a batched product is one warp's work, and where there are
+fewer items than warps, warps repeat each other: a program has an item for every warp, or just one and no batch.
 """
 
 from typing import NamedTuple
@@ -18,47 +19,29 @@ class Row(NamedTuple):
     arch: str
     max_bytes: int  # of an element
     max_frames: int
-    max_width: int
-    heads: int  # per program
-    pixels: int  # per program
+    items: int  # (pixel, head) pairs per program
     warps: int
 
 
-FORWARD = (
-    Row("interpreter", 4, 64, 160, 8, 256, 1),  # a program costs milliseconds there, however large
-    Row("any", 2, 16, 160, 4, 1, 4),
-    Row("any", 2, 32, 160, 2, 1, 4),
-    Row("any", 2, 64, 160, 1, 1, 4),
-    Row("any", 4, 16, 160, 1, 1, 4),
-    Row("any", 4, 64, 160, 1, 1, 8),
-)
-BACKWARD = (
-    Row("interpreter", 4, 64, 160, 8, 256, 1),
-    Row("any", 2, 16, 80, 4, 1, 4),
-    Row("any", 2, 16, 160, 2, 1, 4),
-    Row("any", 2, 32, 160, 2, 1, 8),
-    Row("any", 2, 64, 160, 1, 1, 8),
-    Row("any", 4, 16, 80, 1, 1, 4),
-    Row("any", 4, 16, 160, 1, 1, 8),
-    Row("any", 4, 32, 160, 1, 1, 8),
+CHUNK = 32  # columns of a head that are in registers at once
+TABLE = (
+    Row("interpreter", 4, 64, 2048, 1),  # a program costs milliseconds there, however large
+    Row("any", 4, 16, 4, 4),
+    Row("any", 4, 32, 1, 2),
+    Row("any", 2, 64, 1, 4),
 )
 
 
-def tiles(table: tuple[Row, ...], q: Tensor, frames: int, num_heads: int) -> tuple[int, dict[str, int]]:
-    """The number of programs for q ((b frames), s, num_heads * head_dim), and the kernel's constants."""
+def tiles(q: Tensor, frames: int, num_heads: int) -> tuple[int, dict[str, int]]:
+    """The number of programs for q ((b frames), s, num_heads * head_dim), and the constants of either kernel."""
     n, s, width = q.shape
     head_dim, arch = width // num_heads, launch.architecture(q)
-    row = next(
-        row
-        for row in table
-        if row.arch in ("any", arch)
-        and q.element_size() <= row.max_bytes
-        and frames <= row.max_frames
-        and head_dim <= row.max_width
-    )
-    heads = min(row.heads, power_of_2(num_heads))
-    pixels = min(row.pixels, power_of_2(s))
+    fits = (r for r in TABLE if r.arch in (arch, "any") and q.element_size() <= r.max_bytes and frames <= r.max_frames)
+    row = next(fits)
+    heads = min(row.items, power_of_2(num_heads))
+    pixels = min(row.items // heads, power_of_2(s))
     low, tail = split_width(head_dim)
+    chunk = min(low, CHUNK)
     constants = {
         "FRAMES": frames,
         "HEADS": num_heads,
@@ -66,7 +49,8 @@ def tiles(table: tuple[Row, ...], q: Tensor, frames: int, num_heads: int) -> tup
         "FRAME_BLOCK": max(16, power_of_2(frames)),
         "HEAD_BLOCK": heads,
         "PIXEL_BLOCK": pixels,
-        "LOW": low,
-        "TAIL": tail,
+        "CHUNK": chunk,
+        "LAST": tail or chunk,
+        "warps": row.warps,
     }
-    return n // frames * blocks(s, pixels) * blocks(num_heads, heads), constants | {"warps": row.warps}
+    return n // frames * blocks(s, pixels) * blocks(num_heads, heads), constants

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from animatediff_kernels import launch
-from animatediff_kernels.temporal_attention.launches import FORWARD, tiles
+from animatediff_kernels.temporal_attention.launches import tiles
 
 
 @triton.jit
@@ -37,6 +37,22 @@ def items(
 
 
 @triton.jit
+def product(a, b, acc=None):
+    """a @ b + acc of every item. Triton 3.6 leaves an item of a batch to one warp, so a lone item is no batch."""
+    if a.shape[0] == 1:
+        flat = None if acc is None else tl.reshape(acc, acc.shape[1:])
+        c = tl.dot(tl.reshape(a, a.shape[1:]), tl.reshape(b, b.shape[1:]), acc=flat, input_precision="tf32x3")
+        return c[None, :, :]
+    return tl.dot(a, b, acc=acc, input_precision="tf32x3")
+
+
+@triton.jit
+def columns(start: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, LAST: tl.constexpr):
+    """The columns of a head's chunk that begins at `start`: CHUNK of them, or LAST at the end."""
+    return start + tl.arange(0, CHUNK if start + CHUNK <= WIDTH else LAST)[None, None, :]
+
+
+@triton.jit
 def forward_kernel(
     q,
     k,
@@ -52,40 +68,36 @@ def forward_kernel(
     FRAME_BLOCK: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     PIXEL_BLOCK: tl.constexpr,
-    LOW: tl.constexpr,
-    TAIL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LAST: tl.constexpr,
 ):
     row, pixel, head, valid = items(pixels, FRAMES, HEADS, FRAME_BLOCK, HEAD_BLOCK, PIXEL_BLOCK)
     at = row * row_stride + pixel * token_stride + head * WIDTH
-    low = tl.arange(0, LOW)[None, None, :]
-    at_low, in_low = at + low, valid & (low < WIDTH)
 
-    q_low = tl.load(q + at_low, mask=in_low, other=0.0)
-    k_low = tl.load(k + at_low, mask=in_low, other=0.0)
-    v_low = tl.load(v + at_low, mask=in_low, other=0.0)
-    scores = tl.dot(q_low, tl.permute(k_low, (0, 2, 1)), input_precision="tf32x3")
-    if TAIL > 0:
-        tail = LOW + tl.arange(0, TAIL)[None, None, :]
-        at_tail, in_tail = at + tail, valid & (tail < WIDTH)
-        q_tail = tl.load(q + at_tail, mask=in_tail, other=0.0)
-        k_tail = tl.load(k + at_tail, mask=in_tail, other=0.0)
-        v_tail = tl.load(v + at_tail, mask=in_tail, other=0.0)
-        scores = tl.dot(q_tail, tl.permute(k_tail, (0, 2, 1)), acc=scores, input_precision="tf32x3")
+    scores = tl.zeros([HEAD_BLOCK * PIXEL_BLOCK, FRAME_BLOCK, FRAME_BLOCK], tl.float32)
+    for start in tl.static_range(0, WIDTH, CHUNK):
+        column = columns(start, WIDTH, CHUNK, LAST)
+        there = valid & (column < WIDTH)
+        queries = tl.load(q + at + column, mask=there, other=0.0)
+        keys = tl.load(k + at + column, mask=there, other=0.0)
+        scores = product(queries, tl.permute(keys, (0, 2, 1)), scores)
     scores = tl.where(tl.arange(0, FRAME_BLOCK)[None, None, :] < FRAMES, scores * scale, float("-inf"))
     p = tl.exp2(scores - tl.max(scores, 2)[:, :, None])
-    p = (p / tl.sum(p, 2)[:, :, None]).to(v_low.dtype)
+    p = (p / tl.sum(p, 2)[:, :, None]).to(v.dtype.element_ty)
 
-    at = (row * pixels + pixel) * HEADS * WIDTH + head * WIDTH
-    tl.store(out + at + low, tl.dot(p, v_low, input_precision="tf32x3").to(out.dtype.element_ty), mask=in_low)
-    if TAIL > 0:
-        tl.store(out + at + tail, tl.dot(p, v_tail, input_precision="tf32x3").to(out.dtype.element_ty), mask=in_tail)
+    at_out = (row * pixels + pixel) * HEADS * WIDTH + head * WIDTH
+    for start in tl.static_range(0, WIDTH, CHUNK):
+        column = columns(start, WIDTH, CHUNK, LAST)
+        there = valid & (column < WIDTH)
+        values = tl.load(v + at + column, mask=there, other=0.0)
+        tl.store(out + at_out + column, product(p, values).to(out.dtype.element_ty), mask=there)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, frames: int, num_heads: int) -> Tensor:
     """q, k, v: ((b frames), s, num_heads * head_dim), of equal strides and unit stride in the last axis."""
     n, s, width = q.shape
     out = q.new_empty(n, s, width)
-    programs, sizes = tiles(FORWARD, q, frames, num_heads)
+    programs, sizes = tiles(q, frames, num_heads)
     scale = (width // num_heads) ** -0.5 * launch.LOG2_E
     launch.run(forward_kernel, programs, q, k, v, out, q.stride(0), q.stride(1), s, scale, **sizes)
     return out
