@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,18 @@ LIMITS = {  # what a kernel takes, both ends included; shape entries without a r
 FLOAT32_FRAMES = 32  # more of them do not fit the registers
 NO_BACKWARD = ("guided_ddim",)
 
-_requested: str | None = None  # of use_backend; one per process, because backward runs in threads of its own
+SIZES = {  # of `Call.shape`, in order
+    "temporal_attention": ("frames", "head_dim"),
+    "attention": ("head_dim", "tokens", "keys", "shared"),  # tokens of an image that attends to itself, else the text's
+    "group_norm_silu": ("channels", "images", "silu", "shift", "channels_last"),
+    "layer_norm": ("width", "code"),
+    "geglu": ("width",),
+    "linear_geglu": ("width", "inner"),
+    "guided_ddim": (),
+}
+
+_requested: list[list[str]] = []  # by use_backend, of the whole process, because backward runs in threads of its own
+_lock = threading.Lock()
 
 
 class Choice(NamedTuple):
@@ -156,7 +168,7 @@ def auto(call: Call) -> Choice:
 
 def requested() -> str:
     """The backend asked for by `use_backend` or the environment."""
-    return _requested or _known(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
+    return _requested[-1][0] if _requested else _known(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
 def choose(call: Call, backend: str | None = None) -> Choice:
@@ -175,22 +187,24 @@ def choose(call: Call, backend: str | None = None) -> Choice:
 def use_backend(backend: str) -> Iterator[None]:
     """Within it every operation runs on `backend`: "auto", "torch" or "triton".
 
-    It holds for the whole process. Call `backward` within it too where activations are checkpointed: recomputing a
-    block asks again.
+    It holds for the whole process; of several threads the last to enter is heard. Call `backward` within it too where
+    activations are checkpointed: recomputing a block asks again.
     """
-    global _requested
-    before, _requested = _requested, _known(backend, "backend")
+    asked = [_known(backend, "backend")]
+    with _lock:
+        _requested.append(asked)
     try:
         yield
     finally:
-        _requested = before
+        with _lock:
+            _requested[:] = [other for other in _requested if other is not asked]
 
 
 def explain(
     op: str,
     *,
     rows: int,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     grad: bool = False,
     backend: str | None = None,
@@ -200,10 +214,18 @@ def explain(
 
     Args:
         rows: tokens of all images: 32 * 64 * 64 at the finest level of a guided clip of 16 frames at 512x512.
-        device: as `Call.device` spells it: "sm_90", "cpu", …
-        shape: the sizes of `Call.shape`, in the operation's order: frames=16, head_dim=40.
+        device: a device, or as `Call.device` spells it: "sm_90", "cpu", …
+        shape: the sizes of `Call.shape`, such as frames=16, head_dim=40.
+
+    Raises: ValueError for an operation or a size that there is not.
     """
-    call = Call(op, device, dtype, grad, rows, tuple(shape.items()))
+    if op not in SIZES:
+        raise ValueError(f"got op={op!r}, expected one of {', '.join(SIZES)}")
+    if unknown := sorted(shape.keys() - set(SIZES[op])):
+        raise ValueError(f"got {unknown[0]}, expected sizes of {op}: {', '.join(SIZES[op]) or 'none'}")
+    if isinstance(device, torch.device) or (device.startswith("cuda") and torch.cuda.is_available()):
+        device = device_name(torch.device(device))
+    call = Call(op, device, dtype, grad, rows, tuple((name, shape[name]) for name in SIZES[op] if name in shape))
     choice = choose(call, backend)
     print(f"{' '.join(call.key)} rows={rows}: {choice.backend}, {choice.reason}")
     return choice

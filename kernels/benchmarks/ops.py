@@ -163,7 +163,11 @@ OPS = {
         unit=lambda s: (s["images"] * s["tokens"] + s["rows"] * s["keys"]) * s["heads"] * s["head_dim"],
         key=lambda s: (
             {"rows": s["images"] * s["tokens"], "head_dim": s["head_dim"]}
-            | ({} if (s["images"], s["tokens"]) == (s["rows"], s["keys"]) else {"keys": s["keys"]})
+            | (
+                {"tokens": s["tokens"]}
+                if (s["images"], s["tokens"]) == (s["rows"], s["keys"])
+                else {"keys": s["keys"], "shared": int(s["rows"] < s["images"])}
+            )
         ),
         flops=lambda s: 4 * s["images"] * s["tokens"] * s["keys"] * s["heads"] * s["head_dim"],
         plain=_attention_sdpa,

@@ -83,6 +83,7 @@ def test_the_dispatch_is_told_of_the_calls_that_it_will_see(op, monkeypatch):
     as_on_cuda = [x.to(memory_format=torch.channels_last) if x.ndim == 4 else x for x in inputs]
     spec.run(sizes, "torch")(*as_on_cuda)
     assert {"rows": seen[0].rows} | dict(seen[0].shape) == spec.key(sizes)
+    assert [name for name in dispatch.SIZES[op] if name in spec.key(sizes)] == [name for name, _ in seen[0].shape]
 
 
 def rows(**ms):

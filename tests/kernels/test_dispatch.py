@@ -41,7 +41,7 @@ REFUSALS = [
     pytest.param(call(frames=65, head_dim=40), "frames 65 is outside 1 … 64", id="frames"),
     pytest.param(call(frames=16, head_dim=168), "head_dim 168 is outside 4 … 160", id="temporal head width"),
     pytest.param(call(dtype=torch.float32, frames=33, head_dim=40), "at most 32 frames", id="float32 frames"),
-    pytest.param(call("attention", tokens=64, keys=64, head_dim=512), "head_dim 512 is outside", id="head width"),
+    pytest.param(call("attention", tokens=64, head_dim=512), "head_dim 512 is outside", id="head width"),
     pytest.param(call("layer_norm", width=8192), "width 8192 is outside", id="norm width"),
     pytest.param(call("linear_geglu", width=8200, inner=8), "width 8200 is outside", id="linear width"),
     pytest.param(call("linear_geglu", width=8, inner=32_769), "inner 32769 is outside", id="gated width"),
@@ -124,6 +124,7 @@ def test_a_linear_layer_leaves_its_gate_a_choice_of_its_own(monkeypatch):
 
 
 def test_the_committed_table_is_readable():
+    assert set(dispatch.LIMITS) <= set(dispatch.SIZES)
     assert all(len(key) == 5 and min(ms) > 0 for key, rows in dispatch.MEASURED.items() for ms in rows.values())
 
 
@@ -167,6 +168,29 @@ def test_explain(capsys):
         "temporal_attention sm_90 bfloat16 forward frames=16 head_dim=40 rows=9: torch, "
         "no measurement says that triton is faster here\n"
     )
+
+
+def test_explain_knows_operations_sizes_and_devices(capsys):
+    given = {"rows": 9, "device": "sm_90", "dtype": torch.bfloat16}
+    explain("temporal_attention", **given, head_dim=40, frames=16)
+    assert " frames=16 head_dim=40 " in capsys.readouterr().out
+    assert explain("geglu", rows=9, device=torch.device("cpu"), width=8).backend == "torch"
+    with pytest.raises(ValueError, match="got op='temporal_atention', expected one of temporal_attention"):
+        explain("temporal_atention", **given)
+    with pytest.raises(ValueError, match="got heads, expected sizes of geglu: width"):
+        explain("geglu", **given, heads=8)
+
+
+def test_two_threads_that_ask_for_backends_leave_nothing_behind(monkeypatch):
+    """The first to enter is the first to leave."""
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "")  # as if it were not set
+    one, other = use_backend("triton"), use_backend("torch")
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert dispatch.requested() == "torch"
+    other.__exit__(None, None, None)
+    assert dispatch.requested() == "auto"
 
 
 def test_a_function_refuses_what_it_is_asked_in_vain():

@@ -30,8 +30,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, backend: str |
     if not k.shape == v.shape == (rows, tokens, width):
         raise ValueError(f"got k {(*k.shape,)}, v {(*v.shape,)}, expected q's width in both")
     head_dim = width // num_heads
-    text = {} if (rows, tokens) == (n, s) else {"keys": tokens}  # an image attends to itself or to a text
-    call = Call.of("attention", q, k, v, rows=n * s, head_dim=head_dim, **text)
+    itself = (rows, tokens) == (n, s)  # an image attends to itself or to a text
+    seen = {"tokens": s} if itself else {"keys": tokens, "shared": int(rows < n)}
+    call = Call.of("attention", q, k, v, rows=n * s, head_dim=head_dim, **seen)
     if choose(call, backend).backend == "triton":
         return attention_op(q, k, v, num_heads)[0]
     q = q.reshape(rows, n // rows * s, num_heads, head_dim).transpose(1, 2)
