@@ -25,8 +25,7 @@ def temporal(dim: int, frames: int, dtype: torch.dtype) -> list[Callable]:
     ]
 
 
-def spatial(dim: int, dtype: torch.dtype) -> list[Callable]:
-    tokens = TOKENS[dim]
+def spatial(dim: int, tokens: int, dtype: torch.dtype) -> list[Callable]:
     q = torch.empty(1, tokens, HEADS * dim, dtype=dtype)
     packed = torch.empty(1, tokens, 3 * HEADS * dim, dtype=dtype).chunk(3, -1)
     return [
@@ -64,12 +63,20 @@ def others(dtype: torch.dtype) -> list[Callable]:
     ]
 
 
-CASES = {"others": others(torch.bfloat16)}
+def one_group(channels: int, dtype: torch.dtype) -> list[Callable]:
+    x = torch.empty(32, channels, 16, 16, dtype=dtype).to(memory_format=torch.channels_last)
+    return [lambda: group_norm_silu._forward(x, 1, x[0, :, 0, 0], x[0, :, 0, 0], None, 1e-5, 16, True)]
+
+
+CASES = {"others": others(torch.bfloat16), "one-group": one_group(2560, torch.bfloat16)}
+for dim, tokens in TOKENS.items():  # no multiples of a tile
+    CASES[f"attention-{dim}-masked-float16"] = spatial(dim, tokens - 1, torch.float16)
+    CASES[f"temporal13-{dim}-masked-float16"] = temporal(dim, 13, torch.float16)
 for dtype in (torch.bfloat16, torch.float32):
     for dim in TOKENS:
         key = f"{dim}-{str(dtype)[6:]}"
         CASES[f"gated-{key}"] = gated(HEADS * dim, dtype)
-        CASES[f"attention-{key}"] = spatial(dim, dtype)
+        CASES[f"attention-{key}"] = spatial(dim, TOKENS[dim], dtype)
         CASES |= {f"text{keys}-{key}": text(dim, keys, dtype) for keys in (77, 154)}
         CASES |= {f"temporal{frames}-{key}": temporal(dim, frames, dtype) for frames in (16, 32)}
     CASES |= {f"temporal64-{dim}-bfloat16": temporal(dim, 64, torch.bfloat16) for dim in TOKENS}
