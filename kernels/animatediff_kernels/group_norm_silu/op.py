@@ -80,7 +80,7 @@ def group_norm_silu_backward_op(
     with torch.enable_grad():
         y = group_norm_silu_reference(leaves[0], mean.shape[1], *leaves[1:], shift, eps, frames, silu)
     dx, dw, db = torch.autograd.grad(y, leaves, dy)
-    return _dense_like(x).copy_(dx), dw.clone(), db.clone()
+    return _dense_like(x).copy_(dx), *(g.clone(memory_format=torch.contiguous_format) for g in (dw, db))
 
 
 group_norm_silu_op.register_kernel("cuda")(_forward)
@@ -99,7 +99,7 @@ def _(x, num_groups, weight, bias, shift, eps, frames, silu):
 
 @group_norm_silu_backward_op.register_fake
 def _(dy, x, weight, bias, shift, mean, rstd, eps, frames, silu):
-    return _dense_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    return _dense_like(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _save(ctx, inputs, output):

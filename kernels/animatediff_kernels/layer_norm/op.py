@@ -44,7 +44,7 @@ def layer_norm_backward_op(
     with torch.enable_grad():
         y = layer_norm_reference(*leaves, None, eps)
     dx, dw, db = torch.autograd.grad(y, leaves, dy)
-    return dx.contiguous(), dw.clone(), db.clone()
+    return dx.contiguous(), *(g.clone(memory_format=torch.contiguous_format) for g in (dw, db))
 
 
 layer_norm_op.register_kernel("cuda")(_forward)
@@ -58,7 +58,7 @@ def _(x, weight, bias, code, eps):
 
 @layer_norm_backward_op.register_fake
 def _(dy, x, weight, bias, eps):
-    return _empty(x), torch.empty_like(weight), torch.empty_like(bias)
+    return _empty(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 def _save(ctx, inputs, output):
