@@ -67,9 +67,11 @@ def run(argv: list[str] | None, log: Callable[[str], None]) -> None:
     if "WORLD_SIZE" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may encode all clips meanwhile
-    config.run(log, device)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        config.run(log, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def training_device(name: str) -> torch.device:

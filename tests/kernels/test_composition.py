@@ -13,7 +13,7 @@ from animatediff_kernels import (
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.kernels.block import FRAMES, WIDTH, Block, gradients, half_of_the_gradients, second_process
+from tests.kernels.block import FRAMES, WIDTH, Block, gradients, half_of_the_gradients
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -65,11 +65,10 @@ def test_under_autocast(clips):
 
 def test_two_processes_have_the_gradients_of_one(tmp_path, clips):
     torch.save(clips, tmp_path / "x.pt")
-    other = torch.multiprocessing.spawn(second_process, (tmp_path,), nprocs=1, join=False)
-    found = half_of_the_gradients(0, tmp_path)
-    while not other.join():
-        pass
-    assert_close(found, gradients(Block(), clips), 1e-5)
+    torch.multiprocessing.spawn(half_of_the_gradients, (tmp_path,), nprocs=2)
+    expected = gradients(Block(), clips)
+    for rank in range(2):
+        assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, 1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
