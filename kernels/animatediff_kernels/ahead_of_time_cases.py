@@ -30,7 +30,7 @@ def spatial(dim: int, tokens: int, dtype: torch.dtype) -> list[Callable]:
     packed = torch.empty(1, tokens, 3 * HEADS * dim, dtype=dtype).chunk(3, -1)
     return [
         lambda: attention._forward(*packed, HEADS),
-        lambda: attention._backward(q, *packed, q, torch.empty(1, HEADS, tokens), HEADS),
+        lambda: attention._backward(q, *packed, q, torch.empty(1, HEADS, tokens), HEADS, True),
     ]
 
 
@@ -38,7 +38,7 @@ def text(dim: int, keys: int, dtype: torch.dtype) -> list[Callable]:
     q, k = torch.empty(2, 256, HEADS * dim, dtype=dtype), torch.empty(1, keys, HEADS * dim, dtype=dtype)
     return [
         lambda: attention._forward(q, k, k, HEADS),
-        lambda: attention._backward(q, q, k, k, q, torch.empty(2, HEADS, 256), HEADS),
+        lambda: attention._backward(q, q, k, k, q, torch.empty(2, HEADS, 256), HEADS, True),
     ]
 
 

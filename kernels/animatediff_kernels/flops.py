@@ -36,8 +36,8 @@ def attention_flops(q, k, v, num_heads, *args, out_shape=None, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.animatediff.attention_backward)
-def attention_backward_flops(dout, q, k, v, *args, out_shape=None, **kwargs) -> int:
-    return 5 * product(q[1], k[1], q[2], q[0])
+def attention_backward_flops(dout, q, k, v, out, log_sum, num_heads, keys_too, out_shape=None, **kwargs) -> int:
+    return (5 if keys_too else 3) * product(q[1], k[1], q[2], q[0])
 
 
 @register_flop_formula(torch.ops.animatediff.linear_geglu)

@@ -69,6 +69,26 @@ def test_scores_of_any_size():
     )
 
 
+def test_keys_of_a_frozen_text_cost_no_backward_pass(monkeypatch):
+    launched, real = [], launch.run
+    monkeypatch.setattr(
+        launch, "run", lambda kernel, *a, **k: launched.append(kernel.__name__) or real(kernel, *a, **k)
+    )
+    q, k, v = (torch.randn(n, size, 16) for n, size in ((4, 3), (2, 5), (2, 5)))
+    found = []
+    for leaves in ([q], [q, k, v], [k]):
+        for x in (q, k, v):
+            x.requires_grad_(any(x is leaf for leaf in leaves))
+        out = attention(q, k, v, num_heads=2, backend="triton")
+        found.append(torch.autograd.grad(out.square().sum(), leaves))
+    assert launched == ["single_pass_kernel", "queries_kernel"] + 2 * [
+        "single_pass_kernel",
+        "queries_kernel",
+        "keys_kernel",
+    ]
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[2][0], found[1][1])
+
+
 def test_registration():
     q, k, v = (torch.randn(n, size, 16, requires_grad=True) for n, size in ((4, 3), (2, 5), (2, 5)))
     torch.library.opcheck(attention_op, (q, k, v, 2))

@@ -22,11 +22,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, T
 
 
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, num_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, num_heads: int, keys_too: bool
+) -> list[Tensor]:
     from animatediff_kernels.attention.triton_bwd import backward
 
-    return backward(*_ready(q, k, v), out, log_sum, dout.contiguous(), num_heads)
+    return backward(*_ready(q, k, v), out, log_sum, dout.contiguous(), num_heads, keys_too)
 
 
 @torch.library.custom_op("animatediff::attention", mutates_args=(), device_types="cpu")
@@ -38,15 +38,14 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tenso
 
 @torch.library.custom_op("animatediff::attention_backward", mutates_args=(), device_types="cpu")
 def attention_backward_op(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, num_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, num_heads: int, keys_too: bool
+) -> list[Tensor]:
     if interpreting():
-        return _backward(dout, q, k, v, out, log_sum, num_heads)
+        return _backward(dout, q, k, v, out, log_sum, num_heads, keys_too)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
         again = attention_reference(*leaves, num_heads)
-    dq, dk, dv = torch.autograd.grad(again, leaves, dout)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return [g.contiguous() for g in torch.autograd.grad(again, leaves[: 3 if keys_too else 1], dout)]
 
 
 attention_op.register_kernel("cuda")(_forward)
@@ -60,8 +59,8 @@ def _(q, k, v, num_heads):
 
 
 @attention_backward_op.register_fake
-def _(dout, q, k, v, out, log_sum, num_heads):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(dout, q, k, v, out, log_sum, num_heads, keys_too):
+    return [x.new_empty(x.shape) for x in ((q, k, v) if keys_too else (q,))]
 
 
 def _save(ctx, inputs, output):
@@ -72,7 +71,10 @@ def _save(ctx, inputs, output):
 
 
 def _grad(ctx, dout, _):
-    return *attention_backward_op(dout, *ctx.saved_tensors, ctx.num_heads), None
+    """The keys of a frozen text need no gradients: theirs is a kernel of its own."""
+    keys_too = any(ctx.needs_input_grad[1:3])
+    dq, *others = attention_backward_op(dout, *ctx.saved_tensors, ctx.num_heads, keys_too)
+    return dq, *(others or (None, None)), None
 
 
 attention_op.register_autograd(_grad, setup_context=_save)

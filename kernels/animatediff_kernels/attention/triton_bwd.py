@@ -69,7 +69,7 @@ def queries_kernel(
     for start in range(0, KEYS, KEY_BLOCK):
         key = start + tl.arange(0, KEY_BLOCK)
         kv_at = kv_base + key[:, None] * kv_token_stride
-        there = (key < KEYS)[:, None]
+        there = (key < KEYS)[:, None] | (KEYS % KEY_BLOCK == 0)
         k_low = tl.load(k + kv_at + low, mask=there & (low < WIDTH), other=0.0)
         v_low = tl.load(v + kv_at + low, mask=there & (low < WIDTH), other=0.0)
         scores = tl.dot(q_low, tl.trans(k_low), input_precision="tf32x3")
@@ -137,7 +137,7 @@ def keys_kernel(
     q_base = image * q_image_stride + head * WIDTH
     for start in range(0, TOKENS, QUERY_BLOCK):
         token = start + tl.arange(0, QUERY_BLOCK)
-        valid = (token < TOKENS)[:, None]
+        valid = (token < TOKENS)[:, None] | (TOKENS % QUERY_BLOCK == 0)
         q_at = q_base + token[:, None] * q_token_stride
         at = (image * TOKENS + token[:, None]) * HEADS * WIDTH + head * WIDTH
         row_at = (image * HEADS + head) * TOKENS + token
@@ -171,23 +171,28 @@ def keys_kernel(
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, dout: Tensor, num_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, contiguous. q, k, v as in `forward`, out and log_sum what it returned; dout: contiguous."""
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, dout: Tensor, num_heads: int, keys_too: bool
+) -> list[Tensor]:
+    """[dq, dk, dv], or [dq] alone without `keys_too`; contiguous.
+
+    q, k, v as in `forward`, out and log_sum what it returned; dout: contiguous.
+    """
     n, s, width = q.shape
     rows, keys, head_dim = k.shape[0], k.shape[1], width // num_heads
     images_per_row, scale = n // rows, head_dim**-0.5
-    kind = q.dtype if images_per_row == 1 else torch.float32  # of dk and dv before images are summed
     dq, delta = q.new_empty(n, s, width), torch.empty_like(log_sum)
-    dk, dv = q.new_empty(n, keys, width, dtype=kind), q.new_empty(n, keys, width, dtype=kind)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1))
     scales = (images_per_row, scale, scale * launch.LOG2_E)
     sizes = tiles(pick(QUERY_GRADIENT, q, head_dim), s, keys, head_dim, num_heads)
     programs = n * num_heads * blocks(s, sizes["QUERY_BLOCK"])
     launch.run(queries_kernel, programs, q, k, v, out, dout, log_sum, delta, dq, *strides, s, *scales, **sizes)
+    if not keys_too:
+        return [dq]
+    kind = q.dtype if images_per_row == 1 else torch.float32  # of dk and dv before images are summed
+    dk, dv = q.new_empty(n, keys, width, dtype=kind), q.new_empty(n, keys, width, dtype=kind)
     sizes = tiles(pick(KEY_GRADIENT, q, head_dim), s, keys, head_dim, num_heads)
     programs = n * num_heads * blocks(keys, sizes["KEY_BLOCK"])
     launch.run(keys_kernel, programs, q, k, v, dout, log_sum, delta, dk, dv, *strides, *scales, TOKENS=s, **sizes)
     if images_per_row > 1:
         dk, dv = (x.unflatten(0, (rows, images_per_row)).sum(1).to(q.dtype) for x in (dk, dv))
-    return dq, dk, dv
+    return [dq, dk, dv]

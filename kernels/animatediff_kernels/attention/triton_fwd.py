@@ -59,7 +59,7 @@ def flash_kernel(
     for start in range(0, KEYS, KEY_BLOCK):
         key = start + tl.arange(0, KEY_BLOCK)
         kv_at = kv_base + key[:, None] * kv_token_stride
-        there = (key < KEYS)[:, None]
+        there = (key < KEYS)[:, None] | (KEYS % KEY_BLOCK == 0)
         k_low = tl.load(k + kv_at + low, mask=there & (low < WIDTH), other=0.0)
         scores = tl.dot(q_low, tl.trans(k_low), input_precision="tf32x3")
         if TAIL > 0:
