@@ -20,7 +20,6 @@ from animatediff.models.attention import FeedForward
 from animatediff.models.layers import GroupNorm, LayerNorm
 
 
-@functools.lru_cache(maxsize=64)
 def positional_encoding(
     frames: int, width: int, device: torch.device, dtype: torch.dtype, stretch: float = 1.0
 ) -> Tensor:
@@ -28,12 +27,23 @@ def positional_encoding(
 
     Frames are 1 / stretch apart.
     """
-    position = torch.arange(frames, dtype=torch.float32)[:, None] / stretch
-    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10_000.0) / width))
-    table = torch.zeros(frames, width)
+    where = device if torch.compiler.is_compiling() else "cpu"  # a compiled network would copy it at every call
+    position = torch.arange(frames, dtype=torch.float32, device=where)[:, None] / stretch
+    rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32, device=where) * (-math.log(10_000.0) / width))
+    table = torch.zeros(frames, width, device=where)
     table[:, 0::2] = torch.sin(position * rate)
     table[:, 1::2] = torch.cos(position * rate)[:, : width // 2]
     return table.to(device, dtype)
+
+
+_kept_encoding = functools.cache(positional_encoding)
+
+
+def frame_codes(x: Tensor, frames: int, dtype: torch.dtype, stretch: float) -> Tensor:
+    """The positional encoding for tokens x; kept for the next call unless x is a compiler's or another stand-in."""
+    stand_in = torch.compiler.is_compiling() or type(x) is not Tensor
+    make = positional_encoding if stand_in else _kept_encoding
+    return make(frames, x.shape[-1], x.device, dtype, stretch)
 
 
 class TemporalAttention(nn.Module):
@@ -90,7 +100,7 @@ class TemporalTransformerBlock(nn.Module):
         for attention, norm in zip(self.attention_blocks, self.norms, strict=True):
             code = None
             if self.tells_positions:
-                code = positional_encoding(frames, x.shape[-1], x.device, norm.weight.dtype, attention.stretch)
+                code = frame_codes(x, frames, norm.weight.dtype, attention.stretch)
             x = x + attention(norm(x, code), frames)
         return x + self.ff(self.ff_norm(x))
 

@@ -15,7 +15,7 @@ from animatediff_kernels import (
     guided_ddim,
     layer_norm,
     linear_geglu,
-    temporal_attention_packed,
+    temporal_attention,
 )
 from animatediff_kernels.attention.reference import attention_reference
 from animatediff_kernels.geglu.reference import geglu_reference
@@ -79,16 +79,15 @@ class Op:
 
 def _temporal_sdpa(s: Sizes) -> Function:
     """Pixels become the batch: three copies in, one out."""
+    shape = s["clips"], s["frames"], s["tokens"], s["heads"], s["head_dim"]
 
-    def function(qkv: Tensor) -> Tensor:
-        n, tokens, width = qkv.shape
-        shape = s["clips"], s["frames"], tokens, s["heads"], s["head_dim"]
-        q, k, v = (
-            x.reshape(shape).permute(0, 2, 3, 1, 4).reshape(-1, s["heads"], s["frames"], s["head_dim"])
-            for x in qkv.chunk(3, dim=-1)
-        )
-        out = F.scaled_dot_product_attention(q, k, v).view(s["clips"], tokens, s["heads"], s["frames"], s["head_dim"])
-        return out.permute(0, 3, 1, 2, 4).reshape(n, tokens, width // 3)
+    def by_pixel(x: Tensor) -> Tensor:
+        return x.view(shape).permute(0, 2, 3, 1, 4).reshape(-1, s["heads"], s["frames"], s["head_dim"])
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(by_pixel(q), by_pixel(k), by_pixel(v))
+        by_frame = out.view(s["clips"], s["tokens"], s["heads"], s["frames"], s["head_dim"]).permute(0, 3, 1, 2, 4)
+        return by_frame.reshape(q.shape)
 
     return function
 
@@ -132,13 +131,13 @@ def _alphas(device: torch.device) -> Tensor:
 
 OPS = {
     "temporal_attention": Op(
-        shapes=lambda s: [(s["clips"] * s["frames"], s["tokens"], 3 * s["heads"] * s["head_dim"])],
-        batched=1,
+        shapes=lambda s: 3 * [(s["clips"] * s["frames"], s["tokens"], s["heads"] * s["head_dim"])],
+        batched=3,
         items=lambda s: s["clips"],
         run=lambda s, backend: (
-            lambda qkv: temporal_attention_packed(qkv, frames=s["frames"], num_heads=s["heads"], backend=backend)
+            lambda q, k, v: temporal_attention(q, k, v, frames=s["frames"], num_heads=s["heads"], backend=backend)
         ),
-        reference=lambda s: lambda qkv: temporal_attention_reference(*qkv.chunk(3, -1), s["frames"], s["heads"]),
+        reference=lambda s: lambda q, k, v: temporal_attention_reference(q, k, v, s["frames"], s["heads"]),
         passes=(4, 7),  # q, k, v, out; then q, k, v, dout and three gradients
         unit=lambda s: s["clips"] * s["frames"] * s["tokens"] * s["heads"] * s["head_dim"],
         key=lambda s: {
@@ -286,14 +285,28 @@ def _within(backend: SDPBackend, function: Function) -> Function:
     return forced
 
 
-def results(function: Function, inputs: Sequence[Tensor], mode: str) -> list[Tensor]:
-    """The output; in mode fwd+bwd also the gradients of all inputs for a cotangent of ones."""
-    if mode == "fwd":
+def call(
+    function: Function, inputs: Sequence[Tensor], mode: str, cotangent: Callable[[Tensor], Tensor] = torch.ones_like
+) -> Callable[[], list[Tensor]]:
+    """What is timed: the output of `function`; in mode fwd+bwd also the gradients of all inputs.
+
+    cotangent: what to multiply the output with; it is made beforehand.
+    """
+
+    def forward() -> list[Tensor]:
         with torch.no_grad():
             return [function(*inputs)]
+
+    if mode == "fwd":
+        return forward
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+    given = cotangent(*forward())
+
+    def both() -> list[Tensor]:
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, given)]
+
+    return both
 
 
 def work(op: Op, sizes: Sizes, mode: str, dtype: torch.dtype) -> tuple[float, float]:

@@ -22,9 +22,10 @@ def main() -> None:
     parser.add_argument("--device", help="as the CSVs name it; by default the only one there")
     parser.add_argument("--clip", default="16f-512")
     parser.add_argument("--mode", default="fwd")
+    parser.add_argument("--dtype", help="by default the only one measured there")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    rows = select(read_rows(RESULTS), args.device, args.clip, args.mode)
+    rows = select(read_rows(RESULTS), args.device, args.clip, args.mode, args.dtype)
     for path in draw(rows, args.output):
         print(path)
 
@@ -39,16 +40,23 @@ def read_rows(folder: Path) -> list[Row]:
     return rows
 
 
-def select(rows: list[Row], device: str | None, clip: str, mode: str) -> list[Row]:
-    """The right results of one device, clip and mode. Raises SystemExit where they are not of one device or none."""
-    devices = {row["device"] for row in rows}
-    if device is None and len(devices) != 1:
-        raise SystemExit(f"got results of {len(devices)} devices, expected one: --device {' | '.join(sorted(devices))}")
-    device = device or devices.pop()
-    chosen = [r for r in rows if (r["device"], r["clip"], r["mode"], r["right"]) == (device, clip, mode, "yes")]
+def select(rows: list[Row], device: str | None, clip: str, mode: str, dtype: str | None) -> list[Row]:
+    """The right results of one device, clip, mode and dtype. Raises SystemExit where they are not of one or none."""
+    device = device or only(rows, "device")
+    wanted = {"device": device, "clip": clip, "mode": mode} | ({"dtype": dtype} if dtype else {})
+    chosen = [r for r in rows if r["right"] == "yes" and all(r[name] == value for name, value in wanted.items())]
     if not chosen:
-        raise SystemExit(f"got no right results of {device}, {clip}, {mode}: measure them with run.py")
+        raise SystemExit(f"got no right results of {', '.join(wanted.values())}: measure them with run.py")
+    only(chosen, "dtype")
     return chosen
+
+
+def only(rows: list[Row], name: str) -> str:
+    """The one value of a column."""
+    values = {row[name] for row in rows}
+    if len(values) != 1:
+        raise SystemExit(f"got results of {len(values)} {name}s, expected one: --{name} {' | '.join(sorted(values))}")
+    return values.pop()
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
@@ -88,7 +96,7 @@ def intensity(row: Row) -> float:
 
 
 def title(rows: list[Row]) -> str:
-    return f"{rows[0]['device']}, {rows[0]['clip']}, {rows[0]['mode']}; blue and red: this package"
+    return f"{rows[0]['device']}, {rows[0]['clip']}, {rows[0]['mode']}, {rows[0]['dtype']}; blue and red: this package"
 
 
 if __name__ == "__main__":

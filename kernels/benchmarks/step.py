@@ -3,9 +3,10 @@
 python kernels/benchmarks/step.py --device cpu --size 256        # beside diffusers, if it is installed
 python kernels/benchmarks/step.py --device cuda --size 512
 
-Every network runs in a process of its own, in turns, with the same weights, inputs and allocator; the least of
-`--repeat` runs counts. The ratio is of seconds on CUDA, of CPU seconds on the CPU, to diffusers run eagerly. The motion
-module's GroupNorm is pooled over frames, as diffusers has it.
+The networks run in turns, with the same weights, inputs and allocator: all in one process on CUDA, each in its own on
+the CPU, where memory is only known of a process. The least of `--repeat` runs counts. The ratio is of seconds on CUDA,
+of CPU seconds on the CPU, to diffusers run eagerly. The motion module's GroupNorm is pooled over frames, as diffusers
+has it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import argparse
 import datetime
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 import zlib
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from animatediff_kernels import use_backend
@@ -37,35 +38,45 @@ from animatediff.models.motion import positional_encoding
 from animatediff.models.unet import UNet
 
 NETWORKS = ("ours", "diffusers")
-ON_CUDA = ("ours-triton", "diffusers-compiled")  # beside them; ours alone asks `auto` and the environment
+ON_CUDA = ("ours-torch", "ours-triton", "ours-compiled", "diffusers-compiled")  # beside them
+BACKENDS = {"": "auto", "torch": "torch", "triton": "triton", "compiled": "auto"}  # of ours, by what follows the name
 CUDA_STEPS = 10  # per run; the CPU takes one
 KEY = ("network", "device", "size", "frames", "dtype", "threads")
 COLUMNS = (*KEY, "seconds", "cpu_seconds", "peak_mb", "ratio", "error", "repeat", "versions", "commit", "date")
+Timed = dict[str, float]
+Run = Callable[[str], tuple[Timed, Tensor]]
+
+
+class Step(NamedTuple):
+    run: Callable[[], Tensor]
+    weights: int  # bytes of the network
 
 
 def main() -> None:
     args = parse()
+    torch.set_num_threads(args.threads)
+    if args.breakdown:
+        return breakdown(make_step(args, "ours").run, torch.device(args.device), getattr(torch, args.dtype))
     if args.worker:
-        return work(args)
+        timed, out = time_step(args, make_step(args, args.worker))
+        torch.save(out, args.output)
+        return print(json.dumps(timed))
     networks = NETWORKS + (ON_CUDA if args.device.startswith("cuda") else ())
     if not importlib.util.find_spec("diffusers"):
         networks = tuple(n for n in networks if n.startswith("ours"))
         print("diffusers is not installed: ours alone (pip install diffusers for the comparison)")
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {network: [] for network in networks}
-        for repeat in range(args.repeat):
-            for network in networks if repeat % 2 == 0 else reversed(networks):
-                runs[network].append(run_worker(args, network, Path(folder)))
-                print(f"{network}: {runs[network][-1]}", flush=True)
-        outputs = {network: torch.load(Path(folder) / f"{network}.pt") for network in networks}
+    run = run_here(args, networks) if args.device.startswith("cuda") else run_apart(args)
+    runs, outputs = {network: [] for network in networks}, {}
+    for repeat in range(args.repeat):
+        for network in networks if repeat % 2 == 0 else reversed(networks):
+            timed, outputs[network] = run(network)
+            runs[network].append(timed)
+            print(f"{network}: {timed}", flush=True)
     rows = [summary(args, network, runs, outputs) for network in networks]
     write_rows(RESULTS / "step.csv", rows, KEY, COLUMNS)
+    printed = ("network", "seconds", "cpu_seconds", "peak_mb", "ratio", "error")
     for row in rows:
-        print(
-            " ".join(
-                f"{name} {row[name]}" for name in ("network", "seconds", "cpu_seconds", "peak_mb", "ratio", "error")
-            )
-        )
+        print(" ".join(f"{name} {row[name]}" for name in printed))
 
 
 def parse() -> argparse.Namespace:
@@ -77,33 +88,44 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--breakdown", action="store_true", help="print our step's time by kind of work, and stop")
-    parser.add_argument("--worker", choices=NETWORKS + ON_CUDA, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=NETWORKS, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    if args.breakdown:
-        args.worker = "ours"
     return args
 
 
-def run_worker(args: argparse.Namespace, network: str, folder: Path) -> dict[str, float]:
-    options = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "size", "frames", "threads")]
-    command = [sys.executable, __file__, *options, "--worker", network, "--output", str(folder / f"{network}.pt")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def run_apart(args: argparse.Namespace) -> Run:
+    """Each run in a process of its own."""
+
+    def run(network: str) -> tuple[Timed, Tensor]:
+        options = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "size", "frames", "threads")]
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "out.pt"
+            command = [sys.executable, __file__, *options, "--worker", network, "--output", str(output)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            return json.loads(done.stdout.splitlines()[-1]), torch.load(output)
+
+    return run
 
 
-def work(args: argparse.Namespace) -> None:
-    """One network; prints what a step took. On CUDA a first step, which sets everything up, does not count."""
-    torch.set_num_threads(args.threads)
-    whose, _, how = args.worker.partition("-")
+def run_here(args: argparse.Namespace, networks: Sequence[str]) -> Run:
+    """All runs in this process. A first step of each, which sets everything up, does not count."""
+    steps = {network: make_step(args, network) for network in networks}
+    for step in steps.values():
+        step.run()
+    return lambda network: time_step(args, steps[network])
+
+
+def make_step(args: argparse.Namespace, name: str) -> Step:
+    whose, _, how = name.partition("-")
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     network = {"ours": our_network, "diffusers": diffusers_network}[whose]()
     network.to(device, dtype)
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)
     if how == "compiled":
-        network = torch.compile(network)
+        network.compile()
     side = args.size // 8
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, args.frames, 4, side, side, generator=generator).to(device, dtype)
@@ -112,30 +134,39 @@ def work(args: argparse.Namespace) -> None:
     t = torch.tensor([500, 500], device=device)
 
     @torch.no_grad()
-    def step() -> Tensor:
-        if whose == "ours":
-            with use_backend("triton") if how == "triton" else nullcontext():
-                return network(latents, t, text)
-        return network(latents.transpose(1, 2), t, encoder_hidden_states=texts).sample.transpose(1, 2)
+    def run() -> Tensor:
+        if whose == "diffusers":
+            return network(latents.transpose(1, 2), t, encoder_hidden_states=texts).sample.transpose(1, 2)
+        with use_backend(BACKENDS[how]):
+            return network(latents, t, text)
 
-    if args.breakdown:
-        return breakdown(step, device, dtype)
-    steps = 1
-    if device.type == "cuda":
-        steps = CUDA_STEPS
-        step()
+    return Step(run, sum(p.nbytes for p in network.parameters()))
+
+
+def time_step(args: argparse.Namespace, step: Step) -> tuple[Timed, Tensor]:
+    """Seconds, CPU seconds and peak megabytes (on CUDA: of this network), and the output."""
+    cuda = args.device.startswith("cuda")
+    steps = CUDA_STEPS if cuda else 1
+    if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
-        out = step()
-    if device.type == "cuda":
+        out = step.run()
+    if cuda:
         torch.cuda.synchronize()
-    used = {"seconds": (time.perf_counter() - wall) / steps, "cpu_seconds": (time.process_time() - cpu) / steps}
-    torch.save(out.float().cpu(), args.output)
-    on_device = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else None
-    used["peak_mb"] = on_device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # Linux: kilobytes
-    print(json.dumps(used))
+    timed = {"seconds": (time.perf_counter() - wall) / steps, "cpu_seconds": (time.process_time() - cpu) / steps}
+    most = torch.cuda.max_memory_allocated() - before + step.weights if cuda else peak_memory_of_process()
+    return timed | {"peak_mb": most / 1e6}, out.float().cpu()
+
+
+def peak_memory_of_process() -> int:
+    """Bytes."""
+    import resource  # not there on Windows
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def summary(

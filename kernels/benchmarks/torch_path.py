@@ -30,12 +30,12 @@ Case = tuple[str, int, int, Callable[[], Tensor], Callable[[], Tensor]]
 def cases() -> Iterator[Case]:
     """Name, width, side of the map that goes in, the old way and the new one."""
     for width, side in LEVELS.items():
-        sizes = {"clips": IMAGES // FRAMES, "frames": FRAMES, "heads": HEADS, "head_dim": width // HEADS}
+        sizes = {"clips": IMAGES // FRAMES, "frames": FRAMES, "tokens": side * side}
+        copied = OPS["temporal_attention"].plain(sizes | {"heads": HEADS, "head_dim": width // HEADS})
         tokens = torch.randn(IMAGES, side * side, width)
-        qkv = torch.randn(IMAGES, side * side, 3 * width)
-        copied = OPS["temporal_attention"].plain(sizes)
-        new = lambda qkv=qkv: temporal_attention(*qkv.chunk(3, -1), frames=FRAMES, num_heads=HEADS)  # noqa: E731
-        yield "temporal attention of clips", width, side, lambda f=copied, x=qkv: f(x), new
+        qkv = torch.randn(3, IMAGES, side * side, width)
+        new = lambda qkv=qkv: temporal_attention(*qkv, frames=FRAMES, num_heads=HEADS)  # noqa: E731
+        yield "temporal attention of clips", width, side, lambda f=copied, qkv=qkv: f(*qkv), new
         layer = FeedForward(width)
         yield "feed-forward in rows", width, side, lambda f=layer, x=tokens: whole(f, x), lambda f=layer, x=tokens: f(x)
         a, b, c = torch.randn(3, width, width) / width

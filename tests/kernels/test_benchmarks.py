@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +110,22 @@ def test_a_result_that_leaves_memory_unwritten_is_red():
     assert run.error(lambda x: torch.empty(2, 3, 8), spec, sizes, inputs, "fwd") == float("inf")
 
 
+@pytest.mark.parametrize("weight", [1, 2, 3])
+def test_a_wrong_gradient_of_a_weight_is_red(weight):
+    """What every item adds to, too."""
+    spec, sizes = ops.OPS["layer_norm"], SMALL["layer_norm"]
+    inputs = ops.make_inputs(spec, sizes, "cpu", torch.float32)
+    right = spec.run(sizes, "torch")
+
+    def wrong(*inputs):
+        inputs = list(inputs)
+        inputs[weight] = 2 * inputs[weight] - inputs[weight].detach()  # the same values, twice the gradient
+        return right(*inputs)
+
+    assert run.error(right, spec, sizes, inputs, "fwd+bwd") < 1e-6
+    assert run.error(wrong, spec, sizes, inputs, "fwd+bwd") == pytest.approx(1, rel=1e-4)
+
+
 def row(**values):
     return dict.fromkeys(run.COLUMNS, "") | values
 
@@ -134,13 +151,17 @@ def test_the_dispatch_reads_what_the_benchmark_notes(tmp_path, monkeypatch):
     assert dispatch.read_measurements(path) == {key: {2 * 3 * 5: (2.0, 3.0)}}
 
 
-def test_only_one_device_is_drawn():
-    table = [row(device="a", clip="16f-512", mode="fwd", right="yes"), row(device="b")]
-    with pytest.raises(SystemExit, match="got results of 2 devices.*a | b"):
-        plot.select(table, None, "16f-512", "fwd")
-    assert plot.select(table, "a", "16f-512", "fwd") == table[:1]
-    with pytest.raises(SystemExit, match="no right results"):
-        plot.select(table, "b", "16f-512", "fwd")
+def test_one_device_and_dtype_are_drawn():
+    here = {"device": "a", "clip": "16f-512", "mode": "fwd", "right": "yes"}
+    table = [row(**here, dtype="float16"), row(**here, dtype="float32"), row(device="b")]
+    with pytest.raises(SystemExit, match=r"got results of 2 devices.*a \| b"):
+        plot.select(table, None, "16f-512", "fwd", None)
+    with pytest.raises(SystemExit, match=r"got results of 2 dtypes.*float16 \| float32"):
+        plot.select(table, "a", "16f-512", "fwd", None)
+    assert plot.select(table, "a", "16f-512", "fwd", "float32") == table[1:2]
+    assert plot.select(table[:1], None, "16f-512", "fwd", None) == table[:1]
+    with pytest.raises(SystemExit, match="no right results of b, 16f-512, fwd, float64"):
+        plot.select(table, "b", "16f-512", "fwd", "float64")
 
 
 def test_plots(tmp_path):
@@ -162,6 +183,16 @@ def test_diffusers_network_of_the_step_is_ours(monkeypatch):
         x.transpose(1, 2), t, encoder_hidden_states=context.repeat_interleave(4, 0)
     ).sample.transpose(1, 2)
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_networks_of_one_process_take_turns(monkeypatch, frames):
+    monkeypatch.setattr(step, "CONFIG", replace(shapes.CONFIG, block_out_channels=(32, 32, 64, 64), context_dim=16))
+    args = Namespace(device="cpu", dtype="float32", size=64, frames=frames)
+    run_one = step.run_here(args, ("ours", "ours-torch"))
+    (first, out), (_, again), (_, other) = (run_one(name) for name in ("ours", "ours", "ours-torch"))
+    assert out.shape == (2, frames, 4, 8, 8) and torch.equal(out, again) and torch.equal(out, other)
+    assert first["peak_mb"] > 1 and first["seconds"] > 0
 
 
 def test_operators_by_kind():

@@ -62,14 +62,15 @@ def test_replayed_in_a_cuda_graph(small_clip, op, mode):
     warm, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     warm.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm):  # compiles the kernels, sets up cuBLAS
-        ops.results(function, inputs, mode)
+        captured = ops.call(function, inputs, mode)
+        captured()
     torch.cuda.current_stream().wait_stream(warm)
     with torch.cuda.graph(graph):
-        found = ops.results(function, inputs, mode)
+        found = captured()
     for x in inputs:
         x.copy_(torch.randn_like(x))
     graph.replay()
-    torch.testing.assert_close(found, ops.results(function, inputs, mode))
+    torch.testing.assert_close(found, captured())
 
 
 def test_more_pixels_than_a_grid_axis_takes():

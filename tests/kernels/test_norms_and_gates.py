@@ -43,6 +43,15 @@ def test_group_norm_silu(shape, groups, frames, silu, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("channels", [320, 640, 960, 1280, 1920, 2560])
+def test_group_norm_of_the_widths_of_the_network(channels, dtype):
+    """In 32 groups: of frames before spatial attention, of clips in v1's motion modules, with the time in ResNets."""
+    x = (3 + torch.randn(4, channels, 3, 2)).to(dtype).to(memory_format=torch.channels_last)
+    check_group_norm(x, 32, 1, silu=False)
+    check_group_norm(x, 32, 2, shift=[torch.randn(2, channels).to(dtype)])
+
+
+@DTYPES
 @pytest.mark.parametrize(("frames", "rows"), [(1, 2), (2, 2), (2, 4), (4, 1)], ids=lambda n: str(n))
 def test_group_norm_of_shifted_images(frames, rows, dtype):
     """Rows of the shift for clips or for images, statistics of images or of clips."""
@@ -79,7 +88,9 @@ def test_group_norm_of_many_parts_far_from_zero(monkeypatch):
     ("images", "tokens", "width", "frames"),
     [
         pytest.param(4, 9, 40, 2, id="two frames' codes, a masked width"),
-        pytest.param(2, 5, 320, None, id="no code"),
+        pytest.param(2, 5, 320, None, id="level 0, no code"),
+        pytest.param(4, 3, 640, 2, id="level 1"),
+        pytest.param(4, 2, 1280, 2, id="levels 2 and 3"),
         pytest.param(1, 1, 64, 1, id="one row"),
     ],
 )
@@ -112,7 +123,7 @@ def test_layer_norm_without_eps_leaves_rows_that_are_not_there_alone():
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", [(3, 7, 2 * 1280), (5, 2 * 12), (1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7, 2 * 1280), (2, 3, 2 * 2560), (3, 2 * 5120), (5, 2 * 12), (1, 2)], ids=str)
 def test_geglu(shape, dtype):
     assert_right(geglu, geglu_reference, [2 * torch.randn(shape).to(dtype)])
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from animatediff.model_config import MOTION_VERSIONS, MotionConfig, UNetConfig, VAEConfig
 from animatediff.models.layers import GroupNorm
@@ -183,3 +184,26 @@ def test_vae_chunks_do_not_change_the_video():
     assert torch.allclose(
         vae.decode_video(latents, chunk_frames=4), vae.decode_video(latents, chunk_frames=1), atol=1e-5
     )
+
+
+@torch.no_grad()
+def test_compiled_whole_it_copies_nothing_from_the_cpu():
+    """Not even the codes of the frames, which are otherwise made there and kept."""
+    sizes = {"block_out_channels": (8, 16), "attention_levels": (True, False), "norm_num_groups": 2}
+    unet = UNet(replace(SMALL, **sizes, num_heads=2, motion=MotionConfig(num_heads=2, resolutions=(1,))))
+    graphs = []
+    whole = torch.compile(unet, fullgraph=True, backend=lambda graph, _: graphs.append(graph.code) or graph.forward)
+    assert torch.equal(whole(*inputs()), unet(*inputs()))
+    made = [line for line in graphs[0].splitlines() if "torch.arange" in line]
+    assert made and all("device = device(type='cpu')" in line for line in made)  # the network's, not the default
+
+
+@torch.no_grad()
+def test_fake_tensors_leave_nothing_behind():
+    unet = wake(small_unet())
+    expected = unet(*inputs(7))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for frames in (7, 6):
+            fake = unet(*(mode.from_tensor(x) for x in inputs(frames)))
+            assert fake.shape == inputs(frames)[0].shape
+    assert torch.equal(unet(*inputs(7)), expected) and unet(*inputs(6)).isfinite().all()
