@@ -17,8 +17,11 @@ Row = tuple[Sequence[tuple[str, tuple[int, int, int]]], np.ndarray]  # coloured 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells as text: the first column to the left, the others to the right."""
-    width = max(len(line[0]) for line in lines)
-    return "\n".join(line[0].ljust(width) + "".join(cell.rjust(12) for cell in line[1:]) for line in lines)
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    return "\n".join(
+        first.ljust(widths[0]) + "".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        for first, *cells in lines
+    )
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
