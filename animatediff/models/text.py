@@ -356,8 +356,9 @@ class TextEncoder(nn.Module):
 def _build_clip(config: TextConfig) -> nn.Module:
     """The module that owns `embeddings`, `encoder` and `final_layer_norm`."""
     # Imported here: it takes seconds, and tokenizing or reading a checkpoint does without it.
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
-    from transformers.models.clip.modeling_clip import CLIPTextModel
+    with torch.device("cpu"):  # not meta, where models are built: the import itself computes with tensors
+        from transformers.models.clip.configuration_clip import CLIPTextConfig
+        from transformers.models.clip.modeling_clip import CLIPTextModel
 
     model = CLIPTextModel(
         CLIPTextConfig(

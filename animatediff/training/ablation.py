@@ -33,7 +33,7 @@ from animatediff.training.stages import MotionModule, build_stage
 from animatediff.utils import UserError, naming
 
 Log = Callable[[str], None]
-SHOWN = 1  # number of the caption whose clips are in strips.png
+SHOWN = 3  # number of the caption whose clips are in strips.png
 MEASURES = {
     "motion": "motion %",
     "place": "place %",

@@ -81,7 +81,7 @@ class Table:
     title: str
     columns: dict[str, Column] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
-    shown: int = 1  # number of the first column's caption whose clips are the table's strips
+    shown: int = 3  # number of the first column's caption whose clips are the table's strips
     grid: str = ""  # a YAML of scripts/ablate.py
     cells: tuple[str, ...] = ()  # of the grid; by default all
 

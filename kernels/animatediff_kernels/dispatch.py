@@ -9,12 +9,12 @@ be met raises.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT = "ANIMATEDIFF_KERNELS"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+OLDEST_TRITON = (3, 6)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_SM = 80  # bfloat16 matrix instructions and asynchronous copies begin with Ampere
 LIMITS = {  # what a kernel takes, both ends included; shape entries without a row have no limit
@@ -44,6 +44,17 @@ SIZES = {  # of `Call.shape`, in order
     "linear_geglu": ("width", "inner"),
     "guided_ddim": (),
 }
+
+
+def installed_triton() -> tuple[int, ...] | None:
+    """Its version, without importing it."""
+    for name in ("triton", "triton-windows", "pytorch-triton"):
+        with suppress(PackageNotFoundError):
+            return tuple(int(part) for part in version(name).split(".")[:2])
+    return None
+
+
+TRITON = installed_triton()
 
 _requested: list[list[str]] = []  # by use_backend, of the whole process, because backward runs in threads of its own
 _lock = threading.Lock()
@@ -121,10 +132,19 @@ def read_measurements(path: Path) -> dict[tuple[str, ...], dict[int, tuple[float
 MEASURED = read_measurements(Path(__file__).with_name("measured.csv"))
 
 
+def triton_missing() -> str | None:
+    """Why there is no triton to use, or None."""
+    if TRITON is None:
+        return "triton is not installed"
+    if TRITON < OLDEST_TRITON:
+        return f"triton {'.'.join(map(str, TRITON))} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    return None
+
+
 def refusal(call: Call) -> str | None:
     """Why the Triton kernels cannot do this, or None."""
-    if not HAS_TRITON:
-        return "triton is not installed"
+    if (reason := triton_missing()) is not None:
+        return reason
     if call.device == "cpu":
         return "the tensors are on the CPU, the kernels run on NVIDIA GPUs (or, for tests, under TRITON_INTERPRET=1)"
     if call.device != "interpreter" and not call.device.startswith("sm_"):
@@ -160,7 +180,8 @@ def auto(call: Call) -> Choice:
     if not fewer:  # with few rows a launch costs more than the work: the larger measurement says nothing
         return Choice("torch", "no measurement says that triton is faster here")
     near = [max(fewer), *([min(more)] if more else [])]
-    rows = max(near, key=lambda n: measured[n][0] / measured[n][1])  # where triton does worse
+    shares = [measured[n][0] / measured[n][1] for n in near]
+    rows = near[shares.index(max(shares))]  # where triton does worse
     triton, own = measured[rows]
     reason = f"measured at {rows} rows: triton {triton:g} ms, torch {own:g} ms"
     return Choice("triton" if triton < own else "torch", reason)

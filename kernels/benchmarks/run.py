@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from animatediff_kernels.dispatch import HAS_TRITON, Call, device_name
+from animatediff_kernels.dispatch import TRITON, Call, device_name
 from ops import OPS, OURS, Op, Sizes, call, make_inputs, providers, work
 from shapes import CLIPS, Shape, trace
 
@@ -276,7 +276,7 @@ def device_label(device: str) -> str:
 
 @functools.cache
 def provenance() -> Row:
-    triton = __import__("triton").__version__ if HAS_TRITON else "none"
+    triton = ".".join(map(str, TRITON)) if TRITON else "none"
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from animatediff_kernels import dispatch
 
 
 def reload_kernels() -> None:
@@ -17,7 +18,8 @@ def reload_kernels() -> None:
 @pytest.fixture(scope="module")
 def interpreter():
     """In this test module Triton kernels run on the CPU, whether or not triton was imported before."""
-    pytest.importorskip("triton")
+    if (reason := dispatch.triton_missing()) is not None:
+        pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         reload_kernels()

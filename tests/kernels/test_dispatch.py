@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def call(op="temporal_attention", device="sm_90", dtype=torch.bfloat16, grad=Fal
 
 @pytest.fixture(autouse=True)
 def triton_is_there(monkeypatch):
-    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    monkeypatch.setattr(dispatch, "TRITON", (3, 6))
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
 
 
@@ -57,8 +58,22 @@ def test_refusals(bad, reason):
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    monkeypatch.setattr(dispatch, "TRITON", None)
     assert auto(call()) == ("torch", "triton is not installed")
+    monkeypatch.setattr(dispatch, "TRITON", (3, 2))
+    assert auto(call()) == ("torch", "triton 3.2 is older than 3.6")
+
+
+def test_the_version_of_triton(monkeypatch):
+    def version(name):
+        if name != "triton-windows":
+            raise PackageNotFoundError(name)
+        return "3.10.1.post2"
+
+    monkeypatch.setattr(dispatch, "version", version)
+    assert dispatch.installed_triton() == (3, 10)
+    monkeypatch.setattr(dispatch, "version", lambda name: version(""))
+    assert dispatch.installed_triton() is None
 
 
 def test_auto_follows_the_measured_table(monkeypatch, tmp_path):

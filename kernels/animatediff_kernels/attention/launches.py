@@ -28,6 +28,7 @@ FORWARD = (
     Row("interpreter", 4, 160, 256, 256, 1, 1),  # a program costs milliseconds there, however large
     Row("any", 2, 64, 64, 64, 4, 2),
     Row("any", 2, 96, 64, 64, 4, 2),
+    Row("sm_89", 2, 160, 64, 32, 4, 1),
     Row("any", 2, 160, 64, 32, 4, 2),
     Row("any", 4, 64, 64, 32, 4, 1),
     Row("any", 4, 160, 16, 32, 8, 1),
@@ -55,6 +56,7 @@ KEY_GRADIENT = (
     Row("sm_90", 2, 96, 32, 64, 4, 1),
     Row("any", 2, 96, 16, 64, 4, 1),
     Row("sm_90", 2, 160, 32, 64, 8, 1),
+    Row("sm_89", 2, 160, 32, 16, 4, 2),
     Row("any", 2, 160, 16, 64, 8, 2),
     Row("any", 4, 64, 16, 64, 8, 1),
     Row("any", 4, 160, 16, 16, 8, 1),

@@ -36,7 +36,13 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tenso
     return attention_reference(q, k, v, num_heads).contiguous(), log_normaliser_reference(q, k, num_heads)
 
 
-@torch.library.custom_op("animatediff::attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "animatediff::attention_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sum, SymInt num_heads, bool keys_too)"
+    " -> Tensor[]",
+)
 def attention_backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sum: Tensor, num_heads: int, keys_too: bool
 ) -> list[Tensor]:

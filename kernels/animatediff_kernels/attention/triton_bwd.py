@@ -12,6 +12,7 @@ from torch import Tensor
 
 from animatediff_kernels import launch
 from animatediff_kernels.attention.launches import KEY_GRADIENT, QUERY_GRADIENT, pick, tiles
+from animatediff_kernels.attention.triton_fwd import below
 from animatediff_kernels.launch import blocks
 
 
@@ -69,7 +70,7 @@ def queries_kernel(
     for start in range(0, KEYS, KEY_BLOCK):
         key = start + tl.arange(0, KEY_BLOCK)
         kv_at = kv_base + key[:, None] * kv_token_stride
-        there = (key < KEYS)[:, None] | (KEYS % KEY_BLOCK == 0)
+        there = below(key, KEYS, KEY_BLOCK)[:, None]
         k_low = tl.load(k + kv_at + low, mask=there & (low < WIDTH), other=0.0)
         v_low = tl.load(v + kv_at + low, mask=there & (low < WIDTH), other=0.0)
         scores = tl.dot(q_low, tl.trans(k_low), input_precision="tf32x3")
@@ -137,7 +138,7 @@ def keys_kernel(
     q_base = image * q_image_stride + head * WIDTH
     for start in range(0, TOKENS, QUERY_BLOCK):
         token = start + tl.arange(0, QUERY_BLOCK)
-        valid = (token < TOKENS)[:, None] | (TOKENS % QUERY_BLOCK == 0)
+        valid = below(token, TOKENS, QUERY_BLOCK)[:, None]
         q_at = q_base + token[:, None] * q_token_stride
         at = (image * TOKENS + token[:, None]) * HEADS * WIDTH + head * WIDTH
         row_at = (image * HEADS + head) * TOKENS + token

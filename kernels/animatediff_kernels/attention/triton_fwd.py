@@ -18,6 +18,12 @@ MOST_QUERY_TILES = 4  # per program of the single pass
 
 
 @triton.jit
+def below(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """index < SIZE; where blocks divide the size, the compiler is told that it always is."""
+    return index < SIZE if SIZE % BLOCK != 0 else tl.zeros_like(index) == 0
+
+
+@triton.jit
 def flash_kernel(
     q,
     k,
@@ -59,7 +65,7 @@ def flash_kernel(
     for start in range(0, KEYS, KEY_BLOCK):
         key = start + tl.arange(0, KEY_BLOCK)
         kv_at = kv_base + key[:, None] * kv_token_stride
-        there = (key < KEYS)[:, None] | (KEYS % KEY_BLOCK == 0)
+        there = below(key, KEYS, KEY_BLOCK)[:, None]
         k_low = tl.load(k + kv_at + low, mask=there & (low < WIDTH), other=0.0)
         scores = tl.dot(q_low, tl.trans(k_low), input_precision="tf32x3")
         if TAIL > 0:

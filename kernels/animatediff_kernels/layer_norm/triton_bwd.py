@@ -14,7 +14,7 @@ from animatediff_kernels import launch
 from animatediff_kernels.launch import blocks
 from animatediff_kernels.layer_norm.triton_fwd import row_block
 
-STEPS = 8  # tiles of rows per program
+STEPS = 16  # tiles of rows per program
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def backward_kernel(
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, dx: Tensor) -> tuple[Tensor, Tensor]:
     """Write dx; return the gradients of weight and bias, (c,) float32. dy, x, dx: (n, s, c), contiguous."""
-    rows, sizes = x.shape[0] * x.shape[1], row_block(x)
+    rows, sizes = x.shape[0] * x.shape[1], row_block(x, 2048)
     programs = blocks(rows, sizes["ROW_BLOCK"] * STEPS)
     weight_grads, bias_grads = x.new_empty(2, programs, x.shape[-1], dtype=torch.float32)
     launch.run(backward_kernel, programs, x, dy, weight, dx, weight_grads, bias_grads, rows, eps, STEPS=STEPS, **sizes)

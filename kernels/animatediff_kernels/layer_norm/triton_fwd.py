@@ -42,15 +42,16 @@ def forward_kernel(
     tl.store(y + at, result.to(y.dtype.element_ty), mask=valid)
 
 
-def row_block(x: Tensor) -> dict[str, int]:
-    """Whole rows per program: about 4096 numbers, 32 for each of 128 threads."""
-    numbers, width = 65_536 if launch.architecture(x) == "interpreter" else 4096, power_of_2(x.shape[-1])
+def row_block(x: Tensor, numbers: int) -> dict[str, int]:
+    """Whole rows per program, of about so many numbers; 128 threads share them."""
+    width = power_of_2(x.shape[-1])
+    numbers = 65_536 if launch.architecture(x) == "interpreter" else numbers
     return {"WIDTH": x.shape[-1], "ROW_BLOCK": max(1, numbers // width), "WIDTH_BLOCK": width}
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, code: Tensor | None, eps: float, y: Tensor) -> None:
     """Write y. x and y: (n, s, c), contiguous; code: (frames, c), contiguous, or None."""
-    rows, sizes = x.shape[0] * x.shape[1], row_block(x)
+    rows, sizes = x.shape[0] * x.shape[1], row_block(x, 4096)
     frames = 1 if code is None else len(code)
     args = (x, weight, bias, x if code is None else code, y, rows, x.shape[1], frames, eps)
     launch.run(forward_kernel, blocks(rows, sizes["ROW_BLOCK"]), *args, CODE=code is not None, **sizes)

@@ -21,14 +21,15 @@ class Row(NamedTuple):
     max_frames: int
     items: int  # (pixel, head) pairs per program
     warps: int
+    chunk: int  # columns of a head that are in registers at once
 
 
-CHUNK = 32  # columns of a head that are in registers at once
 TABLE = (
-    Row("interpreter", 4, 64, 2048, 1),  # a program costs milliseconds there, however large
-    Row("any", 4, 16, 4, 4),
-    Row("any", 4, 32, 1, 2),
-    Row("any", 2, 64, 1, 4),
+    Row("interpreter", 4, 64, 2048, 1, 32),  # a program costs milliseconds there, however large
+    Row("any", 4, 16, 4, 4, 32),
+    Row("sm_89", 4, 32, 1, 2, 32),
+    Row("any", 4, 32, 1, 2, 16),
+    Row("any", 2, 64, 1, 4, 16),
 )
 
 
@@ -41,7 +42,7 @@ def tiles(q: Tensor, frames: int, num_heads: int) -> tuple[int, dict[str, int]]:
     heads = min(row.items, power_of_2(num_heads))
     pixels = min(row.items // heads, power_of_2(s))
     low, tail = split_width(head_dim)
-    chunk = min(low, CHUNK)
+    chunk = min(low, row.chunk)
     constants = {
         "FRAMES": frames,
         "HEADS": num_heads,

@@ -40,14 +40,24 @@ def _backward(dout: Tensor, qkv: Sequence[Tensor], frames: int, num_heads: int) 
     return grads
 
 
-@torch.library.custom_op("animatediff::temporal_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "animatediff::temporal_attention",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor[] qkv, SymInt frames, SymInt num_heads) -> Tensor",
+)
 def temporal_attention_op(qkv: Sequence[Tensor], frames: int, num_heads: int) -> Tensor:
     if interpreting():
         return _forward(qkv, frames, num_heads)
     return temporal_attention_reference(*parts(qkv), frames, num_heads)
 
 
-@torch.library.custom_op("animatediff::temporal_attention_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "animatediff::temporal_attention_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor dout, Tensor[] qkv, SymInt frames, SymInt num_heads) -> Tensor[]",
+)
 def temporal_attention_backward_op(dout: Tensor, qkv: Sequence[Tensor], frames: int, num_heads: int) -> list[Tensor]:
     if interpreting():
         return _backward(dout, qkv, frames, num_heads)
