@@ -33,7 +33,7 @@ from animatediff.training.stages import MotionModule, build_stage
 from animatediff.utils import UserError, naming
 
 Log = Callable[[str], None]
-SHOWN = 3  # number of the caption whose clips are in strips.png
+SHOWN = 3  # number of the caption whose clips are in strips.png, or the last
 MEASURES = {
     "motion": "motion %",
     "place": "place %",
@@ -173,7 +173,8 @@ def measure(grid: Grid, stage: MotionModule, device: str) -> dict[str, Any]:
     pipeline = AnimateDiffPipeline.from_config(config, device=device, **overrides)
     parts = pipeline.components
     parts.schedule = replace(parts.schedule, beta_schedule=stage.beta_schedule)
-    generate = keeping_strip(clip_maker(pipeline, load_config(config, overrides).entries[0]), folder, SHOWN)
+    make = clip_maker(pipeline, load_config(config, overrides).entries[0])
+    generate = keeping_strip(make, folder, min(SHOWN, grid.captions - 1))
     assert stage.world is not None
     motions = stage.world.motions or tuple(MOTIONS)
     result = evaluate_shapes(generate, captions=grid.captions, style=stage.world.style, motions=motions)

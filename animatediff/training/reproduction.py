@@ -81,7 +81,7 @@ class Table:
     title: str
     columns: dict[str, Column] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
-    shown: int = 3  # number of the first column's caption whose clips are the table's strips
+    shown: int = 3  # number of the first column's caption whose clips are the table's strips, or the last
     grid: str = ""  # a YAML of scripts/ablate.py
     cells: tuple[str, ...] = ()  # of the grid; by default all
 
@@ -300,7 +300,8 @@ def run_cell(
     path, made = folder / "result.json", repr((what, plan.overrides(what), plan.captions, motions, seed))
     if read_result(path, made) is None:
         world = World(plan.captions, what.style, motions=motions, seed=seed)
-        generate = keeping_strip(make_generator(plan, what, world, device), folder, plan.tables[table].shown)
+        shown = min(plan.tables[table].shown, plan.captions - 1)
+        generate = keeping_strip(make_generator(plan, what, world, device), folder, shown)
         found = evaluate_shapes(generate, captions=plan.captions, seed=seed, style=what.style, motions=motions)
         write_result(path, made, {"device": device_name(device), **found["generated"]})
 
