@@ -276,15 +276,22 @@ def device_label(device: str) -> str:
 
 @functools.cache
 def provenance() -> Row:
-    triton = ".".join(map(str, TRITON)) if TRITON else "none"
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "threads": str(torch.get_num_threads()),
-        "versions": f"torch {torch.__version__} triton {triton}",
-        "commit": commit,
+        "versions": f"torch {torch.__version__} triton {'.'.join(map(str, TRITON)) if TRITON else 'none'}",
+        "commit": commit(Path(__file__).parents[2]),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def commit(root: Path) -> str:
+    """Of the code that is measured, with "-dirty" where that has changed since; tables of results do not count."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*.csv", ":!docs")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 if __name__ == "__main__":

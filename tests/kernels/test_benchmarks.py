@@ -1,6 +1,8 @@
 """The parts of the benchmarks that need no clock: shapes, tables, the red test, what every provider computes."""
 
 import csv
+import re
+import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -137,6 +139,19 @@ def test_rows_of_one_key_replace_each_other(tmp_path):
     with path.open(newline="") as file:
         table = [(r["op"], r["mode"], r["ms"]) for r in csv.DictReader(file)]
     assert table == [("a", "", "2"), ("b", "", "3"), ("b", "fwd", "4")]
+
+
+def test_a_new_table_of_results_leaves_the_code_as_committed(tmp_path):
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "a.csv").write_text("1")
+    name = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], [*name, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    (tmp_path / "a.csv").write_text("2")
+    (tmp_path / "b.py").write_text("2")
+    first = run.commit(tmp_path)
+    (tmp_path / "a.py").write_text("2")
+    assert re.fullmatch("[0-9a-f]{7,}", first) and run.commit(tmp_path) == first + "-dirty"
 
 
 def test_the_dispatch_reads_what_the_benchmark_notes(tmp_path, monkeypatch):
