@@ -60,35 +60,42 @@ def only(rows: list[Row], name: str) -> str:
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """Write roofline.png and bars.png."""
+    """Write roofline.png, and for each operation bars_<op>.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 6))
+    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
     peak, bandwidth = (max(float(row[name]) for row in rows) for name in ("ceiling_tflops", "ceiling_gbps"))
     products = [row for row in rows if float(row["tflops"]) > 0]
-    intensities = sorted({intensity(row) for row in products} | {1.0, 2e3 * peak / bandwidth})
-    axis.plot(intensities, [min(peak, x * bandwidth / 1e3) for x in intensities], color="black")
+    knee = 1e3 * peak / bandwidth  # from where on the products are the limit
+    ends = [knee / 10, knee, max([10 * knee, *map(intensity, products)])]
+    axis.plot(ends, [min(peak, x * bandwidth / 1e3) for x in ends], color="black")
     for row in products:
         axis.scatter(intensity(row), float(row["tflops"]), s=18, color=INK.get(row["provider"], "#aaaaaa"))
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s", title=title(rows))
-    figure.savefig(folder / "roofline.png", dpi=130, bbox_inches="tight")
+    paths = [folder / "roofline.png"]
+    figure.savefig(paths[0], dpi=130)
+    plt.close(figure)
 
-    shapes = sorted({(row["op"], row["sizes"]) for row in rows})
-    figure, axes = plt.subplots(len(shapes), 1, figsize=(9, 1.4 * len(shapes) + 1), squeeze=False)
-    for axis, shape in zip(axes[:, 0], shapes, strict=True):
-        bars = [row for row in rows if (row["op"], row["sizes"]) == shape]
-        colours = [INK.get(row["provider"], "#aaaaaa") for row in bars]
-        axis.barh([row["provider"] for row in bars], [float(row["ms"]) for row in bars], color=colours)
-        axis.set_title(" ".join(shape), fontsize=8, loc="left")
-        axis.tick_params(labelsize=7)
-    axes[-1, 0].set_xlabel("ms")
-    figure.suptitle(title(rows), fontsize=9)
-    figure.tight_layout()
-    figure.savefig(folder / "bars.png", dpi=130)
-    return [folder / "roofline.png", folder / "bars.png"]
+    for op in sorted({row["op"] for row in rows}):
+        shapes = list(dict.fromkeys(row["sizes"] for row in rows if row["op"] == op))
+        figure, axes = plt.subplots(
+            len(shapes), 1, figsize=(9, 1.4 * len(shapes) + 0.6), squeeze=False, layout="constrained"
+        )
+        for axis, sizes in zip(axes[:, 0], shapes, strict=True):
+            bars = [row for row in rows if (row["op"], row["sizes"]) == (op, sizes)]
+            colours = [INK.get(row["provider"], "#aaaaaa") for row in bars]
+            axis.barh([row["provider"] for row in bars], [float(row["ms"]) for row in bars], color=colours)
+            axis.set_title(sizes, fontsize=8, loc="left")
+            axis.tick_params(labelsize=7)
+        axes[-1, 0].set_xlabel("ms")
+        figure.suptitle(f"{op}: {title(rows)}", fontsize=9)
+        paths.append(folder / f"bars_{op}.png")
+        figure.savefig(paths[-1], dpi=130)
+        plt.close(figure)
+    return paths
 
 
 def intensity(row: Row) -> float:
