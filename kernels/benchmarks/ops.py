@@ -269,12 +269,24 @@ def make_inputs(op: Op, sizes: Sizes, device: str, dtype: torch.dtype) -> list[T
 
 
 def providers(op: Op, sizes: Sizes) -> dict[str, Function]:
-    """Everyone who may compute it, torch's first; some will refuse a device, a dtype or a size when called."""
-    plain = op.plain(sizes)
+    """Everyone who may compute it, torch's first; some will refuse a device, a dtype or a size when called.
+
+    Images come back in the memory format that they came in, as what follows them in the network wants it.
+    """
+    plain = _as_it_came(op.plain(sizes))
     found = {"compile": torch.compile(plain, dynamic=False)}
     found |= {name: _within(backend, plain) for name, backend in SDPA.items()} if op.attends else {"eager": plain}
-    found |= {backend: op.run(sizes, backend) for backend in ("torch", "triton")}
+    found |= {backend: _as_it_came(op.run(sizes, backend)) for backend in ("torch", "triton")}
     return found | ({"triton-apart": op.apart} if op.apart else {})
+
+
+def _as_it_came(function: Function) -> Function:
+    def same_format(x: Tensor, *others: Tensor) -> Tensor:
+        out = function(x, *others)
+        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return out.contiguous(memory_format=torch.channels_last) if last else out
+
+    return same_format
 
 
 def _within(backend: SDPBackend, function: Function) -> Function:

@@ -42,21 +42,21 @@ def read_rows(folder: Path) -> list[Row]:
 
 def select(rows: list[Row], device: str | None, clip: str, mode: str, dtype: str | None) -> list[Row]:
     """The right results of one device, clip, mode and dtype. Raises SystemExit where they are not of one or none."""
-    device = device or only(rows, "device")
-    wanted = {"device": device, "clip": clip, "mode": mode} | ({"dtype": dtype} if dtype else {})
-    chosen = [r for r in rows if r["right"] == "yes" and all(r[name] == value for name, value in wanted.items())]
+    wanted = {"device": device, "clip": clip, "mode": mode, "dtype": dtype}
+    given = {name: value for name, value in wanted.items() if value}
+    chosen = [r for r in rows if r["right"] == "yes" and all(r[name] == value for name, value in given.items())]
     if not chosen:
-        raise SystemExit(f"got no right results of {', '.join(wanted.values())}: measure them with run.py")
+        raise SystemExit(f"got no right results of {', '.join(given.values())}: measure them with run.py")
+    only(chosen, "device")
     only(chosen, "dtype")
     return chosen
 
 
-def only(rows: list[Row], name: str) -> str:
-    """The one value of a column."""
+def only(rows: list[Row], name: str) -> None:
+    """Raises SystemExit where a column has several values."""
     values = {row[name] for row in rows}
     if len(values) != 1:
         raise SystemExit(f"got results of {len(values)} {name}s, expected one: --{name} {' | '.join(sorted(values))}")
-    return values.pop()
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:

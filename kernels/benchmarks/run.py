@@ -15,10 +15,11 @@ import functools
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -29,13 +30,17 @@ from shapes import CLIPS, Shape, trace
 RESULTS = Path(__file__).parent / "results"
 MEASURED = Path(__file__).parents[1] / "animatediff_kernels/measured.csv"
 KEY = ("op", "clip", "layer", "provider", "mode", "dtype", "device")
+SHAPE = tuple(name for name in KEY if name != "provider")
 COLUMNS = (
     *KEY,
     *("sizes", "calls", "ms", "ms_20", "ms_80", "tflops", "gbps", "ceiling_share", "peak_mb", "error", "right"),
     *("speedup", "ceiling_tflops", "ceiling_gbps", "threads", "versions", "commit", "date"),
 )
 NOISE = 1e-6
+COTANGENT = 0.25  # sums of a clip's gradients stay within float16
+DTYPES = ("float32", "float16", "bfloat16")
 MODES = ("fwd", "fwd+bwd")
+GPU_REPEATS, L2_BYTES, PAUSE_CYCLES = 50, 2**28, 2_000_000  # a pause of a millisecond
 PRINTED = ("provider", "ms", "gbps", "ceiling_share", "error", "right", "speedup")
 Row = dict[str, str]
 
@@ -44,17 +49,21 @@ def main() -> None:
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, dtype = args.device, getattr(torch, args.dtype)
+    for dtype in args.dtype:
+        run(args, args.device, getattr(torch, dtype))
+
+
+def run(args: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
     peaks = ceilings(device, dtype)
     print(f"{device_label(device)}: copies at {peaks[1] / 1e9:.4g} GB/s, products at {peaks[0] / 1e12:.4g} TFLOP/s")
     for op in args.op or OPS:
         shapes = [s for clip in args.clip for s in trace(clip) if s.op == op]
         for shape in [s for s in shapes if args.layer in s.layer]:
             for mode in args.mode if OPS[op].differentiable else ["fwd"]:
-                rows = measure(shape, mode, device, dtype, args.provider, peaks)
-                write_rows(RESULTS / f"{op}.csv", rows)
+                rows = measure(shape, mode, device, dtype, args, peaks)
+                write_rows(RESULTS / f"{op}.csv", rows, renewed=() if args.provider else SHAPE)
                 for row in rows:
-                    print("  " + " ".join(f"{row[name]:<14}" for name in PRINTED))
+                    print("  " + " ".join(f"{row[name]:<14}" for name in PRINTED), flush=True)
                 if args.measured:
                     note_measured(MEASURED, shape, mode, device, dtype, rows)
 
@@ -63,28 +72,27 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", choices=list(OPS), help="by default all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="by default bfloat16 on CUDA")
-    parser.add_argument("--clip", nargs="+", choices=list(CLIPS), default=["16f-512", "24f-512", "16f-768"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="by default float16 and bfloat16 on CUDA")
+    parser.add_argument("--clip", nargs="+", choices=list(CLIPS), default=[c for c in CLIPS if c != "16f-256"])
     parser.add_argument("--layer", default="", help="only shapes whose first layer has this in its name")
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--provider", nargs="+", help="by default all: sdpa-…, eager, compile, torch, triton")
     parser.add_argument(
-        "--provider",
-        nargs="+",
-        help="by default all, and only then with speed-ups: sdpa-…, eager, compile, torch, triton",
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes most of the time"
     )
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--measured", action="store_true", help="also tell the dispatch (measured.csv) what won")
     args = parser.parse_args()
     if args.measured and args.provider:
         parser.error("got --measured with --provider, expected one of them: what won is only known of all")
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    args.dtype = args.dtype or (["float16", "bfloat16"] if args.device.startswith("cuda") else ["float32"])
     return args
 
 
 def measure(
-    shape: Shape, mode: str, device: str, dtype: torch.dtype, only: list[str] | None, peaks: tuple[float, float]
+    shape: Shape, mode: str, device: str, dtype: torch.dtype, args: argparse.Namespace, peaks: tuple[float, float]
 ) -> list[Row]:
-    """A row for every provider that can do it; the reasons of the others are printed."""
+    """A row for every provider that can do it, with speed-ups if none was left out; other reasons are printed."""
     op, sizes = OPS[shape.op], dict(shape.sizes)
     print(f"{shape.op} {shape.clip} {shape.layer}, {mode}: {describe(sizes)}")
     torch._dynamo.reset()  # it compiles a function for a few shapes only, and then runs it as it is
@@ -93,9 +101,10 @@ def measure(
     flops, moved = work(op, sizes, mode, dtype)
     one, part = cut(op, sizes, inputs, 0)
     allowed = 2 * error(op.plain(one), op, one, part, mode) + NOISE
+    assert math.isfinite(allowed), "torch's own result is not finite: nothing to compare with"
     rows = []
     for provider, function in providers(op, sizes).items():
-        if only and provider not in only:
+        if (args.provider and provider not in args.provider) or (args.no_compile and provider == "compile"):
             continue
         try:
             wrong = error(function, op, sizes, inputs, mode)
@@ -103,7 +112,7 @@ def measure(
             timed()  # compiled once more, now that algorithms need not be deterministic
             peak_mb = peak_memory(timed, device)
             ms = time_call(timed, device)
-        except (RuntimeError, ValueError) as refusal:
+        except Exception as refusal:  # of many kinds: torch's, dynamo's, Triton's
             print(f"  {provider}: no ({str(refusal).splitlines()[0][:100]})")
             continue
         seconds = ms[0] / 1e3
@@ -131,7 +140,7 @@ def measure(
                 **provenance(),
             }
         )
-    return rows if only else with_speedups(rows)
+    return rows if args.provider or args.no_compile else with_speedups(rows)
 
 
 def with_speedups(rows: list[Row]) -> list[Row]:
@@ -155,7 +164,7 @@ def error(function: Callable, op: Op, sizes: Sizes, inputs: list[torch.Tensor], 
     def at_ends(out: torch.Tensor) -> torch.Tensor:
         cotangent = torch.zeros_like(out)
         for item in ends:
-            cotangent.chunk(items)[item].fill_(1)
+            cotangent.chunk(items)[item].fill_(COTANGENT)
         return cotangent
 
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -166,7 +175,8 @@ def error(function: Callable, op: Op, sizes: Sizes, inputs: list[torch.Tensor], 
     exact = []
     for item in ends:
         one, part = cut(op, sizes, inputs, item)
-        exact.append(call(op.reference(one), [x.double() for x in part], mode)())
+        part = [x.double() for x in part]
+        exact.append(call(op.reference(one), part, mode, lambda out: torch.full_like(out, COTANGENT))())
     batched = range(min(1 + op.batched, len(got)))
     pairs = [
         (got[i].chunk(items)[item], of_item[i]) for item, of_item in zip(ends, exact, strict=True) for i in batched
@@ -186,15 +196,33 @@ def cut(op: Op, sizes: Sizes, inputs: list[torch.Tensor], item: int) -> tuple[Si
 def time_call(function: Callable[[], object], device: str) -> tuple[float, float, float]:
     """Milliseconds: median, 20 % and 80 % quantile; on the CPU, CPU time per thread."""
     if device.startswith("cuda"):
-        from triton.testing import do_bench  # empties the L2 cache before every call
-
-        return tuple(do_bench(function, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8]))
+        return quantiles(time_on_gpu(function))
     function()
     times: list[float] = []
     while len(times) < 5 or (sum(times) < 500 and len(times) < 100):
         times.append(time_once(function))
+    return quantiles(times)
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
     fifths = statistics.quantiles(times, n=5, method="inclusive")
     return statistics.median(times), fifths[0], fifths[-1]
+
+
+def time_on_gpu(function: Callable[[], object]) -> list[float]:
+    """Milliseconds of the GPU alone: the L2 cache is emptied, and a pause lets the CPU get ahead."""
+    for _ in range(3):
+        function()
+    cache = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(GPU_REPEATS)]
+    for start, end in pairs:
+        cache.zero_()
+        torch.cuda._sleep(PAUSE_CYCLES)
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairs]
 
 
 def time_once(function: Callable[[], object]) -> float:
@@ -228,12 +256,24 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     return 2 * side**3 / product * 1e3, 2 * source.nbytes / copy * 1e3
 
 
-def write_rows(path: Path, rows: Iterable[Row], key: Sequence[str] = KEY, columns: Sequence[str] = COLUMNS) -> None:
-    """Write rows into a CSV sorted by `key`; a row with a known key takes the old one's place."""
+def write_rows(
+    path: Path,
+    rows: Sequence[Row],
+    key: Sequence[str] = KEY,
+    columns: Sequence[str] = COLUMNS,
+    renewed: Sequence[str] = (),
+) -> None:
+    """Write rows into a CSV sorted by `key`; a row with a known key takes the old one's place.
+
+    renewed: columns; old rows that agree in them with a new one are dropped, as they would be if they failed today.
+    """
     table: dict[tuple[str, ...], Row] = {}
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
             table = {tuple(row[k] for k in key): row for row in csv.DictReader(file)}
+    if renewed:
+        gone = {tuple(row[k] for k in renewed) for row in rows}
+        table = {k: row for k, row in table.items() if tuple(row[c] for c in renewed) not in gone}
     table |= {tuple(row[k] for k in key): row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -245,22 +285,25 @@ def write_rows(path: Path, rows: Iterable[Row], key: Sequence[str] = KEY, column
 
 
 def note_measured(path: Path, shape: Shape, mode: str, device: str, dtype: torch.dtype, rows: list[Row]) -> None:
-    """Put milliseconds of a shape into the dispatch's table, if both are right: Triton's, and the least of what runs
-    otherwise and of torch's attention kernels, whichever of them torch would choose.
+    """Put milliseconds of a shape into the dispatch's table: Triton's, and the least of what runs otherwise (in Triton
+    apart, too) and of torch's attention kernels, whichever of them torch would choose. Where Triton's is not right, or
+    nothing else is, the shape has no row.
     """
     ms = {row["provider"]: float(row["ms"]) for row in rows if row["right"] == "yes"}
-    triton = ms.pop("triton", None)
-    own = [value for provider, value in ms.items() if provider == "torch" or provider.startswith("sdpa")]
-    if triton is None or not own:
-        return
+    others = [v for provider, v in ms.items() if provider in ("torch", "triton-apart") or provider.startswith("sdpa")]
     op, sizes = OPS[shape.op], dict(shape.sizes)
-    (_, count), *others = op.key(sizes).items()
-    call = Call(shape.op, device_name(torch.device(device)), dtype, mode != "fwd", count, tuple(others))
+    (_, count), *rest = op.key(sizes).items()
+    call = Call(shape.op, device_name(torch.device(device)), dtype, mode != "fwd", count, tuple(rest))
     with path.open(newline="", encoding="utf-8") as file:
         header, *known = csv.reader(file)
-    table = {tuple(row[:6]): row[6:] for row in known} | {(*call.key, str(count)): [triton, min(own)]}
-    with path.open("w", newline="", encoding="utf-8") as file:
+    table = {tuple(row[:6]): row[6:] for row in known}
+    table.pop((*call.key, str(count)), None)
+    if "triton" in ms and others:
+        table[(*call.key, str(count))] = [ms["triton"], min(others)]
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *[[*key, *table[key]] for key in sorted(table)]])
+    os.replace(partial, path)
 
 
 def describe(sizes: Sizes) -> str:
@@ -286,6 +329,9 @@ def provenance() -> Row:
 
 def commit(root: Path) -> str:
     """Of the code that is measured, with "-dirty" where that has changed since; tables of results do not count."""
+
+    if shutil.which("git") is None:
+        return "unknown"
 
     def git(*command: str) -> str:
         return subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True).stdout.strip()

@@ -18,6 +18,7 @@ CLIPS = {  # frames, pixels a side
     "24f-512": (24, 512),
     "16f-768": (16, 768),
     "16f-256": (16, 256),
+    "16f-512-pooled": (16, 512),  # GroupNorm alone, over the frames of a clip: as in v1 and in diffusers
 }
 CONFIG = UNetConfig(motion=MOTION_VERSIONS["v2"])
 TEXT_TOKENS = 77
@@ -90,6 +91,7 @@ READERS = (
 def trace(clip: str) -> list[Shape]:
     """All kinds of calls of one guided step, in the order of their first layers, and the step of the sampler."""
     frames, side = CLIPS[clip]
+    pooled = clip.endswith("-pooled")
     found: dict[tuple, Shape] = {}
 
     def note(name: str, op: str, sizes: dict[str, int]) -> None:
@@ -101,15 +103,17 @@ def trace(clip: str) -> list[Shape]:
         return lambda module, args, kwargs: note(name, *read(module, args, kwargs))
 
     with torch.device("meta"):
-        unet = UNet(CONFIG)
+        motion = replace(MOTION_VERSIONS["v2"], norm_over_frames=pooled, resnet_norm_over_frames=pooled)
+        unet = UNet(CONFIG.with_motion(motion))
         latents = torch.empty(2, frames, CONFIG.in_channels, side // 8, side // 8)
         inputs = latents, torch.empty(2), torch.empty(2, TEXT_TOKENS, CONFIG.context_dim)
     for name, module in unet.named_modules():
         for kind, read in READERS:
-            if type(module) is kind:
+            if type(module) is kind and (kind is GroupNorm or not pooled):
                 module.register_forward_pre_hook(reader(name, read), with_kwargs=True)
     with torch.no_grad():
         unet(*inputs)
     _, _, channels, height, width = latents.shape
-    note("sampler", "guided_ddim", {"frames": frames, "channels": channels, "height": height, "width": width})
+    if not pooled:
+        note("sampler", "guided_ddim", {"frames": frames, "channels": channels, "height": height, "width": width})
     return list(found.values())

@@ -72,8 +72,8 @@ def main() -> None:
             timed, outputs[network] = run(network)
             runs[network].append(timed)
             print(f"{network}: {timed}", flush=True)
-    rows = [summary(args, network, runs, outputs) for network in networks]
-    write_rows(RESULTS / "step.csv", rows, KEY, COLUMNS)
+        rows = [summary(args, network, runs, outputs) for network in networks]
+        write_rows(RESULTS / "step.csv", rows, KEY, COLUMNS)
     printed = ("network", "seconds", "cpu_seconds", "peak_mb", "ratio", "error")
     for row in rows:
         print(" ".join(f"{name} {row[name]}" for name in printed))
@@ -174,13 +174,13 @@ def summary(
 ) -> dict[str, str]:
     least = {name: min(run[name] for run in runs[network]) for name in runs[network][0]}
     row = {"network": network, "device": device_label(args.device), "dtype": args.dtype}
-    row |= {"size": str(args.size), "frames": str(args.frames), "repeat": str(args.repeat)}
+    row |= {"size": str(args.size), "frames": str(args.frames), "repeat": str(len(runs[network]))}
     row |= {name: f"{value:.4g}" for name, value in least.items()} | {"ratio": "", "error": ""}
     if network.startswith("ours") and "diffusers" in runs:
         clock = "seconds" if args.device.startswith("cuda") else "cpu_seconds"
         theirs = outputs["diffusers"]
         error = ((outputs[network] - theirs).norm() / theirs.norm()).item()
-        right = error < (1e-5 if args.dtype == "float32" else 3e-2)
+        right = error < (1e-5 if args.dtype == "float32" else 6e-2)  # of two that round on their own
         row["error"] = f"{error:.1e}"
         row["ratio"] = f"{min(run[clock] for run in runs['diffusers']) / least[clock]:.3f}" if right else ""
     return row | provenance() | {"threads": str(args.threads), "date": datetime.date.today().isoformat()}

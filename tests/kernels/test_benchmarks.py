@@ -65,6 +65,22 @@ def test_flops_of_the_step_are_known(traced):
     assert gflop["linear_geglu"] == pytest.approx((5315 + 4912) * 2 / 3, rel=0.02)  # the layer back is half as wide
 
 
+def test_norms_over_the_frames_of_a_clip():
+    """Of v1's ResNets and of diffusers' motion modules: as many as there are, those of frames beside them."""
+    found = [(dict(s.sizes), s.calls) for s in shapes.trace("16f-512-pooled")]
+    assert sum(calls for sizes, calls in found if sizes["frames"] == 16) == 45 + 21
+    assert sum(calls for sizes, calls in found if sizes["frames"] == 1) == 16
+
+
+def test_images_come_back_as_they_came():
+    spec, sizes = ops.OPS["group_norm_silu"], SMALL["group_norm_silu"]
+    inputs = ops.make_inputs(spec, sizes, "cpu", torch.float32)
+    inputs[0] = inputs[0].to(memory_format=torch.channels_last)
+    for name in ("eager", "torch"):
+        out = ops.providers(spec, sizes)[name](*inputs)
+        assert out.is_contiguous(memory_format=torch.channels_last), name
+
+
 @pytest.mark.parametrize("mode", run.MODES)
 @pytest.mark.parametrize("op", ops.OPS)
 def test_every_provider_computes_the_same(op, mode):
@@ -141,6 +157,16 @@ def test_rows_of_one_key_replace_each_other(tmp_path):
     assert table == [("a", "", "2"), ("b", "", "3"), ("b", "fwd", "4")]
 
 
+def test_a_provider_that_fails_today_keeps_no_row(tmp_path):
+    path = tmp_path / "op.csv"
+    old = [row(op="b", provider=p) for p in ("torch", "triton")] + [row(op="b", mode="fwd", provider="triton")]
+    run.write_rows(path, old, renewed=run.SHAPE)
+    run.write_rows(path, [row(op="b", provider="torch", ms="3")], renewed=run.SHAPE)
+    with path.open(newline="") as file:
+        table = [(r["mode"], r["provider"], r["ms"]) for r in csv.DictReader(file)]
+    assert table == [("", "torch", "3"), ("fwd", "triton", "")]
+
+
 def test_a_new_table_of_results_leaves_the_code_as_committed(tmp_path):
     (tmp_path / "a.py").write_text("1")
     (tmp_path / "a.csv").write_text("1")
@@ -164,17 +190,23 @@ def test_the_dispatch_reads_what_the_benchmark_notes(tmp_path, monkeypatch):
     run.note_measured(path, shape, "fwd+bwd", "cpu", torch.float16, measured[:2])
     key = ("temporal_attention", "sm_90", "float16", "forward", "frames=3 head_dim=8")
     assert dispatch.read_measurements(path) == {key: {2 * 3 * 5: (2.0, 3.0)}}
+    run.note_measured(path, shape, "fwd", "cpu", torch.float16, [*measured, *rows(**{"triton-apart": "1.5"})])
+    assert dispatch.read_measurements(path) == {key: {2 * 3 * 5: (2.0, 1.5)}}
+    measured[2]["right"] = "no"
+    run.note_measured(path, shape, "fwd", "cpu", torch.float16, measured)
+    assert dispatch.read_measurements(path) == {}
 
 
 def test_one_device_and_dtype_are_drawn():
     here = {"device": "a", "clip": "16f-512", "mode": "fwd", "right": "yes"}
-    table = [row(**here, dtype="float16"), row(**here, dtype="float32"), row(device="b")]
+    table = [row(**here, dtype="float16"), row(**here, dtype="float32"), row(**here | {"device": "b"})]
     with pytest.raises(SystemExit, match=r"got results of 2 devices.*a \| b"):
         plot.select(table, None, "16f-512", "fwd", None)
     with pytest.raises(SystemExit, match=r"got results of 2 dtypes.*float16 \| float32"):
         plot.select(table, "a", "16f-512", "fwd", None)
     assert plot.select(table, "a", "16f-512", "fwd", "float32") == table[1:2]
-    assert plot.select(table[:1], None, "16f-512", "fwd", None) == table[:1]
+    other = row(**here | {"device": "b", "clip": "16f-256"})
+    assert plot.select([table[0], other], None, "16f-512", "fwd", None) == table[:1]
     with pytest.raises(SystemExit, match="no right results of b, 16f-512, fwd, float64"):
         plot.select(table, "b", "16f-512", "fwd", "float64")
 

@@ -1,5 +1,6 @@
 """On a GPU (pytest -n 0 -m gpu): every shape of the real network, and fifty training steps with and without kernels."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ STEPS = 50
 @pytest.mark.parametrize("mode", run.MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda t: str(t)[6:])
 @pytest.mark.parametrize("op", ops.OPS)
-@pytest.mark.parametrize("clip", ["16f-512", "24f-512"])
+@pytest.mark.parametrize("clip", ["16f-512", "24f-512", "16f-512-pooled"])
 def test_every_shape_of_the_network(clip, op, dtype, mode):
     """The matrix of the interpreter's tests at full size: at most twice the error of torch's own, plus 1e-6."""
     spec = ops.OPS[op]
@@ -41,6 +42,7 @@ def test_every_shape_of_the_network(clip, op, dtype, mode):
         inputs = ops.make_inputs(spec, sizes, "cuda", dtype)
         one, part = run.cut(spec, sizes, inputs, 0)
         bound = 2 * run.error(spec.plain(one), spec, one, part, mode) + run.NOISE
+        assert math.isfinite(bound)
         assert run.error(spec.run(sizes, "triton"), spec, sizes, inputs, mode) <= bound, shape
         torch.cuda.empty_cache()
 
@@ -77,7 +79,7 @@ def test_more_pixels_than_a_grid_axis_takes():
     """A guided clip of 1024x1024 has 2 * 128 * 128 pixels of 8 heads each."""
     qkv = torch.randn(2 * 2, 128 * 128, 3 * 8 * 40, device="cuda", dtype=torch.float16)
     got, expected = (temporal_attention_packed(qkv, frames=2, num_heads=8, backend=b) for b in ("triton", "torch"))
-    assert torch.allclose(got, expected, atol=2e-3)
+    assert torch.allclose(got, expected, rtol=1e-3, atol=2e-3)  # an ulp, where it is rounded
 
 
 def losses(folder: Path, backend: str, device: str, steps: int) -> torch.Tensor:
