@@ -13,6 +13,7 @@ if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py m
 
 import argparse
 import os
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -67,11 +68,9 @@ def run(argv: list[str] | None, log: Callable[[str], None]) -> None:
     if "WORLD_SIZE" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may encode all clips meanwhile
-    try:
-        config.run(log, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    config.run(log, device)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def training_device(name: str) -> torch.device:
@@ -87,4 +86,14 @@ def training_device(name: str) -> torch.device:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    try:
+        run_main(main)
+    except BaseException as end:
+        if not dist.is_initialized():
+            raise
+        # An error of this process: the others wait for it, and the group's own end might wait for them.
+        if not isinstance(end, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end, SystemExit) else 1)

@@ -127,7 +127,7 @@ class AnimateDiffPipeline:
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
-        decode_chunk_size: int = 16,
+        decode_chunk_size: int = 8,
         *,
         sampler: str | None = None,
         timestep_spacing: str | None = None,

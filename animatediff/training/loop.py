@@ -126,12 +126,15 @@ def sum_over_processes(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
     """Sum gradients and loss, in one flat message. Returns the summed loss."""
     if world()[1] == 1:
         return loss
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([loss.reshape(1), *(g.reshape(-1) for g in grads)])
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([*(p.grad.reshape(-1) for p in parameters), loss.reshape(1)])
     dist.all_reduce(flat)
-    for parameter, part in zip(parameters, flat[1:].split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view(parameter.shape)
-    return flat[0]
+    *parts, total = flat.split([*(p.numel() for p in parameters), 1])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad.copy_(part.view(parameter.shape))
+    return total
 
 
 def step_gradients(

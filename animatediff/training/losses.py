@@ -51,8 +51,8 @@ def denoising_loss(
     noise = torch.randn(x0.shape, generator=generator)
     if config.noise_offset:
         noise = noise + config.noise_offset * torch.randn(len(x0), 1, x0.shape[2], 1, 1, generator=generator)
-    noise, t = noise.to(x0.device), t.to(x0.device)
-    prediction = denoise(schedule.add_noise(x0, noise, t), t).float()
+    noise = noise.to(x0.device)
+    prediction = denoise(schedule.add_noise(x0, noise, t), t.to(x0.device)).float()
     target = schedule.target(x0, noise, t)
     if not config.min_snr_gamma:
         return F.mse_loss(prediction, target)

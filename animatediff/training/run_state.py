@@ -88,7 +88,8 @@ class RunState:
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, as every process of a machine reads it; on Windows that would keep it from being replaced.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             others = self.previous.name if path == self.path and self.previous.exists() else "step 0"
             raise UserError(

@@ -26,8 +26,8 @@ def group_norm_silu(
     """silu(group_norm(x + shift)) (Wu and He 2018, arXiv 1803.08494), or without the SiLU.
 
     Args:
-        x: ((b frames), c, h, w), in any memory format, which the result shares; "auto" asks torch unless it is
-            channels_last.
+        x: ((b frames), c, h, w), in any memory format, which the result shares but for torch's on CUDA; "auto" asks
+            torch unless it is channels_last.
         weight, bias: (c,), of any dtype.
         frames: images whose statistics are pooled; 1 normalises every image by itself.
         shift: (n / r, c), of any dtype: what is added to all pixels of r consecutive images, such as the embedding of
