@@ -163,11 +163,11 @@ class ClipReader:
     """Reads clips in threads, each of which waits for a process of ffmpeg's."""
 
     def __init__(self, clips: Series, *, threads: int):
-        self.clips = clips
+        self.clips, self.threads = clips, threads
         self._pool = ThreadPoolExecutor(threads)
         self._reads: dict[int, Future[tuple[Tensor, str]]] = {}
 
-    def read(self, wanted: range, following: range) -> Batch:
+    def read(self, wanted: range, following: Sequence[int]) -> Batch:
         """The clips with the numbers `wanted`; `following` are read meanwhile, and are what is wanted next."""
         for number in (*wanted, *following):
             if number not in self._reads:
@@ -194,9 +194,10 @@ class StreamedClips:
 
     def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Clips of the series: a `ClipSource`."""
-        start, after = index * batch_size, (index + world()[1]) * batch_size  # what this process is asked for next
-        wanted = range(start, start + batch_size)
-        video, captions = self.reader.read(wanted, range(after, after + batch_size))
+        ahead = max(1, round(self.reader.threads / batch_size))  # micro-batches that keep the threads busy
+        indices = [index + n * world()[1] for n in range(1 + ahead)]  # those this process is asked for
+        wanted, *following = (range(i * batch_size, (i + 1) * batch_size) for i in indices)
+        video, captions = self.reader.read(wanted, [number for part in following for number in part])
         self.names = [self.reader.clips.name(number) for number in wanted]
         with torch.no_grad():
             latents = encode(self.vae, video).float()

@@ -14,6 +14,8 @@ from pathlib import Path
 from ops import OPS
 from run import RESULTS, Row
 
+from animatediff.utils import UserError, run_main
+
 INK = {"torch": "#1f77b4", "triton": "#d62728"}  # ours; everyone else is grey
 
 
@@ -41,22 +43,22 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def select(rows: list[Row], device: str | None, clip: str, mode: str, dtype: str | None) -> list[Row]:
-    """The right results of one device, clip, mode and dtype. Raises SystemExit where they are not of one or none."""
+    """The right results of one device, clip, mode and dtype. Raises UserError where they are not of one or none."""
     wanted = {"device": device, "clip": clip, "mode": mode, "dtype": dtype}
     given = {name: value for name, value in wanted.items() if value}
     chosen = [r for r in rows if r["right"] == "yes" and all(r[name] == value for name, value in given.items())]
     if not chosen:
-        raise SystemExit(f"got no right results of {', '.join(given.values())}: measure them with run.py")
+        raise UserError(f"got no right results of {', '.join(given.values())}: measure them with run.py")
     only(chosen, "device")
     only(chosen, "dtype")
     return chosen
 
 
 def only(rows: list[Row], name: str) -> None:
-    """Raises SystemExit where a column has several values."""
+    """Raises UserError where a column has several values."""
     values = {row[name] for row in rows}
     if len(values) != 1:
-        raise SystemExit(f"got results of {len(values)} {name}s, expected one: --{name} {' | '.join(sorted(values))}")
+        raise UserError(f"got results of {len(values)} {name}s, expected one: --{name} {' | '.join(sorted(values))}")
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
@@ -107,4 +109,4 @@ def title(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

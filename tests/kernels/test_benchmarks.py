@@ -12,6 +12,8 @@ import pytest
 import torch
 from animatediff_kernels import dispatch
 
+from animatediff.utils import UserError
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels/benchmarks"))
 import floor  # noqa: E402
 import ops  # noqa: E402
@@ -200,14 +202,14 @@ def test_the_dispatch_reads_what_the_benchmark_notes(tmp_path, monkeypatch):
 def test_one_device_and_dtype_are_drawn():
     here = {"device": "a", "clip": "16f-512", "mode": "fwd", "right": "yes"}
     table = [row(**here, dtype="float16"), row(**here, dtype="float32"), row(**here | {"device": "b"})]
-    with pytest.raises(SystemExit, match=r"got results of 2 devices.*a \| b"):
+    with pytest.raises(UserError, match=r"got results of 2 devices.*a \| b"):
         plot.select(table, None, "16f-512", "fwd", None)
-    with pytest.raises(SystemExit, match=r"got results of 2 dtypes.*float16 \| float32"):
+    with pytest.raises(UserError, match=r"got results of 2 dtypes.*float16 \| float32"):
         plot.select(table, "a", "16f-512", "fwd", None)
     assert plot.select(table, "a", "16f-512", "fwd", "float32") == table[1:2]
     other = row(**here | {"device": "b", "clip": "16f-256"})
     assert plot.select([table[0], other], None, "16f-512", "fwd", None) == table[:1]
-    with pytest.raises(SystemExit, match="no right results of b, 16f-512, fwd, float64"):
+    with pytest.raises(UserError, match="no right results of b, 16f-512, fwd, float64"):
         plot.select(table, "b", "16f-512", "fwd", "float64")
 
 
