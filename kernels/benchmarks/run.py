@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
         for shape in [s for s in shapes if args.layer in s.layer]:
             for mode in args.mode if OPS[op].differentiable else ["fwd"]:
                 rows = measure(shape, mode, device, dtype, args, peaks)
-                write_rows(RESULTS / f"{op}.csv", rows, renewed=() if args.provider else SHAPE)
+                write_rows(RESULTS / f"{op}.csv", rows, renewed=() if args.provider or args.no_compile else SHAPE)
                 for row in rows:
                     print("  " + " ".join(f"{row[name]:<14}" for name in PRINTED), flush=True)
                 if args.measured:
@@ -101,7 +101,8 @@ def measure(
     flops, moved = work(op, sizes, mode, dtype)
     one, part = cut(op, sizes, inputs, 0)
     allowed = 2 * error(op.plain(one), op, one, part, mode) + NOISE
-    assert math.isfinite(allowed), "torch's own result is not finite: nothing to compare with"
+    if not math.isfinite(allowed):
+        allowed = 0.0  # nothing to compare with: nothing is right
     rows = []
     for provider, function in providers(op, sizes).items():
         if (args.provider and provider not in args.provider) or (args.no_compile and provider == "compile"):
