@@ -13,20 +13,20 @@ __version__ = "0.1.0"
 
 # name -> module that has it; imported when first used, so that `import animatediff` costs nothing
 _PUBLIC = {
-    "AnimateDiff": "animatediff.pipelines.animate",
-    "AnimateDiffOutput": "animatediff.pipelines.animate",
-    "AnimateDiffPipeline": "animatediff.pipelines.animate",
-    "FreeInit": "animatediff.steering",
-    "FreeU": "animatediff.steering",
-    "Travel": "animatediff.diffusion.prompt_travel",
+    "AnimateDiff": "animatediff.pipeline.pipeline",
+    "AnimateDiffOutput": "animatediff.pipeline.pipeline",
+    "AnimateDiffPipeline": "animatediff.pipeline.pipeline",
+    "FreeInit": "animatediff.config.steering",
+    "FreeU": "animatediff.config.steering",
+    "Travel": "animatediff.features.prompt_travel",
     "UserError": "animatediff.utils",
-    "Windows": "animatediff.diffusion.windows",
-    "animate": "animatediff.pipelines.run",
-    "load_config": "animatediff.config",
-    "read_metadata": "animatediff.data.video_io",
-    "read_video": "animatediff.data.video_io",
-    "save_video": "animatediff.data.video_io",
-    "save_videos_grid": "animatediff.data.video_io",
+    "Windows": "animatediff.features.windows",
+    "animate": "animatediff.pipeline.run",
+    "load_config": "animatediff.config.prompt_yaml",
+    "read_metadata": "animatediff.media.video",
+    "read_video": "animatediff.media.video",
+    "save_video": "animatediff.media.video",
+    "save_videos_grid": "animatediff.media.video",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -5,15 +5,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py must not shadow the standard module
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
 
-from animatediff.training.ablation import load_grid, run_grid
+from animatediff.lab.ablation import load_grid, run_grid
 from animatediff.utils import Parser, UserError, run_main
 
 

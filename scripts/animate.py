@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
-
-if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py must not shadow the standard module
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import argparse
 from typing import Any
 
-from animatediff.config import AnimateEntry, config_of, load_config
-from animatediff.dataclass_io import parse_overrides
+from animatediff.config.prompt_yaml import AnimateEntry, config_of, load_config
+from animatediff.config.settings import parse_overrides
 from animatediff.utils import Parser, UserError, run_main
 
 BUNDLED = Path(__file__).resolve().parents[1] / "configs" / "animate" / "shapes.yaml"
@@ -69,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         config = load_config(args.config or BUNDLED, overrides)
     if args.without_xformers:
         print("--without-xformers has no effect: xformers is never used here", file=sys.stderr)
-    from animatediff.pipelines.run import animate  # here, because it imports torch: mistakes above are told at once
+    from animatediff.pipeline.run import animate  # here, because it imports torch: mistakes above are told at once
 
     animate(config, output_dir=args.output_dir, device=args.device, dtype=args.dtype)
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py must not shadow the standard module
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
+from pathlib import Path
 
 from animatediff.checkpoints.export import write_diffusers, write_ldm, write_motion_adapter, write_official_motion
 from animatediff.checkpoints.files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from animatediff.checkpoints.parts import read_image_parts, read_motion_parts
-from animatediff.model_config import MOTION_VERSIONS
+from animatediff.config.networks import MOTION_VERSIONS
 from animatediff.utils import Parser, UserError, run_main
 
 FILE_FORMATS = ("ldm", "official-motion")

@@ -11,17 +11,13 @@ docs/evaluation.md says what every number means.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py must not shadow the standard module
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
 import datetime
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
-from animatediff.config import load_config
+from animatediff.config.prompt_yaml import load_config
 from animatediff.utils import Parser, UserError, run_main
 from scripts.animate import BUNDLED
 
@@ -111,10 +107,10 @@ def main(argv: list[str] | None = None) -> None:
 def measure_videos(args: argparse.Namespace, folder: Path) -> str:
     """Measure the clips of some files and folders; returns the table."""
     # Here, because these import torch: mistakes above are told at once.
-    from animatediff.evaluation.encoders import WORLD, load_encoder
-    from animatediff.evaluation.fvd import EncoderFeatures, TorchScriptFeatures
-    from animatediff.evaluation.run_videos import evaluate_videos, format_table
-    from animatediff.pipelines.components import pick_device
+    from animatediff.metrics.encoders import WORLD, load_encoder
+    from animatediff.metrics.fvd import EncoderFeatures, TorchScriptFeatures
+    from animatediff.metrics.measure import evaluate_videos, format_table
+    from animatediff.pipeline.model import pick_device
 
     device, encoder, extractor = pick_device(args.device), None, None
     if args.clip or args.reference or (args.fvd_against and not args.fvd_features):
@@ -150,13 +146,13 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         print(f"entry {args.entry} ({entry.name}) of 0 to {len(entries) - 1}; --entry takes another", file=sys.stderr)
 
     # Here, because these import torch: mistakes above are told at once.
-    from animatediff.data.shapes import MOTIONS
-    from animatediff.data.world import World
-    from animatediff.evaluation.run_model import check_entry, clip_maker
-    from animatediff.evaluation.run_shapes import evaluate_shapes
-    from animatediff.evaluation.shapes_report import format_table
-    from animatediff.pipelines.animate import AnimateDiffPipeline
-    from animatediff.pipelines.weights import check_entries
+    from animatediff.lab.run_model import check_entry, clip_maker
+    from animatediff.pipeline.pipeline import AnimateDiffPipeline
+    from animatediff.pipeline.weights import check_entries
+    from animatediff.world.evaluate import evaluate_shapes
+    from animatediff.world.report import format_table
+    from animatediff.world.series import World
+    from animatediff.world.shapes import MOTIONS
 
     motions = args.motions or list(MOTIONS)
     World(args.captions, style=args.style, motions=tuple(motions))  # tells a style or motion that is none

@@ -6,15 +6,10 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
-if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py must not shadow the standard module
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import argparse
-
-from animatediff.training.reproduction import load_reproduction, run_reproduction
+from animatediff.lab.reproduction import load_reproduction, run_reproduction
 from animatediff.utils import Parser, UserError, run_main
 
 CONFIG = str(Path(__file__).resolve().parents[1] / "configs/eval/reproduction.yaml")

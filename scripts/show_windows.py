@@ -8,19 +8,14 @@ where windows overlap (0: less than a twentieth), `.` for a frame outside.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py must not shadow the standard module
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from animatediff.diffusion.windows import FUSIONS, SCHEDULES, Windows
+from animatediff.features.windows import FUSIONS, SCHEDULES, Windows
 from animatediff.utils import UserError, run_main
 
 CELL = 8  # pixels of a frame in the picture

@@ -5,14 +5,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # the repository, not scripts/: scripts/inspect.py must not shadow the standard module
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import argparse
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from animatediff.pipelines.components import pick_device
+from animatediff.pipeline.model import pick_device
 from animatediff.training.stages import Training, load_train_config
 from animatediff.utils import Parser, UserError, run_main
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from animatediff.model_config import MotionConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from animatediff.config.networks import MotionConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from animatediff.utils import UserError
 
 Json = dict[str, Any]

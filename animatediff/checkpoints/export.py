@@ -36,7 +36,7 @@ from animatediff.checkpoints.sizes import (
     vae_config,
     vae_metadata_of,
 )
-from animatediff.model_config import MotionConfig, ScheduleConfig
+from animatediff.config.networks import MotionConfig, ScheduleConfig
 from animatediff.models.text import END, START, TextEncoder, build_vocabulary, read_bundled_merges
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE

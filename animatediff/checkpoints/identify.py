@@ -14,7 +14,7 @@ from animatediff.checkpoints import sizes
 from animatediff.checkpoints.diffusers_json import TEXT_STEMS, UNET_STEM, VAE_STEM, Json, adapter_metadata
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
 from animatediff.checkpoints.keymaps import LDM_TEXT, LDM_UNET, LDM_VAE, MOTION_MARK, motion_to_official
-from animatediff.model_config import ANIMATE_LCM, Distillation, lightning
+from animatediff.config.networks import ANIMATE_LCM, Distillation, lightning
 from animatediff.utils import UserError, naming
 
 SDXL_MOTION_WIDTHS = {0: 320, 1: 640, 2: 1280}

@@ -30,7 +30,7 @@ from animatediff.checkpoints.sizes import (
     vae_config,
     vae_metadata_of,
 )
-from animatediff.model_config import ScheduleConfig, VAEConfig
+from animatediff.config.networks import ScheduleConfig, VAEConfig
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
@@ -238,7 +238,7 @@ def load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: P
     if problems:
         raise UserError(
             f"got {path}, expected a complete {what} of the size its first layers suggest: {'; '.join(problems)}; "
-            "`python scripts/inspect.py` says what the file is"
+            "`python scripts/doctor.py` says what the file is"
         )
     module.load_state_dict(tensors, assign=True)
     return module.eval()

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from animatediff.checkpoints.files import StateDict
 from animatediff.checkpoints.keymaps import MOTION_MARK
-from animatediff.model_config import (
+from animatediff.config.networks import (
     MOTION_VERSIONS,
     MotionConfig,
     SparseCtrlConfig,

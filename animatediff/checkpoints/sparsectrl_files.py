@@ -15,8 +15,8 @@ from animatediff.checkpoints.keymaps import MOTION_MARK, motion_to_official
 from animatediff.checkpoints.load import LoadReport, load_strictly
 from animatediff.checkpoints.parts import PE_ENDINGS
 from animatediff.checkpoints.sizes import sparsectrl_config, sparsectrl_metadata_of
-from animatediff.model_config import SparseCtrlConfig
-from animatediff.models.sparsectrl import SparseCtrl
+from animatediff.config.networks import SparseCtrlConfig
+from animatediff.models.sparsectrl_encoder import SparseCtrl
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
 from animatediff.utils import UserError, naming

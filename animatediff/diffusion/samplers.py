@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from animatediff.dataclass_io import unknown_key
+from animatediff.config.settings import unknown_key
 from animatediff.diffusion.guidance import Denoise
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.utils import UserError

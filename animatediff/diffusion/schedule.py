@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from animatediff.model_config import ScheduleConfig
+from animatediff.config.networks import ScheduleConfig
 from animatediff.utils import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

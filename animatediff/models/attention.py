@@ -7,7 +7,7 @@ from animatediff_kernels import attention, geglu, linear_geglu
 from einops import rearrange
 from torch import Tensor, nn
 
-from animatediff.model_config import UNetConfig
+from animatediff.config.networks import UNetConfig
 from animatediff.models.layers import GroupNorm, LayerNorm
 
 CPU_ROWS = 2048  # tokens whose feed-forward stays in the cache

@@ -15,7 +15,7 @@ from animatediff_kernels import temporal_attention
 from einops import rearrange
 from torch import Tensor, nn
 
-from animatediff.model_config import MotionConfig
+from animatediff.config.networks import MotionConfig
 from animatediff.models.attention import FeedForward
 from animatediff.models.layers import GroupNorm, LayerNorm
 

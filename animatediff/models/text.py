@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as BPETokenizer
 from torch import Tensor, nn
 
-from animatediff.model_config import TextConfig
+from animatediff.config.networks import TextConfig
 from animatediff.models.prompt_weighting import Section, weigh_states
 from animatediff.utils import UserError
 

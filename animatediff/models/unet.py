@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from animatediff.model_config import UNetConfig
+from animatediff.config.networks import UNetConfig
 from animatediff.models.attention import SpatialTransformer
 from animatediff.models.layers import (
     Downsample,

@@ -7,7 +7,7 @@ from animatediff_kernels import attention
 from einops import rearrange
 from torch import Tensor, nn
 
-from animatediff.model_config import VAEConfig
+from animatediff.config.networks import VAEConfig
 from animatediff.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every GroupNorm in the VAE

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from animatediff.config.networks import MotionConfig, ScheduleConfig
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.model_config import MotionConfig, ScheduleConfig
 from animatediff.models.attention import SpatialTransformer
 from animatediff.models.layers import ResnetBlock
 from animatediff.models.motion import MotionModule

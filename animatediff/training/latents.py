@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from animatediff.data.clips import Series
-from animatediff.data.scribble import draw_scribbles, pack, unpack
-from animatediff.data.world import World
+from animatediff.media.scribble import draw_scribbles, pack, unpack
 from animatediff.models.text import Tokenizer
 from animatediff.models.vae import VAE
+from animatediff.training.data.clips import Series
 from animatediff.training.loop import world
+from animatediff.world.series import World
 
 CAPTION_DROPOUT = 0.1  # share of empty captions, which teaches the unconditional half of guidance
 CHUNK = 16  # clips rendered and encoded at a time

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from animatediff.control_config import condition_frames
-from animatediff.data.gif import GIF_MAX_FPS
-from animatediff.data.video_io import save_video
-from animatediff.pipelines.animate import AnimateDiffPipeline
-from animatediff.pipelines.components import Components, seeded
-from animatediff.pipelines.control import read_condition_images
+from animatediff.config.sparsectrl_yaml import condition_frames
+from animatediff.features.sparsectrl import read_condition_images
+from animatediff.media.gif import GIF_MAX_FPS
+from animatediff.media.video import save_video
+from animatediff.pipeline.model import Components, seeded
+from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.training.limits import check_numbers
 from animatediff.training.sources import existing
 from animatediff.utils import UserError, naming

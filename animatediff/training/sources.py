@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from animatediff.checkpoints.load import ImageModel, load_base
-from animatediff.data.clips import ClipConfig, Clips, Series
-from animatediff.data.images import ImageConfig, Images
-from animatediff.data.world import World
 from animatediff.models.text import Tokenizer
 from animatediff.models.vae import VAE
-from animatediff.pipelines.weights import find_file
+from animatediff.pipeline.weights import find_file
+from animatediff.training.data.clips import ClipConfig, Clips, Series
+from animatediff.training.data.images import ImageConfig, Images
 from animatediff.training.diffusion_stages import ClipSource
 from animatediff.training.latents import SCRIBBLED, ClipReader, LatentClips, StreamedClips, made_from
 from animatediff.training.loop import first_process_first
 from animatediff.utils import UserError
+from animatediff.world.series import World
 
 Log = Callable[[str], None]
 

@@ -16,19 +16,19 @@ from animatediff.checkpoints.export import save_image_model, save_motion_module
 from animatediff.checkpoints.load import ImageModel, load_motion_module
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl, save_sparsectrl
-from animatediff.config import SD15_FOLDER
-from animatediff.data.clips import ClipConfig
-from animatediff.data.images import ImageConfig
-from animatediff.data.world import World
-from animatediff.dataclass_io import build_dataclass, parse_overrides, read_yaml
-from animatediff.model_config import MOTION_VERSIONS, MotionConfig, ScheduleConfig
+from animatediff.config.networks import MOTION_VERSIONS, MotionConfig, ScheduleConfig
+from animatediff.config.prompt_yaml import SD15_FOLDER
+from animatediff.config.settings import build_dataclass, parse_overrides, read_yaml
+from animatediff.lab.world_encoder import ShapesEncoder
+from animatediff.lab.world_image import ShapesDecoder, ShapesImage
 from animatediff.models.lora import LoRAStack
-from animatediff.models.sparsectrl import SparseCtrl, build_sparsectrl
+from animatediff.models.sparsectrl_encoder import SparseCtrl, build_sparsectrl
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
-from animatediff.pipelines.components import Components, place
-from animatediff.training.contrastive import ShapesEncoder
+from animatediff.pipeline.model import Components, place
+from animatediff.training.data.clips import ClipConfig
+from animatediff.training.data.images import ImageConfig
 from animatediff.training.diffusion_stages import (
     DiffusionStage,
     Save,
@@ -39,13 +39,13 @@ from animatediff.training.diffusion_stages import (
 )
 from animatediff.training.limits import check_numbers
 from animatediff.training.loop import LoopConfig, train
-from animatediff.training.lora import attach_lora
+from animatediff.training.lora_stages import attach_lora
 from animatediff.training.losses import MEAN_SQUARE, LossConfig
 from animatediff.training.samples import SampleClips, SampleConfig
-from animatediff.training.shapes_image import ShapesDecoder, ShapesImage
 from animatediff.training.sources import Data, existing, load_complete, own_tokenizer
-from animatediff.training.sparsectrl import SparseCtrlStage, learn_control
+from animatediff.training.sparsectrl_stage import SparseCtrlStage, learn_control
 from animatediff.utils import UserError
+from animatediff.world.series import World
 
 Log = Callable[[str], None]
 CPU = torch.device("cpu")

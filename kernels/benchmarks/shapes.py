@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from animatediff.model_config import MOTION_VERSIONS, UNetConfig
+from animatediff.config.networks import MOTION_VERSIONS, UNetConfig
 from animatediff.models.attention import GEGLU, Attention
 from animatediff.models.layers import GroupNorm, LayerNorm
 from animatediff.models.motion import TemporalAttention

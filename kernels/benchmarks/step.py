@@ -33,7 +33,7 @@ from shapes import CONFIG, TEXT_TOKENS
 from torch import Tensor, nn
 
 from animatediff.checkpoints.keymaps import motion_to_official
-from animatediff.model_config import MotionConfig
+from animatediff.config.networks import MotionConfig
 from animatediff.models.motion import positional_encoding
 from animatediff.models.unet import UNet
 

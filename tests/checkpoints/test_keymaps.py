@@ -5,7 +5,7 @@ import torch
 
 from animatediff.checkpoints import keymaps
 from animatediff.checkpoints.keymaps import LDM_TEXT, LDM_UNET, LDM_VAE, inverted, translate
-from animatediff.model_config import MOTION_VERSIONS, TextConfig, UNetConfig, VAEConfig
+from animatediff.config.networks import MOTION_VERSIONS, TextConfig, UNetConfig, VAEConfig
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from animatediff.checkpoints.files import write_state_dict
 from animatediff.checkpoints.lora_files import parse_lora, read_lora
-from animatediff.model_config import MOTION_VERSIONS, TextConfig, UNetConfig
+from animatediff.config.networks import MOTION_VERSIONS, TextConfig, UNetConfig
 from animatediff.models.lora import LoRA, LoRAStack
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet

@@ -1,4 +1,4 @@
-"""scripts/inspect.py and scripts/convert.py as a person runs them."""
+"""scripts/doctor.py and scripts/convert.py as a person runs them."""
 
 import hashlib
 import subprocess
@@ -34,7 +34,7 @@ def test_inspect_describes_several_files_and_goes_on_after_a_bad_one(tmp_path):
     lora = write(tmp_path / "lora.ckpt", lora_tensors("motion_lora"))
     lightning = write(tmp_path / "AnimateDiff_Lightning_8step.ckpt", with_positional(motion_tensors("v2"), 32))
     (tmp_path / "page.ckpt").write_text("<html>")
-    result = run("inspect.py", motion, tmp_path / "page.ckpt", lora, lightning, cwd=tmp_path)
+    result = run("doctor.py", motion, tmp_path / "page.ckpt", lora, lightning, cwd=tmp_path)
     assert failed_cleanly(result, "an HTML page")
     first, second = result.stdout.split(str(lora) + "\n")
     for text in (
@@ -64,7 +64,7 @@ def test_convert_there_and_back(tmp_path, ldm_file, convert):
     assert equal(read_state_dict(tmp_path / "back.safetensors").tensors, ldm_tensors())
 
 
-@pytest.mark.parametrize("name", ["inspect.py", "convert.py"])
+@pytest.mark.parametrize("name", ["doctor.py", "convert.py"])
 def test_a_mistyped_option_is_told_in_one_line(tmp_path, name):
     assert failed_cleanly(run(name, "a", "b", "--too", cwd=tmp_path), "--help")
 

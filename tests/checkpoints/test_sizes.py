@@ -5,7 +5,7 @@ import torch
 
 from animatediff.checkpoints import sizes
 from animatediff.checkpoints.keymaps import MOTION_MARK
-from animatediff.model_config import MOTION_VERSIONS, MotionConfig, TextConfig, UNetConfig, VAEConfig
+from animatediff.config.networks import MOTION_VERSIONS, MotionConfig, TextConfig, UNetConfig, VAEConfig
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE

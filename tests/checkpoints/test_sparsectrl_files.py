@@ -9,8 +9,8 @@ from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.identify import identify
 from animatediff.checkpoints.keymaps import MOTION_MARK, motion_to_diffusers
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl, save_sparsectrl
-from animatediff.model_config import MOTION_VERSIONS, UNetConfig, VAEConfig
-from animatediff.models.sparsectrl import build_sparsectrl
+from animatediff.config.networks import MOTION_VERSIONS, UNetConfig, VAEConfig
+from animatediff.models.sparsectrl_encoder import build_sparsectrl
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
 from animatediff.utils import UserError

@@ -14,7 +14,7 @@ from animatediff.checkpoints.identify import identify
 from animatediff.checkpoints.keymaps import LDM_VAE
 from animatediff.checkpoints.load import load_vae
 from animatediff.checkpoints.parts import read_image_parts
-from animatediff.model_config import VAEConfig
+from animatediff.config.networks import VAEConfig
 from animatediff.models.vae import VAE
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import METADATA, equal, ldm_tensors, lora_tensors, write

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from animatediff.config.networks import ScheduleConfig
 from animatediff.diffusion.inversion import invert
 from animatediff.diffusion.samplers import ddim
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.model_config import ScheduleConfig
 
 DATA_STD = 0.5
 

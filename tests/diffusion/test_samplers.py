@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from animatediff.config.networks import ScheduleConfig
 from animatediff.diffusion.samplers import SAMPLERS, ddim, dpmpp_2m, euler, euler_ancestral, find_sampler, lcm, pndm
 from animatediff.diffusion.schedule import PREDICTIONS, SPACINGS, NoiseSchedule
-from animatediff.model_config import ScheduleConfig
 from animatediff.utils import UserError
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden/samplers.safetensors")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from animatediff_kernels import attention, group_norm_silu, layer_norm, linear_geglu, use_backend
 
-from animatediff.model_config import MotionConfig, UNetConfig
+from animatediff.config.networks import MotionConfig, UNetConfig
 from animatediff.models import attention as spatial
 from animatediff.models import layers
 from animatediff.models.unet import UNet

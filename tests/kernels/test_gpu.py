@@ -9,11 +9,11 @@ import torch
 from animatediff_kernels import temporal_attention_packed, use_backend
 
 from animatediff.checkpoints.load import load_motion_module
-from animatediff.data.world import World
-from animatediff.pipelines.components import place
+from animatediff.pipeline.model import place
 from animatediff.training.diffusion_stages import DiffusionStage, freeze, learn_motion
 from animatediff.training.latents import LatentClips
 from animatediff.training.stages import load_complete
+from animatediff.world.series import World
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "kernels/benchmarks"))

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module
 from animatediff.checkpoints.lora_files import read_lora
+from animatediff.config.networks import ScheduleConfig
 from animatediff.diffusion.guidance import classifier_free_guidance
 from animatediff.diffusion.samplers import ddim
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.model_config import ScheduleConfig
 from animatediff.models.lora import LoRAStack
 from animatediff.models.unet import UNet
 from tests.nano import write_files

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from animatediff.model_config import MOTION_VERSIONS, MotionConfig, UNetConfig
+from animatediff.config.networks import MOTION_VERSIONS, MotionConfig, UNetConfig
 from animatediff.models.lora import LoRAStack
 from animatediff.models.motion import MotionModule, TemporalAttention, TemporalConvolution
 from animatediff.models.unet import UNet
-from animatediff.training.lora import attach_lora
+from animatediff.training.lora_stages import attach_lora
 from animatediff.utils import UserError
 
 CONVOLUTION = MotionConfig(temporal="convolution")

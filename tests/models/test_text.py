@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from animatediff.model_config import TextConfig
+from animatediff.config.networks import TextConfig
 from animatediff.models.text import END, START, TextEncoder, Tokenizer, build_vocabulary, read_bundled_merges
 from animatediff.utils import UserError
 from tests.golden.synthetic_weights import synthetic_tensor

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from animatediff.model_config import MOTION_VERSIONS, MotionConfig, UNetConfig, VAEConfig
+from animatediff.config.networks import MOTION_VERSIONS, MotionConfig, UNetConfig, VAEConfig
 from animatediff.models.layers import GroupNorm
 from animatediff.models.motion import MotionModule, positional_encoding
 from animatediff.models.unet import UNet

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from animatediff.data.video_io import read_metadata, read_video
+from animatediff.media.video import read_metadata, read_video
 from animatediff.utils import UserError
 from scripts.animate import collect_overrides, main, parse
 from tests.nano import entry, write_config, write_files

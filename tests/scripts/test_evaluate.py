@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from animatediff.data.video_io import save_video
-from animatediff.pipelines.animate import AnimateDiffPipeline
+from animatediff.media.video import save_video
+from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.utils import UserError
 from scripts import evaluate
 from tests.nano import entry, write_config, write_files

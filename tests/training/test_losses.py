@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from animatediff.config.networks import ScheduleConfig
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.model_config import ScheduleConfig
 from animatediff.training.losses import LossConfig, denoising_loss, min_snr_weights
 from animatediff.utils import UserError
 

@@ -11,20 +11,20 @@ from PIL import Image
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module, load_personalised
 from animatediff.checkpoints.lora_files import read_lora
-from animatediff.config import load_config
-from animatediff.data.video_io import read_video
-from animatediff.data.world import World
+from animatediff.config.prompt_yaml import load_config
+from animatediff.media.video import read_video
 from animatediff.models.lora import LoRAStack
-from animatediff.pipelines.run import animate
+from animatediff.pipeline.run import animate
 from animatediff.training import diffusion_stages
 from animatediff.training.diffusion_stages import DiffusionStage
 from animatediff.training.latents import LatentClips
-from animatediff.training.lora import attach_lora
+from animatediff.training.lora_stages import attach_lora
 from animatediff.training.stages import load_train_config
 from animatediff.utils import UserError
+from animatediff.world.series import World
 from scripts import train
 from tests.checkpoints.synthetic import TABLES, equal
-from tests.data.videos import write
+from tests.media.videos import write
 from tests.nano import entry, write_config, write_files
 
 CONFIGS = Path(__file__).parents[2] / "configs/train"

@@ -11,17 +11,17 @@ from PIL import Image
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
-from animatediff.config import load_config
-from animatediff.data.video_io import read_video
-from animatediff.model_config import ScheduleConfig
-from animatediff.models.sparsectrl import build_sparsectrl
-from animatediff.pipelines.run import animate
+from animatediff.config.networks import ScheduleConfig
+from animatediff.config.prompt_yaml import load_config
+from animatediff.media.video import read_video
+from animatediff.models.sparsectrl_encoder import build_sparsectrl
+from animatediff.pipeline.run import animate
 from animatediff.training.diffusion_stages import DiffusionStage, freeze
-from animatediff.training.sparsectrl import SparseCtrlStage, draw_given, learn_control
+from animatediff.training.sparsectrl_stage import SparseCtrlStage, draw_given, learn_control
 from animatediff.training.stages import load_train_config
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import equal, sparsectrl_tensors
-from tests.data.videos import write
+from tests.media.videos import write
 from tests.nano import entry, write_config, write_files
 
 LOOP = {"steps": 2, "batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 1, "checkpoint_every": 1, "log_every": 1}

@@ -13,12 +13,12 @@ import yaml
 
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module, load_vae
-from animatediff.data.shapes import make_scene
-from animatediff.data.world import World
 from animatediff.training.latents import FAVOUR, LatentClips
 from animatediff.training.loop import step_gradients
 from animatediff.training.stages import load_train_config
 from animatediff.utils import UserError
+from animatediff.world.series import World
+from animatediff.world.shapes import make_scene
 from tests.training.line import Rows
 from tests.training.two_processes import HALVES
 

@@ -9,14 +9,14 @@ import yaml
 
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module
-from animatediff.config import load_config
-from animatediff.data.clips import Clips
-from animatediff.data.video_io import read_video
-from animatediff.model_config import MOTION_VERSIONS, ScheduleConfig, TextConfig, UNetConfig
+from animatediff.config.networks import MOTION_VERSIONS, ScheduleConfig, TextConfig, UNetConfig
+from animatediff.config.prompt_yaml import load_config
+from animatediff.media.video import read_video
 from animatediff.models.text import TextEncoder, Tokenizer
 from animatediff.models.unet import UNet
-from animatediff.pipelines.run import animate
+from animatediff.pipeline.run import animate
 from animatediff.training import latents
+from animatediff.training.data.clips import Clips
 from animatediff.training.diffusion_stages import (
     DiffusionStage,
     checkpoint_activations,
@@ -28,7 +28,7 @@ from animatediff.training.latents import ClipReader, LatentClips, StreamedClips
 from animatediff.training.stages import MotionModule, load_train_config
 from animatediff.utils import UserError
 from scripts import train
-from tests.data.videos import write
+from tests.media.videos import write
 from tests.nano import entry, write_config, write_files
 
 CONFIGS = Path(__file__).parents[2] / "configs/train"

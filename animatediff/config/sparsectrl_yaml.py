@@ -1,0 +1,99 @@
+"""SparseCtrl as a user says it: which frames are given, how much they count, and the official config of an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from animatediff.config.inference_yaml import MotionKwargs
+from animatediff.config.networks import SparseCtrlConfig
+from animatediff.config.settings import build_dataclass, describe, read_yaml
+from animatediff.utils import UserError
+
+CONFIGS = {  # kind of encoder -> its official config
+    "rgb": "configs/inference/sparsectrl/latent_condition.yaml",
+    "scribble": "configs/inference/sparsectrl/image_condition.yaml",
+}
+
+
+def condition_frames(indices: Sequence[int], *, images: int, frames: int) -> tuple[int, ...]:
+    """The frames of a clip that images are given for, counted from 0; in `indices` -1 is the last frame.
+
+    Raises:
+        UserError: no image, not one index for each, one outside the clip, or one twice.
+    """
+    if not 1 <= images <= frames:
+        raise UserError(f"got {images} condition images, expected 1 to {frames}, the frames of the clip")
+    if len(indices) != images:
+        raise UserError(f"got {len(indices)} frame numbers for {images} condition images, expected one for each")
+    if outside := [i for i in indices if not -frames <= i < frames]:
+        raise UserError(f"got frame {outside[0]}, expected 0 to {frames - 1}, or -1 (the last) to {-frames}")
+    counted = tuple(i % frames for i in indices)
+    if twice := [i for i in counted if counted.count(i) > 1]:
+        raise UserError(f"got frame {twice[0]} twice, expected another frame for each image")
+    return counted
+
+
+def check_scales(scales: Sequence[float], *, frames: int) -> None:
+    """Raises: UserError unless there is one scale for all frames or one for each, all 0 or more."""
+    if len(scales) not in (1, frames):
+        raise UserError(f"got {len(scales)} scales, expected one for all frames, or one for each of the {frames}")
+    if wrong := [s for s in scales if not s >= 0]:
+        raise UserError(f"got {wrong[0]:g}, expected 0 (no effect) or more (1 is as trained)")
+
+
+@dataclass(frozen=True)
+class ControlKwargs:
+    """`controlnet_additional_kwargs` of an official SparseCtrl config. The weights decide; this has to agree."""
+
+    set_noisy_sample_input_to_zero: Literal[True] = True
+    use_simplified_condition_embedding: bool = True
+    conditioning_channels: int = 4
+    concate_conditioning_mask: Literal[True] = True
+    use_motion_module: Literal[True] = True
+    motion_module_resolutions: tuple[int, ...] = (1, 2, 4, 8)
+    motion_module_mid_block: Literal[False] = False
+    motion_module_type: Literal["Vanilla"] = "Vanilla"
+    motion_module_kwargs: MotionKwargs = MotionKwargs(attention_block_types=("Temporal_Self",))
+
+    @property
+    def kind(self) -> str:
+        return "rgb" if self.use_simplified_condition_embedding else "scribble"
+
+    def check(self, config: SparseCtrlConfig) -> None:
+        """Raises: UserError where the file describes another network than the weights are."""
+        motion, kwargs = config.unet.motion, self.motion_module_kwargs
+        assert motion is not None
+        for key, said, found in (
+            ("conditioning_channels", self.conditioning_channels, config.condition_channels),
+            ("num_attention_heads", kwargs.num_attention_heads, motion.num_heads),
+            ("num_transformer_block", kwargs.num_transformer_block, motion.num_transformer_blocks),
+            ("attention_block_types", len(kwargs.attention_block_types), motion.attentions_per_block),
+        ):
+            if said != found:
+                raise UserError(f"got {key} {said}, but the SparseCtrl encoder has {found}: remove controlnet_config")
+
+
+def load_control_config(path: str | Path, *, kind: str | None) -> ControlKwargs:
+    """Read an official SparseCtrl config.
+
+    Args:
+        kind: of the encoder that it is for, "rgb" or "scribble".
+
+    Raises:
+        UserError: no such file, broken YAML, an unknown or mistyped value, or a config for the other kind.
+    """
+    raw = read_yaml(path)
+    if not isinstance(raw, dict) or set(raw) != {"controlnet_additional_kwargs"}:
+        keys = f"keys {', '.join(map(str, raw))}" if isinstance(raw, dict) else describe(raw)
+        raise UserError(f"{path}: got {keys}, expected controlnet_additional_kwargs alone")
+    where = f"{path}, controlnet_additional_kwargs"
+    kwargs = build_dataclass(ControlKwargs, raw["controlnet_additional_kwargs"], where=where)
+    if kwargs.kind != kind:
+        raise UserError(
+            f"{path} describes a SparseCtrl encoder of kind {kwargs.kind}, but the weights are of kind {kind}: "
+            f"use {CONFIGS[kind or 'rgb']}, or remove controlnet_config"
+        )
+    return kwargs

@@ -1,0 +1,121 @@
+"""Prompts that travel: texts at keyframes, and for the frames between them mixtures of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from animatediff.config.settings import unknown_key
+from animatediff.utils import UserError
+
+INTERPOLATIONS = ("lerp", "slerp")
+PARALLEL = 0.9995  # |cosine| above which slerp is lerp: the angle is lost in rounding
+
+
+@dataclass(frozen=True)
+class Travel:
+    """How a prompt gets from one keyframe's text to the next one's.
+
+    Attributes:
+        interpolation: `lerp` mixes two embeddings in proportion; `slerp` turns the one into the other.
+        loop: whether the last keyframe goes on to the first, over the end of the clip; else the first text holds
+            before its keyframe and the last one after it. None: loop where the clip's windows do.
+        fixed_ratio: the part of every interval, from its beginning, in which the text stays; 0 to below 1.
+
+    Raises:
+        UserError: an unknown name or a value out of range.
+    """
+
+    interpolation: str = "lerp"
+    loop: bool | None = None
+    fixed_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS:
+            raise UserError(unknown_key(self.interpolation, list(INTERPOLATIONS), what="prompt interpolation"))
+        if not 0 <= self.fixed_ratio < 1:
+            raise UserError(f"prompt fixed_ratio: got {self.fixed_ratio:g}, expected 0 to below 1")
+
+    def mix(self, texts: Tensor, keyframes: Sequence[int], frames: int, *, loop: bool = False) -> FrameContext:
+        """The context of one clip. Every frame is a mixture of the two texts around it, never of other mixtures.
+
+        Args:
+            texts: embeddings (k, l, d), one for each keyframe.
+            keyframes: their frames, rising, each within 0 … frames - 1.
+            frames: of the clip.
+            loop: where `self.loop` does not say.
+        """
+        before, after, r = self._course(keyframes, frames, loop=loop if self.loop is None else self.loop)
+        a, b = 1 - r, r
+        if self.interpolation == "slerp":
+            flat = F.normalize(texts.flatten(1).cpu().double(), dim=1)
+            cosine = (flat @ flat.mT)[before, after]
+            angle = cosine.clamp(-1, 1).acos()
+            turned = cosine.abs() <= PARALLEL
+            a, b = (torch.where(turned, (part * angle).sin() / angle.sin(), part) for part in (a, b))
+        index = torch.arange(len(keyframes))
+        weights = a[:, None] * (before[:, None] == index) + b[:, None] * (after[:, None] == index)
+        return FrameContext(texts, weights[None].float())
+
+    def _course(self, keyframes: Sequence[int], frames: int, *, loop: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every frame (frames,): the keyframes before and after it, and how far it is from the one to the other."""
+        at, frame, last = torch.tensor(keyframes), torch.arange(frames), len(keyframes) - 1
+        before = torch.searchsorted(at, frame, right=True) - 1
+        before, after = (i % (last + 1) if loop else i.clamp(0, last) for i in (before, before + 1))
+        gap, gone = ((f - at[before]) % frames for f in (at[after], frame))
+        r = torch.where(gap > 0, gone.double() / gap, 0.0)
+        return before, after, ((r - self.fixed_ratio) / (1 - self.fixed_ratio)).clamp(min=0)
+
+
+@dataclass(frozen=True)
+class FrameContext:
+    """Text embeddings that differ from frame to frame. Kept as the few keys they are mixed of, whatever the length.
+
+    Attributes:
+        keys: (n, l, d).
+        weights: how much of each key is in each frame, float32 (b, f, n).
+    """
+
+    keys: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def at(self, frames: Tensor) -> Tensor:
+        """The embeddings of some frames (w,) by their numbers: (b, w, l, d)."""
+        weights = self.weights[:, frames.to(self.weights.device)].to(self.keys)
+        return torch.einsum("bwn,nld->bwld", weights, self.keys)
+
+
+Context = Tensor | FrameContext  # (b, l, d): one text for all frames of a clip
+
+
+def join(contexts: Sequence[FrameContext]) -> FrameContext:
+    """The clips of several contexts of equal (f, l, d), one after the other."""
+    total, start, weights = sum(len(c.keys) for c in contexts), 0, []
+    for c in contexts:
+        weights.append(F.pad(c.weights, (start, total - start - len(c.keys))))
+        start += len(c.keys)
+    return FrameContext(torch.cat([c.keys for c in contexts]), torch.cat(weights))
+
+
+def text_of_frames(contexts: Sequence[Context], *, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """What a network is told about the frames (w,) that it sees, as `UNet.forward` takes it.
+
+    Args:
+        contexts: of as many clips each, all of one kind; joined along the batch.
+        like: a weight of the network, for device and type.
+
+    Returns:
+        frame numbers (w,) -> (b, l, d), or (b, w, l, d) where the text differs from frame to frame.
+    """
+    if isinstance(contexts[0], FrameContext):
+        both = join([c for c in contexts if isinstance(c, FrameContext)])
+        return FrameContext(both.keys.to(like), both.weights.to(like.device)).at
+    text = torch.cat([c for c in contexts if isinstance(c, Tensor)]).to(like)
+    return lambda frames: text

@@ -1,0 +1,197 @@
+"""A grid of trainings in the built-in world that differ in a few values, and one table of what each of them can do."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from animatediff.config.prompt_yaml import load_config
+from animatediff.config.settings import build_dataclass, read_yaml
+from animatediff.lab.results import (
+    device_name,
+    keeping_strip,
+    markdown,
+    read_result,
+    spread,
+    stack_strips,
+    write_result,
+)
+from animatediff.lab.run_model import clip_maker
+from animatediff.metrics.tables import align, write_csv
+from animatediff.pipeline.model import pick_device
+from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from animatediff.training.sources import existing
+from animatediff.training.stages import MotionModule, build_stage
+from animatediff.utils import UserError, naming
+from animatediff.world.evaluate import evaluate_shapes
+from animatediff.world.shapes import MOTIONS
+
+Log = Callable[[str], None]
+SHOWN = 3  # number of the caption whose clips are in strips.png, or the last
+MEASURES = {
+    "motion": "motion %",
+    "place": "place %",
+    "amplitude": "",
+    "shape": "shape %",
+    "all": "all %",
+    "smoothness": "",
+    "flicker": "",
+    "drift": "",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which trainings to compare.
+
+    Raises:
+        UserError: no cell, no seed, or a value out of its range.
+    """
+
+    output_dir: str
+    train: str  # the training YAML of every cell, a stage motion_module on the built-in world
+    animate: str  # the prompt config whose sampling the clips are made with
+    cells: dict  # name -> values that differ from it, nested as they are there
+    common: dict  # values that differ from it in every cell
+    quick: dict  # with --quick: fields of this grid; `common` is added to the one above
+    sampling: dict = field(default_factory=dict)  # keys of the prompt config that differ in every cell
+    seeds: tuple[int, ...] = (0, 1, 2)
+    captions: int = 100  # clips that are scored
+
+    def __post_init__(self) -> None:
+        if not self.cells or not self.seeds or self.captions < 1:
+            raise UserError(
+                f"got {len(self.cells)} cells, {len(self.seeds)} seeds and {self.captions} captions, "
+                "expected at least one of each"
+            )
+
+    def stage(self, cell: str, seed: int) -> MotionModule:
+        """The training of one cell.
+
+        Raises:
+            UserError: a value that the training does not have, or another stage.
+        """
+        folder = Path(self.output_dir) / cell / str(seed)
+        own = {"output_dir": str(folder), "seed": seed, "loop": {"seed": seed}}
+        values = merged(read_yaml(existing(self.train)), self.common, self.cells[cell] or {}, own)
+        with naming(f"cell {cell!r}"):
+            stage = build_stage(values, where=self.train)
+            if not isinstance(stage, MotionModule) or stage.world is None:
+                raise UserError("got another stage, expected motion_module on the built-in world")
+        return stage
+
+
+def load_grid(path: str | Path, *, quick: bool = False) -> Grid:
+    """Read a grid's YAML. Raises: UserError for an unknown key, or a missing or mistyped value."""
+    values = read_yaml(path)
+    grid = build_dataclass(Grid, values, where=str(path))
+    if quick:
+        grid = build_dataclass(Grid, merged(values, grid.quick), where=f"{path}: quick")
+    return grid
+
+
+def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
+    """Later values win; mappings within mappings are merged alike."""
+    result: dict[str, Any] = {}
+    for mapping in mappings:
+        for key, value in mapping.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def run_grid(grid: Grid, *, jobs: int = 1, device: str = "cpu", log: Log = print) -> str:
+    """Train and measure what is missing; writes table.md, table.csv and strips.png into `output_dir`.
+
+    Args:
+        grid: what to compare.
+        jobs: processes that each work on a cell, on one CPU core, at a time.
+        device: auto, cuda, mps or cpu.
+
+    Returns:
+        The table, as text.
+
+    Raises:
+        UserError: a cell cannot be trained, or its folder holds the result of another one.
+    """
+    target = str(pick_device(device))
+    tasks = [(grid, cell, seed, target) for cell in grid.cells for seed in grid.seeds]
+    for _, cell, seed, _ in tasks:
+        grid.stage(cell, seed)  # mistakes are told before anything starts
+    if jobs == 1:
+        results = [run_cell(*task, log=log) for task in tasks]
+    else:
+        spawned = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=spawned, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            results = list(pool.map(run_cell, *zip(*tasks, strict=True)))
+    by_cell = {name: [r for task, r in zip(tasks, results, strict=True) if task[1] == name] for name in grid.cells}
+    rows = [table_row(cell, found) for cell, found in by_cell.items()]
+    stage = grid.stage(tasks[0][1], tasks[0][2])
+    loop, world = stage.loop, stage.world
+    assert world is not None
+    seen = loop.steps * loop.batch_size * loop.micro_batches
+    entry = load_config(existing(grid.animate), grid.sampling).entries[0]
+    caption = (
+        f"{loop.steps} steps, {seen} clips seen, of {world.clips} that show {', '.join(world.motions or MOTIONS)}; "
+        f"{grid.captions} captions, {entry.sampler or 'ddim'}, {entry.steps} steps; mean ± standard deviation over "
+        f"the trainings of each ({len(grid.seeds)}); {', '.join(sorted({r['device'] for r in results}))}"
+    )
+    header = ["", *(title or name for name, title in MEASURES.items())]
+    lines = [[row["cell"], *(row[name] for name in MEASURES)] for row in rows]
+    folder = Path(grid.output_dir)
+    (folder / "table.md").write_text(f"{markdown(header, lines)}\n\n{caption}\n", encoding="utf-8")
+    write_csv(folder / "table.csv", rows)
+    stack_strips({cell: folder / cell / str(grid.seeds[0]) for cell in grid.cells}, folder / "strips.png")
+    return f"{align([header, *lines])}\n{caption}"
+
+
+def run_cell(grid: Grid, cell: str, seed: int, device: str = "cpu", log: Log = print) -> dict[str, Any]:
+    """What one training scores; read from its folder where it is done."""
+    stage = grid.stage(cell, seed)
+    path, made = Path(stage.output_dir) / "result.json", repr((stage, grid.captions, grid.sampling))
+    if (result := read_result(path, made)) is None:
+        torch.set_flush_denormal(True)
+        stage.run(lambda line: log(f"{cell}, seed {seed}: {line}"), torch.device(device))
+        result = {**measure(grid, stage, device), "device": device_name(device)}
+        write_result(path, made, result)
+    return result
+
+
+def measure(grid: Grid, stage: MotionModule, device: str) -> dict[str, Any]:
+    """Scores of held-out captions, animated by what a stage has written, with its own noise schedule."""
+    config, folder = existing(grid.animate), Path(stage.output_dir)
+    overrides = grid.sampling | {
+        "pretrained_model_path": stage.pretrained_model_path,
+        "motion_module": str(folder / "motion.safetensors"),
+    }
+    pipeline = AnimateDiffPipeline.from_config(config, device=device, **overrides)
+    parts = pipeline.components
+    parts.schedule = replace(parts.schedule, beta_schedule=stage.beta_schedule)
+    make = clip_maker(pipeline, load_config(config, overrides).entries[0])
+    generate = keeping_strip(make, folder, min(SHOWN, grid.captions - 1))
+    assert stage.world is not None
+    motions = stage.world.motions or tuple(MOTIONS)
+    result = evaluate_shapes(generate, captions=grid.captions, style=stage.world.style, motions=motions)
+    return result["generated"]
+
+
+def table_row(cell: str, results: list[dict[str, Any]]) -> dict[str, str]:
+    """Mean ± deviation of every measure over a cell's seeds."""
+    digits = {name: 1 if title else 3 for name, title in MEASURES.items()}
+    numbers = [result | {"amplitude": amplitude(result)} for result in results]
+    return {"cell": cell} | {name: spread([found[name] for found in numbers], digits[name]) for name in MEASURES}
+
+
+def amplitude(result: dict[str, Any]) -> float | None:
+    """How far the clips do what they are asked for, over the true amount; negative the other way.
+
+    It tells trainings apart that are too short for any motion to be right.
+    """
+    found = [m for m in result["by_motion"].values() if m["amplitude"] is not None]
+    return sum(m["clips"] * m["amplitude"] for m in found) / sum(m["clips"] for m in found) if found else None

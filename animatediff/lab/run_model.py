@@ -1,0 +1,101 @@
+"""A configured model as a function of captions, for `evaluate_shapes`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from animatediff.config.prompt_yaml import AnimateEntry
+from animatediff.media.scribble import draw_scribbles
+from animatediff.pipeline.model import seeded
+from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from animatediff.pipeline.weights import check_entries
+from animatediff.utils import UserError
+from animatediff.world.evaluate import Generate
+from animatediff.world.series import World
+from animatediff.world.shapes import FRAMES, SIZE
+
+
+def check_entry(entry: AnimateEntry) -> None:
+    """Raises: UserError where an entry makes clips of something else than captions, or not of the world's size."""
+    given = [*entry.input_paths(), *(["controlnet_images"] if entry.controlnet_images else [])]
+    if given:
+        raise UserError(f"entry {entry.name}: got {given[0]}, expected none: clips are made from captions alone")
+    if (entry.L, entry.H, entry.W) != (FRAMES, SIZE, SIZE):
+        raise UserError(
+            f"entry {entry.name}: got L={entry.L} H={entry.H} W={entry.W}, expected L={FRAMES} H={SIZE} W={SIZE}, as "
+            "the clips of the built-in world: measure other clips by --videos"
+        )
+
+
+def clip_maker(pipeline: AnimateDiffPipeline, entry: AnimateEntry) -> Callable[..., Tensor]:
+    """What animates captions as an entry of a prompt config says.
+
+    Args:
+        pipeline: of that entry.
+        entry: its prompts and seeds are not used, but what is to be before and after every prompt, and avoided.
+
+    Returns:
+        Of captions and noise seeds, and further keywords of the pipeline's call.
+
+    Raises:
+        UserError: the entry asks for what cannot be, or `check_entry` refuses it.
+    """
+    check_entry(entry)
+    (checked,) = check_entries([entry])
+    sampling = checked.sampling
+
+    def generate(captions: list[str], seeds: list[int], **more: Any) -> Tensor:
+        asked = replace(entry, prompt=tuple(captions), n_prompt=entry.n_prompt[:1], seed=(0,), random_seed=())
+        clips = pipeline(
+            [prompt for prompt, _, _ in asked.per_prompt()],
+            num_frames=entry.L,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            eta=sampling.eta,
+            sampler=sampling.sampler,
+            timestep_spacing=sampling.timestep_spacing,
+            timesteps=sampling.timesteps,
+            negative_prompt=entry.n_prompt[0],
+            generator=[seeded(seed) for seed in seeds],
+            output_type="pt",
+            **more,
+        )
+        return clips.frames * 2 - 1
+
+    return generate
+
+
+def controlled_clip_maker(
+    pipeline: AnimateDiffPipeline, entry: AnimateEntry, world: World, given: Sequence[int]
+) -> Generate:
+    """The same for a pipeline with a SparseCtrl encoder, which sees frames of the scenes that the captions describe.
+
+    Args:
+        world: whose scene i has the noise seed i; of its frames, an encoder for scribbles sees the lines.
+        given: numbers of the frames.
+
+    Raises:
+        UserError: as above, or no encoder is there.
+    """
+    make = clip_maker(pipeline, entry)
+    encoder = pipeline.components.sparsectrl
+    if encoder is None:
+        raise UserError("got frames that are given without a SparseCtrl encoder, expected one: set controlnet_path")
+
+    def generate(captions: list[str], seeds: list[int]) -> Tensor:
+        clips = []
+        for caption, seed in zip(captions, seeds, strict=True):
+            frames = world.render([seed])[0][0, list(given)]
+            if encoder.config.kind == "scribble":
+                pictures = draw_scribbles(frames)[:, None].expand_as(frames).float()
+            else:
+                pictures = frames / 2 + 0.5
+            clips.append(make([caption], [seed], conditioning_frames=pictures, controlnet_frame_indices=given))
+        return torch.cat(clips)
+
+    return generate

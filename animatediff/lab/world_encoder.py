@@ -1,0 +1,83 @@
+"""Stage `shapes_encoder`: the built-in world's own text and image encoder, on single frames and their captions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from animatediff.config.networks import SmallCLIPConfig
+from animatediff.models.text import Tokenizer
+from animatediff.training.limits import check_numbers
+from animatediff.training.loop import LoopConfig, Stage, train, world
+from animatediff.world.encoder import (
+    WorldEncoder,
+    draw_frames,
+    matches,
+    new_small_clip,
+    retrieval,
+    save_encoder,
+    tokenize,
+)
+from animatediff.world.shapes import make_scene
+from animatediff.world.small_clip import SmallCLIP
+
+FILE = "encoder.safetensors"
+CPU = torch.device("cpu")
+
+
+class ContrastiveStage(Stage):
+    """CLIP's loss (Radford et al. 2021): a frame finds its caption in the batch, and a caption its frame.
+
+    The world's scenes repeat within a batch, so every caption that is true of a frame counts as right.
+    """
+
+    name = "encoder"
+
+    def __init__(self, model: SmallCLIP, *, data_seed: int = 0):
+        self.model, self.data_seed = model, data_seed
+        self._tokenizer = Tokenizer()
+
+    def modules(self) -> nn.Module:
+        return self.model
+
+    def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        scenes = [make_scene(index * batch_size + i, seed=self.data_seed) for i in range(batch_size)]
+        tokens = tokenize(self._tokenizer, [s.caption for s in scenes], self.model.config.max_length)
+        device = self.model.tokens.device
+        texts = self.model.encode_tokens(tokens.to(device))
+        images = self.model.encode_images(draw_frames(scenes, generator).to(device))
+        logits = self.model.scale * texts @ images.T
+        true = matches(scenes).to(logits)
+        found = [(true * logits.log_softmax(dim)).sum(dim) / true.sum(dim) for dim in (0, 1)]
+        right = true.gather(0, logits.argmax(dim=0, keepdim=True)).mean()
+        return -(found[0].mean() + found[1].mean()) / 2, {"caption": 100 * float(right)}
+
+    def export(self, folder: Path, metadata: dict[str, str]) -> None:
+        save_encoder(self.model, folder / FILE, metadata)
+
+
+@dataclass(frozen=True)
+class ShapesEncoder:
+    """Stage `shapes_encoder`: a small CLIP of the built-in world."""
+
+    output_dir: str
+    loop: LoopConfig
+    encoder: SmallCLIPConfig = SmallCLIPConfig()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
+    def run(self, log: Callable[[str], None], device: torch.device = CPU) -> None:
+        """Train, or go on; writes `output_dir`/encoder.safetensors and logs how well it does on held-out scenes."""
+        folder = Path(self.output_dir)
+        torch.manual_seed(self.seed)
+        stage = ContrastiveStage(new_small_clip(self.encoder).to(device), data_seed=self.seed)
+        train(stage, self.loop, folder, log=log, stage_config=self)
+        if world()[0] == 0:
+            found = retrieval(WorldEncoder.from_file(folder / FILE))
+            log("held-out scenes, percent right: " + ", ".join(f"{name} {value}" for name, value in found.items()))

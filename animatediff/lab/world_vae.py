@@ -1,0 +1,113 @@
+"""The autoencoder of the built-in world, on rendered frames: from nothing, or a decoder that learns more looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from animatediff.checkpoints.export import save_image_model, save_vae
+from animatediff.checkpoints.load import ImageModel
+from animatediff.config.networks import VAEConfig
+from animatediff.models.vae import VAE
+from animatediff.training.loop import Stage
+from animatediff.world.shapes import FRAMES, make_scene, render
+from animatediff.world.styles import STYLES, stamp
+
+NOISE_LOG_VARIANCE = -6.0  # of the posterior; fixed, so that no channel can drown in its own noise
+
+
+class AutoencoderStage(Stage):
+    """Reconstruction in L2, L1 and image gradients, with a little noise on the latents so that they stay smooth.
+
+    Args:
+        config: of the VAE.
+        data_seed: of the series of scenes.
+        styles: looks that the frames have in turn.
+        watermarks: stamp half of the frames.
+    """
+
+    name = "vae"
+
+    def __init__(
+        self, config: VAEConfig, *, data_seed: int = 0, styles: Sequence[str] = ("plain",), watermarks: bool = False
+    ):
+        self.vae = VAE(config).to(memory_format=torch.channels_last)
+        self.data_seed, self.styles, self.watermarks = data_seed, styles, watermarks
+        with torch.no_grad():
+            self.vae.quant_conv.weight[config.latent_channels :] = 0
+            self.vae.quant_conv.bias[config.latent_channels :] = NOISE_LOG_VARIANCE
+
+    def modules(self) -> nn.Module:
+        return self.vae
+
+    def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        scenes = [make_scene(index * batch_size + i, seed=self.data_seed) for i in range(batch_size)]
+        which = torch.randint(FRAMES, (batch_size, 1), generator=generator).numpy()
+        parts = [slice(i, None, len(self.styles)) for i in range(min(len(self.styles), batch_size))]
+        image = torch.cat(
+            [
+                render(scenes[part], only_frames=which[part], style=STYLES[style])
+                for part, style in zip(parts, self.styles, strict=False)
+            ]
+        )[:, 0].contiguous(memory_format=torch.channels_last)
+        if self.watermarks:
+            image[::2] = stamp(image[::2])
+        image = image.to(self.vae.quant_conv.weight.device)
+        mean, logvar = self.vae.encode(image)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        output = self.vae.decode(mean + (0.5 * logvar.detach()).exp() * noise)
+        mse = F.mse_loss(output, image)
+        edges = sum(F.l1_loss(output.diff(dim=d), image.diff(dim=d)) for d in (2, 3))
+        loss = 4 * mse + 0.5 * F.l1_loss(output, image) + 0.25 * edges + 1e-4 * mean.square().mean()
+        return loss, {"psnr": float(10 * torch.log10(4 / mse.detach()))}
+
+    def export(self, folder: Path, metadata: dict[str, str]) -> None:
+        """Write vae.pt, its latents normalised."""
+        normalise_latents(self.vae, data_seed=self.data_seed)
+        torch.save(self.vae.cpu().state_dict(), folder / "vae.pt")
+
+
+class DecoderStage(AutoencoderStage):
+    """The decoder of an image model's VAE learns more looks; the encoder, and so all that was trained on its latents,
+    stays as it is.
+    """
+
+    name = "decoder"
+
+    def __init__(self, model: ImageModel, *, data_seed: int = 0, styles: Sequence[str], watermarks: bool):
+        assert model.vae is not None
+        super().__init__(model.vae.config, data_seed=data_seed, styles=styles, watermarks=watermarks)
+        self.model = replace(model, vae=self.vae)
+        self.vae.load_state_dict(model.vae.state_dict())
+        self.vae.requires_grad_(False)
+        self.vae.decoder.requires_grad_(True)
+        self.vae.post_quant_conv.requires_grad_(True)
+
+    def export(self, folder: Path, metadata: dict[str, str]) -> None:
+        """Write image.safetensors, the image model with its new VAE, and vae.safetensors, that VAE alone."""
+        save_image_model(self.model, folder / "image.safetensors", metadata=metadata, dtype=torch.float16)
+        save_vae(self.vae, folder / "vae.safetensors", metadata=metadata, dtype=torch.float16)
+
+
+@torch.no_grad()
+def normalise_latents(vae: VAE, *, samples: int = 512, data_seed: int = 0) -> None:
+    """Fold a shift and scale per channel into the 1x1 convolutions, so that scaled latents have mean 0, deviation 1."""
+    scenes = [make_scene(i, seed=data_seed) for i in range(samples)]
+    which = torch.randint(FRAMES, (samples, 1), generator=torch.Generator().manual_seed(0)).numpy()
+    images = render(scenes, only_frames=which)[:, 0].contiguous(memory_format=torch.channels_last)
+    device = vae.quant_conv.weight.device
+    means = torch.cat([vae.encode(chunk.to(device))[0] for chunk in images.split(64)])
+    shift = means.mean(dim=(0, 2, 3))
+    scale = means.std(dim=(0, 2, 3)) * vae.config.scaling_factor  # new latent = (latent - shift) / scale
+    c = vae.config.latent_channels
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:c] /= scale[:, None, None, None]
+    quant.bias[:c] = (quant.bias[:c] - shift) / scale
+    quant.bias[c:] -= 2 * scale.log()
+    post.bias += (post.weight[:, :, 0, 0] @ shift).reshape(-1)
+    post.weight *= scale[None, :, None, None]

@@ -1,0 +1,137 @@
+"""The built-in world's own text and image encoder: its file, and how well it tells captions and frames apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from animatediff.checkpoints.files import file_sha256, read_state_dict, write_state_dict
+from animatediff.config.networks import SmallCLIPConfig
+from animatediff.config.settings import build_dataclass
+from animatediff.metrics.references import cover
+from animatediff.models.text import Tokenizer
+from animatediff.utils import UserError
+from animatediff.world.shapes import (
+    BACKGROUNDS,
+    COLORS,
+    FRAMES,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    TEMPLATES,
+    Scene,
+    make_scene,
+    render,
+)
+from animatediff.world.small_clip import SmallCLIP
+
+BUNDLED = "assets/shapes_encoder.safetensors"
+CONFIG_KEY = "small_clip"  # of the file's metadata: the sizes, as JSON
+LABELS = {"color": COLORS, "shape": SHAPES, "background": BACKGROUNDS, "motion": MOTIONS}
+
+
+class WorldEncoder:
+    """An `Encoder` (`clip_metrics`) that knows the words and the pictures of the built-in world only."""
+
+    def __init__(self, model: SmallCLIP, name: str = "world"):
+        self.model, self.name = model.eval(), name
+        self._tokenizer = Tokenizer()
+
+    @classmethod
+    def from_file(cls, path: str | Path | None = None) -> WorldEncoder:
+        """Read a file of stage `shapes_encoder`; by default the bundled one.
+
+        Raises:
+            UserError: the file is missing, damaged or something else.
+        """
+        bundled = path is None
+        path = Path(str(files("animatediff").joinpath(BUNDLED))) if bundled else Path(path)
+        if not path.is_file():
+            raise UserError(f"got no encoder at {path}: train stage shapes_encoder, or give a local CLIP's folder")
+        loaded = read_state_dict(path)
+        if CONFIG_KEY not in loaded.metadata:
+            raise UserError(f"got {path}, expected an encoder of the built-in world: train stage shapes_encoder")
+        config = build_dataclass(SmallCLIPConfig, json.loads(loaded.metadata[CONFIG_KEY]), where=str(path))
+        model = SmallCLIP(config, loaded.tensors["tokens"])
+        model.load_state_dict({key: t.float() for key, t in loaded.tensors.items()})
+        return cls(model, "world" if bundled else f"{path} (sha256 {file_sha256(path)[:16]})")
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Unit embeddings (n, d) of pictures (n, 3, H, W) in [-1, 1], shrunk and cropped to 64 x 64."""
+        return self.model.encode_images(cover(images, self.model.config.size))
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings (n, d) of texts; what goes beyond 30 tokens is cut off."""
+        return self.model.encode_tokens(tokenize(self._tokenizer, texts, self.model.config.max_length))
+
+
+def new_small_clip(config: SmallCLIPConfig) -> SmallCLIP:
+    """Fresh weights, with rows for every token that the world's captions can have."""
+    words = [word for table in (COLORS, SHAPES, BACKGROUNDS, SIZES) for word in table]
+    phrases = [phrase for motion in MOTIONS.values() for phrase in motion]
+    blank = dict.fromkeys(("size", "color", "shape", "motion", "background"), "")
+    templates = [template.format(**blank) for template in TEMPLATES]
+    tokens = Tokenizer()([*words, *phrases, *templates]).unique()
+    return SmallCLIP(config, tokens)
+
+
+def save_encoder(model: SmallCLIP, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write the weights as float16, the sizes in the metadata."""
+    tensors = {key: t.half() if t.is_floating_point() else t for key, t in model.state_dict().items()}
+    write_state_dict(path, tensors, metadata={CONFIG_KEY: json.dumps(asdict(model.config)), **metadata})
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Tensor:
+    """Ids (n, l) of texts, what goes beyond `max_length` tokens cut off; l is what the longest of them needs."""
+    ids = tokenizer(list(texts), max_length=max_length)[:, 0]
+    return ids[:, : int((ids != tokenizer.end_id).sum(dim=1).max()) + 1]
+
+
+def draw_frames(scenes: Sequence[Scene], generator: torch.Generator) -> Tensor:
+    """One frame (n, 3, 64, 64) of each scene, drawn evenly."""
+    which = torch.randint(FRAMES, (len(scenes), 1), generator=generator)
+    return render(list(scenes), only_frames=which.numpy())[:, 0]
+
+
+def matches(scenes: Sequence[Scene]) -> Tensor:
+    """(n, n) of bool: the caption of scene i is true of the frames of scene j."""
+    labels = [(s.color, s.shape, s.background, s.motion) for s in scenes]
+    said = [s.size if s.size in s.caption.split() else "" for s in scenes]
+    return torch.tensor(
+        [
+            [labels[i] == labels[j] and said[i] in ("", scenes[j].size) for j in range(len(scenes))]
+            for i in range(len(scenes))
+        ]
+    )
+
+
+def retrieval(encoder: WorldEncoder, *, count: int = 500, seed: int = 1) -> dict[str, float]:
+    """How well frames of the scenes of series `seed` and captions find each other.
+
+    Returns:
+        In percent: `caption`: the caption nearest to a frame, out of `count`, is true of it; `frame`: the frame nearest
+        to a caption; and for each label of a scene: of the captions that differ from its own in this label alone, its
+        own is nearest to the frame. (Other motions may also be said in another way: sizes belong to some only.)
+    """
+    scenes = [make_scene(i, seed=seed) for i in range(count)]
+    frames = encoder.encode_images(draw_frames(scenes, torch.Generator().manual_seed(seed)))
+    cosines = encoder.encode_texts([scene.caption for scene in scenes]) @ frames.T
+    true = matches(scenes)
+    found = {
+        "caption": true[cosines.argmax(dim=0), torch.arange(count)],
+        "frame": true[torch.arange(count), cosines.argmax(dim=1)],
+    }
+    for label, values in LABELS.items():
+        captions = [make_scene(i, seed=seed, **{label: value}).caption for i in range(count) for value in values]
+        texts = encoder.encode_texts(captions).unflatten(0, (count, len(values)))
+        best = torch.einsum("nvd,nd->nv", texts, frames).argmax(dim=1)
+        found[label] = best == torch.tensor([list(values).index(getattr(scene, label)) for scene in scenes])
+    return {name: round(100 * float(right.float().mean()), 1) for name, right in found.items()}

@@ -1,0 +1,249 @@
+"""Clips survive their files: frames, length, settings; palettes do not flicker; a failed write leaves no trace."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from animatediff.media import gif
+from animatediff.media import video as video_io
+from animatediff.media.video import (
+    FrameStream,
+    read_metadata,
+    read_video,
+    save_video,
+    save_videos_grid,
+    tile,
+    to_uint8,
+)
+from animatediff.utils import UserError
+
+ENDINGS = (".gif", ".mp4", ".webp", "")
+SETTINGS = {"prompt": 'a "fox" = ; # \\ ü\n', "seed": 18368660165286593270, "text": "long " * 200}
+
+
+def smooth(frames: int = 8, height: int = 48, width: int = 64) -> torch.Tensor:
+    """Slow colour gradients (f, 3, H, W) in [0, 1]: far more than 256 colours."""
+    coarse = torch.randn(1, 3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    video = F.interpolate(coarse, (frames, height, width), mode="trilinear", align_corners=True)[0]
+    return video.sigmoid().movedim(1, 0)
+
+
+def psnr(a, b) -> float:
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    return 10 * np.log10(255**2 / max((difference**2).mean(), 1e-12))
+
+
+@pytest.mark.parametrize(("ending", "least"), [(".gif", 31), (".mp4", 36), (".webp", 38), ("", 100)])
+def test_round_trip(tmp_path, ending, least):
+    video = smooth()
+    path = save_video(video, tmp_path / f"made/for/it/clip{ending}", fps=12, metadata=SETTINGS)
+    frames, fps = read_video(path)
+    assert frames.dtype == torch.uint8 and frames.shape == (8, 48, 64, 3) and fps == pytest.approx(12)
+    assert psnr(frames, to_uint8(video)) > least
+    assert read_metadata(path) == SETTINGS | {"frames": 8, "fps": 12.0}
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("frames", [1, 6])
+def test_a_still_clip_keeps_its_frames(tmp_path, ending, frames):
+    video = smooth(1).expand(frames, -1, -1, -1)
+    assert len(read_video(save_video(video, tmp_path / f"still{ending}"))[0]) == frames
+
+
+@pytest.mark.parametrize(
+    ("ending", "shape"), [(".gif", (33, 47)), (".mp4", (34, 48)), (".webp", (33, 47)), ("", (33, 47))]
+)
+def test_odd_sizes(tmp_path, ending, shape):
+    """Kept as they are; H.264 gets its last row and column twice."""
+    frames, _ = read_video(save_video(smooth(3, 33, 47), tmp_path / f"odd{ending}"))
+    assert frames.shape == (3, *shape, 3)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_stream_is_the_same_file(tmp_path, ending):
+    frames = to_uint8(smooth(5, 33, 47))
+    whole = save_video(frames, tmp_path / f"whole{ending}", 12, {"seed": 1})
+    stream = save_video(FrameStream(5, iter(frames)), tmp_path / f"stream{ending}", 12, {"seed": 1})
+    assert read_metadata(stream) == read_metadata(whole) and read_metadata(whole)["frames"] == 5
+    assert torch.equal(read_video(stream)[0], read_video(whole)[0])
+
+
+def test_a_stream_is_written_as_it_comes(tmp_path):
+    """Every frame is on disk before the next is asked for, and a stream that breaks off leaves nothing behind."""
+
+    def frames(count):
+        for i in range(4):
+            assert len(list(tmp_path.rglob("*.png"))) == i
+            if i == count:
+                raise KeyboardInterrupt
+            yield np.full((8, 8, 3), i, np.uint8)
+
+    for name in ("clip", "clip.mp4"):
+        with pytest.raises(KeyboardInterrupt):
+            save_video(FrameStream(4, frames(2) if name == "clip" else _broken()), tmp_path / name)
+        assert not list(tmp_path.iterdir())
+    assert len(list(save_video(FrameStream(4, frames(9)), tmp_path / "clip").iterdir())) == 4
+
+
+def _broken():
+    yield np.zeros((8, 8, 3), np.uint8)
+    raise KeyboardInterrupt
+
+
+def test_uint8_is_rounded_and_clipped():
+    video = torch.tensor([-0.3, 0.0, 0.4 / 255, 0.6 / 255, 1.6 / 255, 254.6 / 255, 1.0, 1.7]).reshape(1, 1, 1, 8)
+    assert to_uint8(video.expand(1, 3, 1, 8))[0, 0, :, 0].tolist() == [0, 0, 0, 1, 2, 255, 255, 255]
+
+
+def test_both_layouts_are_the_same_clip():
+    video = smooth(2, 5, 7)
+    assert np.array_equal(to_uint8(video), to_uint8(video.movedim(1, -1)))
+    assert np.array_equal(to_uint8(to_uint8(video)), to_uint8(video.numpy()))
+    assert to_uint8(torch.zeros(2, 3, 4, 3)).shape == (2, 4, 3, 3)  # where both fit, the channels come second
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (torch.zeros(2, 4, 8, 8), "shape \\(2, 4, 8, 8\\)"),
+        (torch.zeros(3, 8, 8), "shape \\(3, 8, 8\\)"),
+        (torch.zeros(0, 3, 8, 8), "shape \\(0, 3, 8, 8\\)"),
+        (torch.full((1, 3, 8, 8), float("nan")), "not finite"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int64), "torch.int64"),
+    ],
+)
+def test_refused_videos(tmp_path, video, message):
+    with pytest.raises(UserError, match=message):
+        save_video(video, tmp_path / "x.gif")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "fps", "message"),
+    [("x.avi", 8, "ending in .gif, .mp4, .webp"), ("x.gif", 0, "fps 0"), ("x.gif", 60, "at most 50")],
+)
+def test_refused_files(tmp_path, name, fps, message):
+    with pytest.raises(UserError, match=message):
+        save_video(smooth(2), tmp_path / name, fps=fps)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- GIF
+
+
+def test_few_colours_are_exact(tmp_path):
+    colors = torch.randint(0, 256, (256, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    video = colors[torch.arange(4 * 16 * 16).reshape(4, 16, 16) % 256]
+    assert torch.equal(read_video(save_video(video, tmp_path / "few.gif"))[0], video)
+
+
+def test_what_stands_still_does_not_flicker(tmp_path):
+    """A colourful square moves over a gradient; every pixel it never touches is the same in all frames."""
+    video = smooth(1).repeat(8, 1, 1, 1)
+    for i in range(8):
+        video[i, :, 20:30, 6 * i : 6 * i + 8] = torch.rand(3, 10, 8, generator=torch.Generator().manual_seed(i))
+    frames, _ = read_video(save_video(video, tmp_path / "moving.gif"))
+    assert (frames[:, :20] == frames[:1, :20]).all() and (frames[:, 30:] == frames[:1, 30:]).all()
+
+
+def test_palette_bands_less_than_median_cut():
+    frames = to_uint8(smooth())
+    palette, indices = gif.global_palette(frames)
+    assert indices.shape == frames.shape[:3] and indices.dtype == np.uint8
+    tall = Image.fromarray(frames.reshape(-1, frames.shape[2], 3))
+    cut = np.asarray(tall.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB"))
+    assert psnr(palette[indices], frames) > psnr(cut.reshape(frames.shape), frames) + 1
+
+
+@pytest.mark.parametrize("fps", [7, 8, 12, 30, 50])
+def test_delays_add_up(tmp_path, fps):
+    path = save_video(smooth(16, 8, 8), tmp_path / "timed.gif", fps=fps)
+    with Image.open(path) as image:
+        delays = []
+        for i in range(image.n_frames):
+            image.seek(i)
+            delays.append(image.info["duration"])
+        assert image.info["loop"] == 0
+    assert sum(delays) == pytest.approx(16_000 / fps, abs=5) and max(delays) - min(delays) <= 10
+    assert min(delays) >= 20
+
+
+# ---- grids
+
+
+def test_grid_layout(tmp_path):
+    """Five clips in rows of three: cells two pixels apart, black around, as torchvision lays them out."""
+    videos = torch.rand(5, 3, 2, 6, 10, generator=torch.Generator().manual_seed(0))
+    grid, fps = read_video(save_videos_grid(videos, tmp_path / "grid", n_rows=3, fps=4))
+    assert grid.shape == (2, 2 * 8 + 2, 3 * 12 + 2, 3)
+    expected = np.zeros((2, 18, 38, 3), np.uint8)
+    for i, video in enumerate(videos):
+        top, left = 2 + 8 * (i // 3), 2 + 12 * (i % 3)
+        expected[:, top : top + 6, left : left + 10] = to_uint8(video.movedim(0, 1))
+    assert np.array_equal(grid, expected)
+
+
+def test_grid_rescale_and_single(tmp_path):
+    video = torch.rand(1, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    single, _ = read_video(save_videos_grid(video * 2 - 1, tmp_path / "one", rescale=True))
+    assert single.shape == (2, 8, 8, 3)
+    assert np.abs(single.numpy().astype(int) - to_uint8(video[0].movedim(0, 1))).max() <= 1  # no frame around it
+    with pytest.raises(UserError, match="expected \\(b, 3, f, H, W\\)"):
+        save_videos_grid(video[0], tmp_path / "x.gif")
+
+
+def test_unequal_clips_in_one_grid():
+    """The smaller clip stands in the middle of a black cell and holds its last frame."""
+    large, small = np.full((3, 8, 12, 3), 200, np.uint8), np.full((1, 4, 6, 3), 100, np.uint8)
+    grid = tile([large, small])
+    assert grid.shape == (3, 12, 30, 3)
+    assert (grid[:, 2:10, 2:14] == 200).all()
+    assert (grid[:, 4:8, 19:25] == 100).all() and grid.sum() == large.sum() + 3 * small.sum()
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("ending", [".gif", ""])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, ending):
+    path = save_video(smooth(2), tmp_path / f"clip{ending}")
+    before = read_video(path)[0]
+
+    def fails(frames, temporary, fps, comment):
+        (temporary if ending else temporary / "0000.png").parent.mkdir(exist_ok=True)
+        (temporary if ending else temporary / "0000.png").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(video_io.WRITERS, ending, fails)
+    with pytest.raises(KeyboardInterrupt):
+        save_video(smooth(5), path)
+    assert torch.equal(read_video(path)[0], before)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_overwriting(tmp_path, ending):
+    path = tmp_path / f"clip{ending}"
+    save_video(smooth(6), path)
+    save_video(smooth(2), path)
+    assert len(read_video(path)[0]) == 2 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_foreign_files(tmp_path):
+    """A GIF of Pillow's, in which equal frames are one with twice the delay, and no metadata."""
+    a, b = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    a.save(tmp_path / "x.gif", save_all=True, append_images=[b, b], duration=100)
+    frames, fps = read_video(tmp_path / "x.gif")
+    assert len(frames) == 3 and fps == 10 and read_metadata(tmp_path / "x.gif") == {}
+    (tmp_path / "no.gif").write_bytes(b"<html>")
+    (tmp_path / "no.mp4").write_bytes(b"<html>")
+    for name in ("no.gif", "no.mp4", "none.gif", "none.mp4"):
+        for reader in (read_video, read_metadata):
+            with pytest.raises(UserError, match=name):
+                reader(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        read_video(tmp_path / "empty")

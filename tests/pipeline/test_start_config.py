@@ -1,0 +1,86 @@
+"""Pictures and video in, by a config: files are read, recorded and checked before anything is loaded."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from animatediff.checkpoints.files import file_sha256
+from animatediff.config.prompt_yaml import load_config
+from animatediff.media.video import read_metadata, read_video, save_video
+from animatediff.pipeline.model import seeded
+from animatediff.pipeline.run import animate
+from animatediff.pipeline.weights import check_entries
+from animatediff.utils import UserError
+from tests.nano import entry, write_config
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """clip.gif of 5 frames and 24x16 pixels, a folder of masks, and a picture."""
+    folder = tmp_path_factory.mktemp("inputs")
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 24, 3), dtype=np.uint8) // 64 * 64
+    save_video(pixels, folder / "clip.gif")
+    (folder / "masks").mkdir()
+    for i in range(5):
+        Image.new("L", (24, 16), 255 * (i > 0)).save(folder / f"masks/{i}.png")
+    Image.fromarray(pixels[0]).save(folder / "first.png")
+    return folder
+
+
+def test_a_run(nano, inputs, tmp_path, pipeline, capsys):
+    values = {"video": str(inputs / "clip.gif"), "format": "png", "steps": 4, "L": 4}
+    mask = {"mask": str(inputs / "masks"), "strength": 0.5}
+    path = write_config(tmp_path / "c.yaml", entry(nano, **values), entry(nano, **values, **mask))
+    folder = animate(load_config(path), output_dir=tmp_path / "out", device="cpu")
+    assert " 5/5 " in capsys.readouterr().err, "int(4 * 0.8) and int(4 * 0.5) steps"
+
+    config = load_config(folder / "config.yaml")
+    assert [e.strength for e in config.entries] == [0.8, 0.5]
+    first, second = sorted((folder / "sample").iterdir())
+    settings = read_metadata(second)
+    assert settings["strength"] == 0.5 and settings["inversion"] is False
+    assert settings["video"] == {"path": values["video"], "sha256": file_sha256(inputs / "clip.gif")}
+    assert len(settings["mask"]["sha256"]) == 64 and "mask" not in read_metadata(first)
+
+    frames = [Image.fromarray(frame) for frame in read_video(inputs / "clip.gif")[0].numpy()]
+    call = {"num_frames": 4, "height": 16, "width": 16, "num_inference_steps": 4, "generator": seeded(42)}
+    expected = pipeline("a red fox", video=frames, output_type="pil", **call).frames[0]
+    assert torch.equal(read_video(first)[0], torch.from_numpy(np.stack(expected)))
+    kept = pipeline("a red fox", video=frames, strength=0.0, output_type="pil", **call).frames[0]
+    assert np.array_equal(read_video(second)[0][0].numpy(), np.asarray(kept[0])), "the first mask is black"
+
+
+def test_a_chain_counts_its_steps(nano, inputs, make_entry):
+    (checked,) = check_entries([make_entry(video=str(inputs / "clip.gif"), extend=2, L=33, steps=3)])
+    assert checked.steps == 6 and checked.entry.strength == 1
+    (checked,) = check_entries([make_entry(image=str(inputs / "first.png"), steps=30)])
+    assert checked.steps == 27
+    assert check_entries([make_entry(steps=3)])[0].steps == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"video": "{}/none.mp4"}, "entry test: video: there is no .*none.mp4"),
+        ({"video": "{}/clip.gif", "L": 6}, "entry test: video: got 5 frames, expected at least 6"),
+        ({"video": "{}/clip.gif", "strength": 2}, "entry test: strength: got 2, expected 0"),
+        ({"strength": 0.5}, "entry test: strength: got one with nothing to start from"),
+        ({"mask": "{}/masks"}, "entry test: mask: got it without a video"),
+        ({"video": "{}/clip.gif", "mask": "{}/small.png"}, "mask: got 8x8 pixels for a video of 24x16"),
+        ({"video": "{}/clip.gif", "L": 5, "mask": "{}/masks3"}, "mask: got 3 frames for a video of 5"),
+        ({"image": "{}/clip.gif"}, "entry test: image: got 2 pictures, expected one"),
+        ({"video": "{}/clip.gif", "extend": 4, "L": 5}, "got 5 frames in all, expected more than the 5"),
+        ({"extend": 4, "L": 50}, "entry test: extend: got it without a video"),
+        ({"video": "{}/clip.gif", "inversion": True, "sampler": "euler_ancestral"}, "inversion: got the sampler"),
+    ],
+)
+def test_mistakes_are_named(make_entry, inputs, tmp_path, values, message):
+    Image.new("L", (8, 8)).save(inputs / "small.png")
+    (inputs / "masks3").mkdir(exist_ok=True)
+    for i in range(3):
+        Image.new("L", (24, 16)).save(inputs / f"masks3/{i}.png")
+    values = {key: value.format(inputs) if isinstance(value, str) else value for key, value in values.items()}
+    with pytest.raises(UserError, match=message) as error:
+        check_entries([make_entry(name="test", **values)])
+    assert "\n" not in str(error.value)
