@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -19,6 +20,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists all options)")
+
+
+def describe(value: Any) -> str:
+    """A value as messages show it: short, and as YAML would spell it."""
+    if value is None:
+        return "no value"
+    if isinstance(value, (list, tuple, dict)):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+    return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
+
+
+def unknown_key(key: Any, known: Sequence[str], *, what: str = "key") -> str:
+    """The message for a name that is not known, with the nearest one that is, if any is near."""
+    key, lowered = str(key), {name.lower(): name for name in known}
+    near = difflib.get_close_matches(key.lower(), lowered, n=1) if len(key) <= 60 else []
+    if not near:
+        few = f" of {', '.join(known)}" if len(known) <= 12 else " (--help lists all)"
+        return f"unknown {what} {describe(key)}, expected one{few}: correct or remove it"
+    return f"unknown {what} {key!r}, the nearest known one is {lowered[near[0]]!r}: correct or remove it"
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from animatediff.config.dataclass_io import parse_overrides
 from animatediff.config.prompt_yaml import AnimateEntry, config_of, load_config
-from animatediff.config.settings import parse_overrides
 from animatediff.utils import Parser, UserError, run_main
 
 BUNDLED = Path(__file__).resolve().parents[1] / "configs" / "animate" / "shapes.yaml"

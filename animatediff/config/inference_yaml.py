@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from animatediff.config.dataclass_io import build_dataclass, read_yaml
 from animatediff.config.networks import MotionConfig, ScheduleConfig
-from animatediff.config.settings import build_dataclass, describe, read_yaml, unknown_key
-from animatediff.utils import UserError
+from animatediff.utils import UserError, describe, unknown_key
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from animatediff.config.settings import describe
-from animatediff.utils import UserError
+from animatediff.utils import UserError, describe
 
 Varying = float | tuple[float, ...] | dict[str, float]  # what the grammar is read from
 

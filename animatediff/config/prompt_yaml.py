@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from animatediff.config.dataclass_io import build_dataclass, convert, dump_yaml, read_yaml
 from animatediff.config.networks import MOTION_VERSIONS
-from animatediff.config.settings import build_dataclass, convert, describe, dump_yaml, read_yaml, unknown_key
 from animatediff.config.sparsectrl_yaml import check_scales, condition_frames
 from animatediff.config.steering import Steering
-from animatediff.utils import UserError, naming
+from animatediff.utils import UserError, describe, naming, unknown_key
 
 Prompt = str | dict[int, str]  # a text, or keyframes: frame -> text
 Format = Literal["gif", "mp4", "webp", "png"]

@@ -1,197 +1,255 @@
-"""YAML files and `key=value` texts to dataclasses: every key known, every value of its field's type."""
+"""YAML and `key=value` to checked dataclasses: OmegaConf reads and writes, pydantic checks. The only home of both."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
-import re
-import types
-import typing
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, Strict, StrictBool, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from typing_extensions import dataclass_transform
 
-from animatediff.utils import UserError
+from animatediff.utils import UserError, describe, unknown_key
 
 T = TypeVar("T")
+MAX_BYTES = 2**21  # of a YAML file; the longest that a run writes is far below
+MAX_MISTAKES = 10  # that one message lists
+LITERAL_DOLLAR = "$\ue000{"  # stands for "${" inside OmegaConf: prompts are text, never interpolated
 
 
-class StrictLoader(yaml.SafeLoader):
-    """YAML whose mappings have each key once, and where 1e-4 is a number, as in YAML 1.2."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} occurs twice", node.start_mark)
-        return node
+# ---- types of fields ------------------------------------------------------------------------------------------
 
 
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+def _plain_number(value: Any) -> Any:
+    """numpy's and torch's scalars as Python's numbers."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _existing(value: Any) -> Any:
+    """A tuple without the empty texts by which YAMLs say that there is none."""
+    return tuple(v for v in _as_tuple(value) if v is not None and v != "")
+
+
+# As strict as YAML is: 1 is no text, "1" no number, true no 1, 1.5 no whole number. An integer is a float.
+Int = Annotated[int, BeforeValidator(_plain_number), Strict()]
+Float = Annotated[float, BeforeValidator(_plain_number), Strict(), Field(allow_inf_nan=False)]
+Bool = StrictBool
+Many = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]  # one value stands for a list of one
+Files = Annotated[tuple[T, ...], BeforeValidator(_existing)]  # the same, where "" means none
+
+
+@plain_dataclass(frozen=True)
+class FileKind:
+    """Marks a field that names a file: what belongs there, and the kinds of weight file that fit (none: no weights)."""
+
+    what: str
+    kinds: tuple[str, ...] = ()
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def options(cls: type[T]) -> type[T]:
+    """A frozen dataclass that checks the type and the range of every field, whoever builds it: a YAML or a call."""
+    config = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True, arbitrary_types_allowed=True)
+    return dataclass(cls, frozen=True, config=config)
+
+
+def opt(default: Any, help: str, *spellings: str, **limits: Any) -> Any:
+    """A field of `options`.
+
+    Args:
+        default: its default value.
+        help: one line, for `--help`, the docs and the web page.
+        spellings: other names under which it is known, flat: official YAML, diffusers, mmagic.
+        limits: ge, gt, le, lt, multiple_of.
+    """
+    names = {"validation_alias": AliasChoices(*spellings)} if spellings else {}
+    return Field(default, description=help, **names, **limits)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------
 
 
 def read_yaml(path: str | Path) -> Any:
     """The plain lists, dicts and scalars of a YAML file.
 
     Raises:
-        UserError: no such file, not YAML, or a key twice in one mapping.
+        UserError: no such file, one that cannot be read, is too large or is not YAML, or a key twice in one mapping.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"got config {path}, which is no file: check the path (current folder: {Path.cwd()})")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
-    except (yaml.YAMLError, ValueError, OSError) as error:  # ValueError: bytes that are no text, 2024-13-01
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"got config {path} of {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not valid YAML: it is not UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_yaml(text, where=f"{path} is not valid YAML")
+
+
+def parse_yaml(text: str, *, where: str) -> Any:
+    """As `read_yaml`, from text; `where` starts the message of what is not YAML."""
+    if not text.strip():
+        return None
+    try:
+        loaded = OmegaConf.load(io.StringIO(text.replace("${", LITERAL_DOLLAR)))
+        return _with_dollars(OmegaConf.to_container(loaded))
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, OSError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise UserError(f"{where}: {reason[:300]}") from None
 
 
 def dump_yaml(content: Any) -> str:
     """YAML text that `read_yaml` reads back; keys in their order."""
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    return OmegaConf.to_yaml(OmegaConf.create(_with_dollars(content, "${", LITERAL_DOLLAR))).replace(
+        LITERAL_DOLLAR, "${"
+    )
 
 
-def build_dataclass(cls: type[T], values: Any, *, where: str) -> T:
-    """A dataclass from a mapping of raw values, every key known and every value of its field's type.
+def _with_dollars(value: Any, old: str = LITERAL_DOLLAR, new: str = "${") -> Any:
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, (list, tuple)):
+        return [_with_dollars(v, old, new) for v in value]
+    if isinstance(value, Mapping):
+        return {_with_dollars(k, old, new): _with_dollars(v, old, new) for k, v in value.items()}
+    return value
 
-    A single value stands for a list of one, a text for a dataclass that begins with one; an integer is a float;
-    nothing else is converted.
+
+def split_assignment(item: str) -> tuple[str, str]:
+    """`key=value` in two. Raises: UserError without a `=`."""
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise UserError(f"got argument {item!r}, expected key=value, such as steps=10")
+    return key.strip(), text
+
+
+def parse_value(text: str, *, is_text: bool, where: str) -> Any:
+    """The value of a `key=value`. Text is taken as it is, quotes and colons included, but for `[a, b]` and `{0: a}`."""
+    if is_text and not (text[:1] + text[-1:] in ("[]", "{}") and len(text) > 1):
+        return text
+    if not text.strip():
+        return None
+    try:
+        return parse_yaml(f"value: {text}", where=where)["value"]
+    except (UserError, TypeError):
+        if is_text:
+            return text
+        raise UserError(f"{where}: got {text!r}, expected a value such as 3, 0.5, true, [1, 2] or {{0: 1}}") from None
+
+
+# ---- checking -------------------------------------------------------------------------------------------------
+
+
+@cache
+def _adapter(cls: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(cls)
+
+
+def build(cls: type[T], values: Any, *, where: str, name: Callable[[tuple[Any, ...]], str] | None = None) -> T:
+    """A checked dataclass from a mapping of raw values.
 
     Args:
-        cls: a dataclass with fields of str, int, float, bool, Literal, tuple[…, ...], dict[…, …], unions of these or
-            dataclasses. In a union a list or a mapping chooses its type, anything else the first.
-        values: key -> raw value.
+        cls: made by `options`, or a standard dataclass.
         where: starts every message, e.g. the file and the entry.
+        name: how a field is called in messages, from its path; by default with dots and brackets.
 
     Raises:
-        UserError: an unknown key (the nearest known one is named), a missing or mistyped value.
+        UserError: all mistakes, a line each: unknown keys (the nearest known one is named), missing, mistyped or
+            out-of-range values.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: got {describe(values)}, expected keys with values")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise UserError(f"{where}: {unknown_key(key, list(fields))}")
-        if value is None and fields[key].default in ("", None):
-            continue
-        arguments[key] = convert(value, hints[key], f"{where}: {key}")
-    for key, f in fields.items():
-        if key not in arguments and f.default is f.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where}: {key} is missing, expected {type_name(hints[key])}: add it")
     try:
-        return cls(**arguments)
+        return _adapter(cls).validate_python({str(k): v for k, v in values.items()})
+    except ValidationError as errors:
+        raise UserError(listed(f"{where}: {line}" for line in explain(errors, cls, name or dotted))) from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
-def parse_overrides(cls: type, items: Sequence[str]) -> dict[str, Any]:
-    """Raw values from `key=value` texts, read as the fields of a dataclass want them.
-
-    Text is taken as it is, quotes and colons included; lists of texts are one text, or `[a, b]`; what may also be a
-    mapping is one as `{0: a, 8: b}`; the rest is YAML.
-
-    Raises:
-        UserError: no `=`, an unknown key, or a value that is not YAML.
-    """
-    hints, values = typing.get_type_hints(cls), {}
-    for item in items:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise UserError(f"got argument {item!r}, expected key=value, such as steps=10")
-        if key not in hints:
-            raise UserError(f"override: {unknown_key(key, list(hints))}")
-        is_list = typing.get_origin(hints[key]) is tuple and text.startswith("[")
-        is_mapping = may_be_mapping(hints[key]) and text.startswith("{") and text.endswith("}")
-        if wants_text(hints[key]) and not is_list and not is_mapping:
-            values[key] = text
-            continue
-        try:
-            values[key] = yaml.load(text, StrictLoader)
-        except (yaml.YAMLError, ValueError):
-            raise UserError(f"override: {key}: got {text!r}, expected {type_name(hints[key])}") from None
-    return values
+def listed(lines: Iterable[str]) -> str:
+    """Mistakes, a line each, the first MAX_MISTAKES of them."""
+    unique = list(dict.fromkeys(lines))
+    more = len(unique) - MAX_MISTAKES
+    return "\n".join(unique[:MAX_MISTAKES] + ([f"… and {more} more mistakes"] if more > 0 else []))
 
 
-def wants_text(hint: Any) -> bool:
-    if hint is str:
-        return True
-    if typing.get_origin(hint) is Literal:
-        return all(isinstance(choice, str) for choice in typing.get_args(hint))
-    args = typing.get_args(hint)
-    return any(wants_text(arg) for arg in (args[1:] if typing.get_origin(hint) is dict else args))
+def explain(errors: ValidationError, cls: type, name: Callable[[tuple[Any, ...]], str]) -> list[str]:
+    """One line for each mistake that pydantic found: the field, what was got, what is expected."""
+    lines: dict[tuple[Any, ...], str] = {}
+    for error in errors.errors(include_url=False):
+        path = tuple(p for p in error["loc"] if isinstance(p, int) or "[" not in p and "-" not in p)
+        if error["type"] == "unexpected_keyword_argument":
+            lines[path] = _unknown(cls, path) if len(lines) < MAX_MISTAKES else f"unknown key {path[-1]!r}"
+        elif error["type"] == "value_error":
+            lines[path] = ": ".join(filter(None, (name(path), str(error["ctx"]["error"]))))
+        elif error["type"] == "missing":
+            lines[path] = f"{name(path)} is missing, expected {_expected(error)}: add it"
+        else:
+            lines[path] = f"{name(path)}: got {describe(error['input'])}, expected {_expected(error)}"
+    return list(lines.values())
 
 
-def may_be_mapping(hint: Any) -> bool:
-    return typing.get_origin(hint) is dict or any(may_be_mapping(arg) for arg in typing.get_args(hint))
+def dotted(path: Sequence[Any]) -> str:
+    """("a", 0, "b") as a[0].b"""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
 
 
-def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint` wants it, by the rules of `build_dataclass`.
-
-    Raises:
-        UserError: it is of another type; `where` starts the message.
-    """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = [a for a in args if a is not type(None)]
-        by_value = {dict: Mapping, tuple: (list, tuple)}
-        fits = (a for a in options if isinstance(value, by_value.get(typing.get_origin(a) or a, ())))
-        return None if value is None else convert(value, next(fits, options[0]), where)
-    if origin is dict and isinstance(value, Mapping):
-        return {_key(k, args[0], where): convert(v, args[1], f"{where}[{k}]") for k, v in value.items()}
-    if origin is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(convert(v, args[0], f"{where}[{i}]" if len(items) > 1 else where) for i, v in enumerate(items))
-    if origin is Literal:
-        if value in args and type(value) in {type(choice) for choice in args}:
-            return value
-    elif dataclasses.is_dataclass(hint):
-        first = dataclasses.fields(hint)[0].name
-        named = {first: value} if isinstance(value, str) and typing.get_type_hints(hint)[first] is str else value
-        return build_dataclass(hint, named, where=where)  # type: ignore[arg-type]
-    elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    elif type(value) is hint:
-        return value
-    raise UserError(f"{where}: got {describe(value)}, expected {type_name(hint)}")
+def _unknown(cls: type, path: tuple[Any, ...]) -> str:
+    for step in path[:-1]:
+        hint = None if isinstance(step, int) else next((f.type for f in fields(cls) if f.name == step), None)
+        cls = next((c for c in _dataclasses_of(hint)), cls) if hint is not None else cls
+    known = [f.name for f in fields(cls)]
+    inside = f"{dotted(path[:-1])}: " if len(path) > 1 else ""
+    return inside + unknown_key(path[-1], known)
 
 
-def _key(key: Any, hint: Any, where: str) -> Any:
-    """Numbers may be written as text and texts as numbers: YAML and JSON differ in what a key can be."""
-    if hint is int and isinstance(key, str) and key.isdecimal():
-        return int(key)
-    return str(key) if hint is str else convert(key, hint, f"{where}: key")
+def _dataclasses_of(hint: Any) -> Iterable[type]:
+    if hasattr(hint, "__dataclass_fields__"):
+        yield hint
+    for argument in getattr(hint, "__args__", ()):
+        yield from _dataclasses_of(argument)
 
 
-def type_name(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return " or ".join(str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in args)
-    if origin is tuple:
-        return f"a list of which each is {type_name(args[0])}"
-    if origin in (typing.Union, types.UnionType):
-        return type_name(args[0])
-    return {str: "text (in quotes)", int: "a whole number", float: "a number", bool: "true or false"}.get(
-        hint, "keys with values"
-    )
-
-
-def describe(value: Any) -> str:
-    if value is None:
-        return "no value"
-    if isinstance(value, (list, dict)):
-        return f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value)}"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def unknown_key(key: Any, known: list[str], *, what: str = "key") -> str:
-    lowered = {name.lower(): name for name in known}
-    nearest = difflib.get_close_matches(str(key).lower(), lowered, n=1, cutoff=0.0)[0]
-    return f"unknown {what} {str(key)!r}, the nearest known one is {lowered[nearest]!r}: correct or remove it"
+def _expected(error: Any) -> str:
+    ctx, kind = error.get("ctx", {}), error["type"]
+    if kind == "multiple_of":
+        step, value = ctx["multiple_of"], error["input"]
+        return f"a multiple of {step:g}: use {max(int(value - value % step), int(step))}"
+    if kind == "literal_error":
+        return ctx["expected"].replace("'", "").replace(", ", " or ")
+    texts = {
+        "greater_than_equal": "at least {ge:g}",
+        "greater_than": "more than {gt:g}",
+        "less_than_equal": "at most {le:g}",
+        "less_than": "less than {lt:g}",
+        "too_short": "at least {min_length}",
+        "missing": "a value",
+    }
+    types = {
+        "int": "a whole number",
+        "float": "a number",
+        "finite": "a number",
+        "bool": "true or false",
+        "string": "text (in quotes)",
+        "tuple": "a list",
+        "dict": "keys with values",
+        "dataclass": "keys with values",
+        "none": "no value",
+    }
+    return texts.get(kind, types.get(kind.split("_")[0], error["msg"])).format(**ctx)

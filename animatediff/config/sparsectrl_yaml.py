@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from animatediff.config.dataclass_io import build_dataclass, read_yaml
 from animatediff.config.inference_yaml import MotionKwargs
 from animatediff.config.networks import SparseCtrlConfig
-from animatediff.config.settings import build_dataclass, describe, read_yaml
-from animatediff.utils import UserError
+from animatediff.utils import UserError, describe
 
 CONFIGS = {  # kind of encoder -> its official config
     "rgb": "configs/inference/sparsectrl/latent_condition.yaml",

@@ -15,10 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from animatediff.config.settings import unknown_key
 from animatediff.diffusion.guidance import Denoise
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.utils import UserError
+from animatediff.utils import UserError, unknown_key
 
 Noise = Callable[[], Tensor]
 Callback = Callable[[int, int, Tensor], None]

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from animatediff.config.settings import unknown_key
-from animatediff.utils import UserError
+from animatediff.utils import UserError, unknown_key
 
 INTERPOLATIONS = ("lerp", "slerp")
 PARALLEL = 0.9995  # |cosine| above which slerp is lerp: the angle is lost in rounding

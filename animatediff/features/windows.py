@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from animatediff.config.settings import unknown_key
 from animatediff.diffusion.guidance import Denoise
 from animatediff.diffusion.schedule import step_of
-from animatediff.utils import UserError
+from animatediff.utils import UserError, unknown_key
 
 Window = tuple[int, ...]  # frame numbers, in the order in which the network sees them
 FrameDenoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (b, w, c, h, w), t (b,), frame numbers (w,) -> like x

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from animatediff.config.dataclass_io import build_dataclass, read_yaml
 from animatediff.config.prompt_yaml import load_config
-from animatediff.config.settings import build_dataclass, read_yaml
 from animatediff.lab.results import (
     device_name,
     keeping_strip,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from animatediff.config.dataclass_io import build_dataclass, read_yaml
 from animatediff.config.prompt_yaml import AnimateEntry, load_config
-from animatediff.config.settings import build_dataclass, read_yaml
 from animatediff.lab.ablation import Grid, load_grid, merged, run_grid
 from animatediff.lab.results import (
     device_name,

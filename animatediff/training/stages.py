@@ -16,9 +16,9 @@ from animatediff.checkpoints.export import save_image_model, save_motion_module
 from animatediff.checkpoints.load import ImageModel, load_motion_module
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl, save_sparsectrl
+from animatediff.config.dataclass_io import build_dataclass, parse_overrides, read_yaml
 from animatediff.config.networks import MOTION_VERSIONS, MotionConfig, ScheduleConfig
 from animatediff.config.prompt_yaml import SD15_FOLDER
-from animatediff.config.settings import build_dataclass, parse_overrides, read_yaml
 from animatediff.lab.world_encoder import ShapesEncoder
 from animatediff.lab.world_image import ShapesDecoder, ShapesImage
 from animatediff.models.lora import LoRAStack

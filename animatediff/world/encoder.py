@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from animatediff.checkpoints.files import file_sha256, read_state_dict, write_state_dict
+from animatediff.config.dataclass_io import build_dataclass
 from animatediff.config.networks import SmallCLIPConfig
-from animatediff.config.settings import build_dataclass
 from animatediff.metrics.references import cover
 from animatediff.models.text import Tokenizer
 from animatediff.utils import UserError

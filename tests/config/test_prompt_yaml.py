@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from animatediff.config.dataclass_io import parse_overrides
 from animatediff.config.inference_yaml import load_inference_config
 from animatediff.config.networks import MOTION_VERSIONS, ScheduleConfig
 from animatediff.config.prompt_yaml import AnimateEntry, EmbeddingEntry, MotionLoRAEntry, dump_config, load_config
-from animatediff.config.settings import parse_overrides
 from animatediff.utils import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +186,7 @@ def test_resolved_config_reads_back(read, tmp_path):
         ("- just text", "entry 1: got 'just text'"),
         ("", "got no value, expected a list of entries"),
         ("entries: []\nprovenance: 5", "provenance: got 5"),
-        ("entries: []\nstep: 1", "unknown key 'step', the nearest known one is 'entries'"),
+        ("entries: []\nstep: 1", "unknown key 'step', expected one of entries, provenance"),
     ],
 )
 def test_mistakes_are_named(read, text, message):

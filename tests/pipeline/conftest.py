@@ -20,6 +20,6 @@ def pipeline(nano: Path) -> AnimateDiffPipeline:
 @pytest.fixture
 def make_entry(nano: Path):
     """An `AnimateEntry` of the golden network with other values."""
-    from animatediff.config.settings import build_dataclass
+    from animatediff.config.dataclass_io import build_dataclass
 
     return lambda **values: build_dataclass(AnimateEntry, entry(nano, **values), where="test")

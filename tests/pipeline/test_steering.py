@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from animatediff.config.dataclass_io import parse_overrides
 from animatediff.config.prompt_yaml import AnimateEntry, RunConfig, dump_config, load_config
-from animatediff.config.settings import parse_overrides
 from animatediff.config.steering import FreeInit, FreeU, Steering
 from animatediff.features.windows import Windows
 from animatediff.media.video import read_metadata
