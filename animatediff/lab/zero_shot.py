@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from animatediff.diffusion.samplers import ddim
+from animatediff.diffusion.samplers import Steps, ddim
 from animatediff.features.interventions import cross_frame_attention
 from animatediff.pipeline.call_checks import check_call
 from animatediff.pipeline.denoiser import make_denoiser
@@ -81,7 +81,7 @@ def text2video_zero(
         part = copy.copy(schedule)
         if end is not None:
             part.final_alpha_cumprod = schedule.alpha_at(end)
-        return ddim(denoise, x, schedule=part, timesteps=visited) if len(visited) else x
+        return ddim(x, Steps(denoise, part, visited)) if len(visited) else x
 
     from_high = torch.cat([high[None], timesteps[timesteps < high]])
     with cross_frame_attention(c.unet):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from animatediff.config.steering import Steering
 from animatediff.diffusion.guidance import Denoise
-from animatediff.diffusion.samplers import find_sampler
+from animatediff.diffusion.samplers import Steps, find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.freeinit import free_init
 from animatediff.features.noise import arrange_noise
@@ -124,14 +124,8 @@ class ClipSampler:
                 control=self.control,
                 steered=steered,
             )
-            return find_sampler(sampling.sampler, eta=sampling.eta)(
-                denoise,
-                x,
-                schedule=schedule,
-                timesteps=levels,
-                noise=lambda: self.draw(x.shape[1]),
-                callback=after_step,
-            )
+            steps = Steps(denoise, schedule, levels, noise=lambda: self.draw(x.shape[1]), callback=after_step)
+            return find_sampler(sampling.sampler, eta=sampling.eta)(x, steps)
 
     def _unguided(self, windows: tuple[Windows, Tensor] | None, first_frame: int, *, frames: int) -> Denoise:
         """The network's own prediction for the inversion's prompt."""

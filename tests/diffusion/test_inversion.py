@@ -5,7 +5,7 @@ import torch
 
 from animatediff.config.networks import ScheduleConfig
 from animatediff.diffusion.inversion import invert
-from animatediff.diffusion.samplers import ddim
+from animatediff.diffusion.samplers import Steps, ddim
 from animatediff.diffusion.schedule import NoiseSchedule
 
 DATA_STD = 0.5
@@ -28,7 +28,7 @@ def round_trip(steps, *, skip=0, **config):
     clean = DATA_STD * torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     denoise = exact_denoiser(schedule)
     noisy = invert(denoise, clean, schedule=schedule, timesteps=timesteps)
-    back = ddim(denoise, noisy, schedule=schedule, timesteps=timesteps)
+    back = ddim(noisy, Steps(denoise, schedule, timesteps))
     return clean, noisy, float((back - clean).norm() / clean.norm())
 
 

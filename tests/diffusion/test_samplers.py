@@ -1,6 +1,7 @@
 """Samplers and timesteps against golden numbers and against the exact denoiser of a Gaussian."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from animatediff.config.networks import ScheduleConfig
-from animatediff.diffusion.samplers import SAMPLERS, ddim, dpmpp_2m, euler, euler_ancestral, find_sampler, lcm, pndm
+from animatediff.diffusion.samplers import SAMPLERS, Steps, ddim, dpmpp_2m, find_sampler, lcm, pndm
 from animatediff.diffusion.schedule import PREDICTIONS, SPACINGS, NoiseSchedule
 from animatediff.utils import UserError
 
@@ -60,7 +61,7 @@ def test_euler(betas, spacing, steps):
     assert timesteps.tolist() == GOLDEN[f"{name}.timesteps"].tolist()
     assert_close(schedule.sigmas[timesteps], GOLDEN[f"{name}.sigmas"][:-1])
     assert_close(schedule.timesteps_of(GOLDEN[f"{name}.sigmas"][:-1]), timesteps.float())
-    x = euler(gaussian(schedule), start(schedule, timesteps, spacing), schedule=schedule, timesteps=timesteps)
+    x = SAMPLERS["euler"](start(schedule, timesteps, spacing), Steps(gaussian(schedule), schedule, timesteps))
     assert_close(video(x), GOLDEN[f"{name}.x"], ONE_STEP if steps == "1" else 1e-5)
 
 
@@ -69,7 +70,7 @@ def test_euler(betas, spacing, steps):
 def test_ddim(betas, spacing):
     schedule = spaced(spacing, betas)
     timesteps = schedule.timesteps(10)
-    x = ddim(gaussian(schedule), video(GOLDEN["input.x"]), schedule=schedule, timesteps=timesteps)
+    x = ddim(video(GOLDEN["input.x"]), Steps(gaussian(schedule), schedule, timesteps))
     assert_close(video(x), GOLDEN[f"ddim.{betas}.{spacing}.10.x"])
 
 
@@ -82,17 +83,15 @@ def test_linspace_ddim_goes_to_the_next_timestep(betas):
     for t in timesteps:
         seen = []
         down = torch.stack([t, t - 100]) if t >= 100 else t[None]
-        ddim(denoise, x, schedule=schedule, timesteps=down, callback=lambda i, t, x, seen=seen: seen.append(x))
+        ddim(x, Steps(denoise, schedule, down, callback=lambda i, t, x, seen=seen: seen.append(x)))
         x = seen[0]
     assert_close(video(x), GOLDEN[f"ddim.{betas}.linspace.10.x"])
-    ours = ddim(denoise, noise, schedule=schedule, timesteps=timesteps)
-    assert torch.equal(ours, euler(denoise, noise, schedule=schedule, timesteps=timesteps))
 
 
 def test_dpmpp_2m():
     schedule = spaced()
     timesteps = schedule.custom_timesteps(GOLDEN["dpmpp_2m.linear.10.timesteps"].tolist())
-    x = dpmpp_2m(gaussian(schedule), video(GOLDEN["input.x"]), schedule=schedule, timesteps=timesteps)
+    x = dpmpp_2m(video(GOLDEN["input.x"]), Steps(gaussian(schedule), schedule, timesteps))
     assert_close(video(x), GOLDEN["dpmpp_2m.linear.10.x"])
 
 
@@ -102,7 +101,7 @@ def test_karras_spacing():
     assert timesteps.round().tolist() == GOLDEN["dpmpp_2m_karras.linear.10.timesteps"].tolist()
     alpha = schedule.alpha_at(timesteps)
     assert_close(((1 - alpha) / alpha).sqrt(), GOLDEN["dpmpp_2m_karras.linear.10.sigmas"][:-1])
-    x = dpmpp_2m(gaussian(schedule), video(GOLDEN["input.x"]), schedule=schedule, timesteps=timesteps)
+    x = dpmpp_2m(video(GOLDEN["input.x"]), Steps(gaussian(schedule), schedule, timesteps))
     assert_close(video(x), GOLDEN["dpmpp_2m_karras.linear.10.x"], 1e-4)
 
 
@@ -114,7 +113,7 @@ def test_pndm():
         seen.append(float(t[0]))
         return gaussian(schedule)(x, t)
 
-    x = pndm(denoise, video(GOLDEN["input.x"]), schedule=schedule, timesteps=timesteps)
+    x = pndm(video(GOLDEN["input.x"]), Steps(denoise, schedule, timesteps))
     assert seen == GOLDEN["pndm.linear.10.timesteps"].tolist()
     assert_close(video(x), GOLDEN["pndm.linear.10.x"])
 
@@ -126,13 +125,8 @@ def test_lcm(steps):
     assert timesteps.tolist() == GOLDEN[f"lcm.linear.{steps}.timesteps"].tolist()
     shape = GOLDEN["input.x"].shape
     draws = iter(torch.randn(shape, generator=torch.Generator().manual_seed(1000 + i)) for i in range(steps))
-    x = lcm(
-        gaussian(schedule),
-        video(GOLDEN["input.x"]),
-        schedule=schedule,
-        timesteps=timesteps,
-        noise=lambda: video(next(draws)),
-    )
+    run = Steps(gaussian(schedule), schedule, timesteps, noise=lambda: video(next(draws)))
+    x = lcm(video(GOLDEN["input.x"]), run)
     assert_close(video(x), GOLDEN[f"lcm.linear.{steps}.x"], ONE_STEP if steps == 1 else 1e-5)
     assert torch.equal(GOLDEN[f"lcm.linear.{steps}.denoised"][-1], GOLDEN[f"lcm.linear.{steps}.x"])
 
@@ -143,12 +137,14 @@ def test_zero_terminal_snr():
     assert (schedule.alphas_cumprod - GOLDEN["zero_snr.linear.alphas_cumprod"]).abs().max() < 1e-6
     x, timesteps = video(GOLDEN["input.x"]), schedule.timesteps(10)
     for name in set(SAMPLERS) - {"pndm"}:
-        out = SAMPLERS[name](
-            gaussian(schedule), x, schedule=schedule, timesteps=timesteps, noise=lambda: torch.randn(x.shape)
+        generator = torch.Generator().manual_seed(0)
+        steps = Steps(
+            gaussian(schedule), schedule, timesteps, noise=lambda g=generator: torch.randn(x.shape, generator=g)
         )
+        out = SAMPLERS[name](x, steps)
         assert out.isfinite().all() and 0.2 < out.std() < 0.8, name
     with pytest.raises(UserError, match="from which pndm cannot start: use ddim"):
-        pndm(gaussian(schedule), x, schedule=schedule, timesteps=timesteps)
+        pndm(x, Steps(gaussian(schedule), schedule, timesteps))
     with pytest.raises(UserError, match="largest sigma is infinite: use trailing"):
         spaced("karras", prediction_type="sample", rescale_betas_zero_snr=True).timesteps(4)
     with pytest.raises(UserError, match="rescale_betas_zero_snr with prediction_type epsilon, expected v_prediction"):
@@ -162,15 +158,13 @@ def test_prediction_types_agree(name):
     for kind in PREDICTIONS:
         schedule, generator = spaced(prediction_type=kind), torch.Generator().manual_seed(0)
         x = video(GOLDEN["input.x"])
-        clips.append(
-            SAMPLERS[name](
-                gaussian(schedule),
-                x,
-                schedule=schedule,
-                timesteps=schedule.timesteps(8),
-                noise=lambda x=x, generator=generator: torch.randn(x.shape, generator=generator),
-            )
+        steps = Steps(
+            gaussian(schedule),
+            schedule,
+            schedule.timesteps(8),
+            noise=lambda x=x, generator=generator: torch.randn(x.shape, generator=generator),
         )
+        clips.append(SAMPLERS[name](x, steps))
     for other in clips[1:]:
         assert_close(other, clips[0], 1e-4)
 
@@ -193,7 +187,7 @@ def test_deterministic_samplers_converge(name):
 
     def error(steps):
         timesteps = schedule.timesteps(steps)
-        out = SAMPLERS[name](exactly, x, schedule=schedule, timesteps=timesteps)
+        out = SAMPLERS[name](x, Steps(exactly, schedule, timesteps))
         exact = std_at(schedule, torch.tensor(0)) / std_at(schedule, timesteps[0])
         return abs(float(out / exact) - 1)
 
@@ -217,7 +211,7 @@ def test_noisy_samplers_draw_from_the_distribution(name):
     if name == "lcm":
         schedule = spaced("trailing", prediction_type="sample")
     denoise = consistent if name == "lcm" else gaussian(schedule)
-    out = SAMPLERS[name](denoise, x, schedule=schedule, timesteps=timesteps, noise=noise)
+    out = SAMPLERS[name](x, Steps(denoise, schedule, timesteps, noise))
     assert abs(out.std() / DATA_STD - 1) < 0.03 and abs(out.mean()) < 0.01
 
 
@@ -234,9 +228,8 @@ def test_euler_ancestral_is_karras_formula():
         up = min(after, math.sqrt(after**2 * (now**2 - after**2) / now**2))
         x = x + epsilon * (math.sqrt(after**2 - up**2) - now) + noises[i] * up
     draws = iter(noises)
-    ours = euler_ancestral(
-        denoise, video(GOLDEN["input.x"]), schedule=schedule, timesteps=timesteps, noise=lambda: next(draws)
-    )
+    steps = Steps(denoise, schedule, timesteps, noise=lambda: next(draws))
+    ours = SAMPLERS["euler_ancestral"](video(GOLDEN["input.x"]), steps)
     assert_close(ours, x)
 
 
@@ -245,24 +238,36 @@ def test_a_sampler_goes_on_where_it_stopped(name):
     """From the latents that the callback saw; only the multistep samplers remember more."""
     schedule = spaced()
     timesteps, seen = schedule.timesteps(5), []
-    options = {"schedule": schedule, "noise": lambda: torch.full_like(GOLDEN["input.x"], 0.1).transpose(1, 2)}
     sampler, x = SAMPLERS[name], video(GOLDEN["input.x"])
-    whole = sampler(
-        gaussian(schedule), x, timesteps=timesteps, callback=lambda *step: seen.append((*step[:2], step[2])), **options
-    )
+    steps = Steps(gaussian(schedule), schedule, timesteps, noise=lambda: torch.full_like(x, 0.1))
+    whole = sampler(x, replace(steps, callback=lambda *step: seen.append(step)))
     assert [step[:2] for step in seen] == list(enumerate(timesteps.tolist()))
-    assert torch.equal(sampler(gaussian(schedule), seen[2][2], timesteps=timesteps[3:], **options), whole)
+    assert torch.equal(sampler(seen[2][2], replace(steps, timesteps=timesteps[3:])), whole)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_clip_sample(name):
-    """Every prediction of clean data is held within [-1, 1]."""
-    schedule = spaced(clip_sample=True)
-    x = 5 * video(GOLDEN["input.x"])
-    out = SAMPLERS[name](
-        gaussian(schedule, std=5.0), x, schedule=schedule, timesteps=schedule.timesteps(5), noise=lambda: 0 * x
-    )
-    assert out.abs().max() < 1.05
+    """Every prediction of clean data is held within [-1, 1]; the noise is the predicted one (pndm sees no other)."""
+    x, clips = 5 * video(GOLDEN["input.x"]), []
+    for clip_sample in (False, True):
+        schedule = spaced(clip_sample=clip_sample)
+        denoise, timesteps = gaussian(schedule, std=5.0), schedule.timesteps(5)
+        clips.append(SAMPLERS[name](x, Steps(denoise, schedule, timesteps, noise=lambda: 0 * x)))
+    if name == "pndm":
+        assert torch.equal(*clips)
+    else:
+        assert clips[0].abs().max() > 5 and clips[1].abs().max() <= 1
+
+
+def test_clipped_ddim_step():
+    """sqrt(abar') clip(x_0) + sqrt(1 - abar') noise: the official code does not recompute the noise."""
+    schedule, seen = spaced(clip_sample=True), []
+    x, t = 5 * video(GOLDEN["input.x"]), torch.tensor([601, 401])
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    ddim(x, Steps(lambda x, t: noise, schedule, t, callback=lambda *step: seen.append(step[2])))
+    abar, abar_next = schedule.alphas_cumprod[t].tolist()
+    clean = ((x - (1 - abar) ** 0.5 * noise) / abar**0.5).clamp(-1, 1)
+    assert_close(seen[0], abar_next**0.5 * clean + (1 - abar_next) ** 0.5 * noise)
 
 
 def test_names_and_noise():
@@ -271,9 +276,10 @@ def test_names_and_noise():
     with pytest.raises(UserError, match="got eta 0.5 with the sampler pndm, expected 0: only ddim"):
         find_sampler("pndm", eta=0.5)
     schedule = spaced()
-    for sampler in (find_sampler("ddim", eta=0.5), euler_ancestral, lcm):
+    steps = Steps(gaussian(schedule), schedule, schedule.timesteps(2))
+    for sampler in (find_sampler("ddim", eta=0.5), find_sampler("euler_ancestral"), lcm):
         with pytest.raises(ValueError, match="give `noise`"):
-            sampler(gaussian(schedule), video(GOLDEN["input.x"]), schedule=schedule, timesteps=schedule.timesteps(2))
+            sampler(video(GOLDEN["input.x"]), steps)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from animatediff.config.networks import ScheduleConfig
-from animatediff.diffusion.samplers import SAMPLERS, ddim
+from animatediff.diffusion.samplers import SAMPLERS, Steps, ddim
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.known_frames import hold, noised
 
@@ -43,7 +43,7 @@ def test_what_is_put_back_is_on_ddims_own_path(config):
         errors.append(float((x - own).abs().max()))
 
     x = noised(clean, noise, float(schedule.alpha_at(timesteps[0])))
-    out = ddim(knowing(schedule, clean), x, schedule=schedule, timesteps=timesteps, callback=compare)
+    out = ddim(x, Steps(knowing(schedule, clean), schedule, timesteps, callback=compare))
     last = errors.pop()
     assert len(errors) == 9 and max(errors) < 1e-4
     assert last < 1e-4 or not config.get("set_alpha_to_one", True)
@@ -59,8 +59,8 @@ def test_the_rest_is_the_sampler_s(name):
     held[:, 1:, :, :4] = True
 
     def run(**callback):
-        call = {"schedule": schedule, "timesteps": timesteps, "noise": lambda: draw(3)}
-        return SAMPLERS[name](knowing(schedule, draw(4)), start, **call, **callback)
+        steps = Steps(knowing(schedule, draw(4)), schedule, timesteps, noise=lambda: draw(3), **callback)
+        return SAMPLERS[name](start, steps)
 
     free, both = run(), run(callback=hold(clean, noise, held, schedule=schedule, timesteps=timesteps))
     assert torch.equal(both, torch.where(held, clean, free))

@@ -7,7 +7,7 @@ import torch
 
 from animatediff.config.networks import ScheduleConfig
 from animatediff.diffusion.guidance import classifier_free_guidance
-from animatediff.diffusion.samplers import ddim, pndm
+from animatediff.diffusion.samplers import Steps, ddim, pndm
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.windows import FUSIONS, SCHEDULES, Windows, halving, rotated, whole, windowed
 from animatediff.utils import UserError
@@ -133,7 +133,7 @@ def test_a_frame_wise_denoiser_does_not_notice(schedule):
     cut = windowed(lambda x, t, frames: framewise(x, t), Windows(schedule), timesteps)
     for sampler, scale in itertools.product((ddim, pndm), (0.5, 1.0, 7.5)):
         whole, parts = (
-            sampler(classifier_free_guidance(denoise, scale), x, schedule=schedule_, timesteps=timesteps)
+            sampler(x, Steps(classifier_free_guidance(denoise, scale), schedule_, timesteps))
             for denoise in (framewise, cut)
         )
         assert torch.allclose(parts, whole, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from animatediff.checkpoints.load import ImageModel, load_base, load_motion_modu
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.config.networks import ScheduleConfig
 from animatediff.diffusion.guidance import classifier_free_guidance
-from animatediff.diffusion.samplers import ddim
+from animatediff.diffusion.samplers import Steps, ddim
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.models.lora import LoRAStack
 from animatediff.models.unet import UNet
@@ -75,7 +75,7 @@ def test_guided_ddim_run(unets, version):
     schedule = NoiseSchedule(ScheduleConfig())
     text = GOLDEN["text.last_hidden_state"].flip(0)  # in these runs entry 1 is the unconditional one
     denoise = classifier_free_guidance(lambda x, t: unets[version](x, t, text), 7.5)
-    x = ddim(denoise, golden("input.noise"), schedule=schedule, timesteps=schedule.timesteps(10))
+    x = ddim(golden("input.noise"), Steps(denoise, schedule, schedule.timesteps(10)))
     assert_close(x, golden(f"pipeline.{version}.latents"), 1e-4)
 
 
@@ -117,7 +117,7 @@ def test_schedule_and_ddim(betas):
     for steps in (1, 5, 10, 25, 50):
         assert schedule.timesteps(steps).tolist() == GOLDEN[f"ddim.timesteps.{steps}"].tolist()
     eps = golden("input.ddim_eps")
-    x = ddim(lambda x, t: eps, golden("input.ddim_x"), schedule=schedule, timesteps=schedule.timesteps(10))
+    x = ddim(golden("input.ddim_x"), Steps(lambda x, t: eps, schedule, schedule.timesteps(10)))
     assert_close(x, golden(f"ddim.{betas}.trajectory10"), 1e-6)
 
 
@@ -130,13 +130,12 @@ def test_single_ddim_steps(name, eta, prediction):
             continue
         schedule = NoiseSchedule(ScheduleConfig(beta_schedule=betas, prediction_type=prediction))
         seen = []
-        ddim(
+        steps = Steps(
             lambda x, t: golden("input.ddim_eps"),
-            golden("input.ddim_x"),
-            schedule=schedule,
-            timesteps=schedule.timesteps(10)[3:],  # the first step of the run is the fourth of ten
-            eta=eta,
+            schedule,
+            schedule.timesteps(10)[3:],  # the first step of the run is the fourth of ten
             noise=lambda: golden("input.ddim_noise"),
             callback=lambda step, t, x, seen=seen: seen.append(x.clone()),
         )
+        ddim(golden("input.ddim_x"), steps, eta=eta)
         assert_close(seen[0], golden(f"ddim.{betas}.{name}"), 1e-6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from animatediff.config.networks import MOTION_VERSIONS, ScheduleConfig, UNetConfig, VAEConfig
-from animatediff.diffusion.samplers import ddim
+from animatediff.diffusion.samplers import Steps, ddim
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.windows import Windows
 from animatediff.media.video import FrameStream, read_video, save_video
@@ -48,7 +48,7 @@ def test_memory_does_not_grow_with_the_clip(networks, tmp_path):
         before = resident("VmRSS")
         denoise = make_denoiser(networks.unet, context, windows=(Windows(), timesteps))
         x = torch.randn(1, frames, 4, SIDE // 8, SIDE // 8)
-        latents = ddim(denoise, x, schedule=schedule, timesteps=timesteps).transpose(1, 2)
+        latents = ddim(x, Steps(denoise, schedule, timesteps)).transpose(1, 2)
         stream = AnimateDiffPipeline(networks).decode_frames(latents)
         save_video(FrameStream(frames, stream), tmp_path / str(frames))
         return resident("VmHWM") - before

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from animatediff.config.networks import ScheduleConfig
-from animatediff.diffusion.samplers import SAMPLERS
+from animatediff.diffusion.samplers import SAMPLERS, Steps
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.windows import Windows
 from animatediff.pipeline.model import seeded
@@ -87,7 +87,7 @@ def test_every_sampler_starts_in_the_middle(sampler, prediction_type):
 
     x, _ = Start(clean).begin(noise, schedule=schedule, timesteps=timesteps, all_steps=False)
     assert torch.allclose(x, schedule.add_noise(clean, noise, timesteps[:1]), atol=1e-6)
-    back = SAMPLERS[sampler](denoise, x, schedule=schedule, timesteps=timesteps, noise=lambda: noise)
+    back = SAMPLERS[sampler](x, Steps(denoise, schedule, timesteps, noise=lambda: noise))
     assert torch.allclose(back, clean, atol=1e-2 if sampler == "lcm" else 1e-4)
 
 
