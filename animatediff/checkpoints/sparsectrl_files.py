@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from animatediff.checkpoints.controlnet_files import check_encoder_fits
 from animatediff.checkpoints.diffusers_json import UNET_STEM
 from animatediff.checkpoints.files import file_sha256, find_weights, read_state_dict, write_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
@@ -84,17 +84,13 @@ def check_fits(config: SparseCtrlConfig, unet: UNet, vae: VAE, path: Path) -> No
     Raises:
         UserError: a size differs, which is named.
     """
-    ours = replace(config.unet, motion=None)
-    theirs = replace(unet.config, motion=None, out_channels=ours.out_channels)
-    advice = "choose a SparseCtrl encoder made for this base"
-    for name in vars(ours):
-        if (got := getattr(ours, name)) != (expected := getattr(theirs, name)):
-            raise UserError(
-                f"{path}: got a SparseCtrl encoder of {name} {got}, expected the base's {expected}: {advice}"
-            )
+    check_encoder_fits("SparseCtrl encoder", config.unet, unet.config, path)
     if config.pixel_channels:
         name, got, expected = "pixels per latent", 2 ** (len(config.pixel_channels) - 1), vae.config.downsampling
     else:
         name, got, expected = "latent channels", config.condition_channels, vae.config.latent_channels
     if got != expected:
-        raise UserError(f"{path}: got a SparseCtrl encoder for {got} {name}, expected the VAE's {expected}: {advice}")
+        raise UserError(
+            f"{path}: got a SparseCtrl encoder for {got} {name}, expected the VAE's {expected}: "
+            "choose a SparseCtrl encoder made for this base"
+        )

@@ -81,6 +81,21 @@ class SparseCtrlConfig:
 
 
 @dataclass(frozen=True)
+class ControlNetConfig:
+    """ControlNet (arXiv 2302.05543). `unet` sizes its encoder; it never has motion modules.
+
+    `hint_widths` are those of the CNN that brings hints to the size of latents, each after the first at half the size.
+    `pooled`: every residual is its mean over the picture, and the unconditional part gets none (the shuffle model).
+    """
+
+    unet: UNetConfig = UNetConfig()
+    hint_channels: int = 3
+    hint_widths: tuple[int, ...] = (16, 32, 96, 256)
+    pooled: bool = False
+    bgr: bool = False  # order of the hint's channels it was trained with
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """AutoencoderKL (Rombach et al. 2022); the defaults are SD 1.x."""
 

@@ -1,0 +1,118 @@
+"""ControlNet (arXiv 2302.05543): the way down of an image UNet, steered by one hint image for each frame.
+
+It knows no motion: frames are independent images to it, so a frame's residuals are the same in every window of frames.
+Parameter names are diffusers'.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from animatediff.config.networks import ControlNetConfig, UNetConfig
+from animatediff.models.layers import TimestepEmbedding, timestep_embedding
+from animatediff.models.unet import DownBlock, MidBlock
+
+
+class PixelEmbedding(nn.Module):
+    """A small CNN from pixels to the size of latents."""
+
+    def __init__(self, in_channels: int, widths: tuple[int, ...], out_channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for a, b in zip(widths, widths[1:], strict=False):
+            self.blocks += [nn.Conv2d(a, a, 3, padding=1), nn.Conv2d(a, b, 3, padding=1, stride=2)]
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        zero(self.conv_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.conv_in(x))
+        for block in self.blocks:
+            x = F.silu(block(x))
+        return self.conv_out(x)
+
+
+class ResidualEncoder(nn.Module):
+    """The way down and the middle of a UNet, and a 1x1 convolution for every skip connection.
+
+    Args:
+        unet: sizes of the UNet, with the motion modules the encoder is to have.
+        condition: the network that embeds the condition, to be added after `conv_in`.
+    """
+
+    def __init__(self, unet: UNetConfig, condition: nn.Module):
+        super().__init__()
+        channels = unet.block_out_channels
+        self.conv_in = nn.Conv2d(unet.in_channels, channels[0], 3, padding=1)
+        self.controlnet_cond_embedding = condition
+        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
+        self.down_blocks = nn.ModuleList(DownBlock(unet, level) for level in range(len(channels)))
+        self.mid_block = MidBlock(unet)
+        skips = [channels[0]]
+        for level, width in enumerate(channels):
+            skips += [width] * (unet.layers_per_block + (level < len(channels) - 1))
+        self.controlnet_down_blocks = nn.ModuleList(zero(nn.Conv2d(width, width, 1)) for width in skips)
+        self.controlnet_mid_block = zero(nn.Conv2d(channels[-1], channels[-1], 1))
+
+    def residuals(self, h: Tensor, t: Tensor, context: Tensor, frames: int) -> tuple[list[Tensor], Tensor]:
+        """`down_residuals` and `mid_residual` of `UNet.forward` from what stands after `conv_in`, ((b f), c, h, w)."""
+        context = context.flatten(0, -3)
+        time = self.time_embedding(timestep_embedding(t, self.conv_in.out_channels).to(h.dtype))
+        skips = [h]
+        for block in self.down_blocks:
+            h = block(h, time, context, frames, skips)
+        h = self.mid_block(h, time, context, frames)
+        heads = zip(self.controlnet_down_blocks, skips, strict=True)
+        return [head(skip) for head, skip in heads], self.controlnet_mid_block(h)
+
+
+class ControlNet(ResidualEncoder):
+    """The residuals that hint images add to a UNet's skip connections. Freshly built ones are all zero."""
+
+    def __init__(self, config: ControlNetConfig):
+        unet = config.unet.with_motion(None)
+        hint = PixelEmbedding(config.hint_channels, config.hint_widths, unet.block_out_channels[0])
+        super().__init__(unet, hint)
+        self.config = config
+
+    def embed(self, hint: Tensor) -> Tensor:
+        """What `forward` takes, (n, c, h, w) in latents' size. It depends on the hint alone.
+
+        Args:
+            hint: (n, hint_channels, H, W), range [0, 1]; -1 marks what is to be painted anew (inpainting).
+        """
+        return self.controlnet_cond_embedding(hint.flip(1) if self.config.bgr else hint)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, embedded: Tensor) -> tuple[list[Tensor], Tensor]:
+        """`down_residuals` and `mid_residual` of `UNet.forward`; of size 1x1 where the config says `pooled`.
+
+        Args:
+            x: noisy latents (b, f, in_channels, h, w).
+            t: timesteps (b,), 0 … 999.
+            context: text embedding (b, l, context_dim), one row per video, or (b, f, l, context_dim), one per frame.
+            embedded: hints of `embed`, (f, c, h, w), the same for every video.
+        """
+        frames = x.shape[1]
+        h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w")) + embedded.repeat(len(x), 1, 1, 1)
+        down, mid = self.residuals(h, t, context, frames)
+        if not self.config.pooled:
+            return down, mid
+        return [residual.mean((2, 3), keepdim=True) for residual in down], mid.mean((2, 3), keepdim=True)
+
+
+def soft_weights(residuals: int) -> list[float]:
+    """Factors of the residuals of guess mode, from the first skip to the middle block: 0.825^n … 1.
+
+    The original's (lllyasviel/ControlNet, "guess mode"); diffusers has 10^-1 … 10^0 in even steps of the logarithm,
+    a ratio of 0.8254.
+    """
+    return [0.825 ** (residuals - 1 - i) for i in range(residuals)]
+
+
+def zero(module: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
