@@ -21,7 +21,7 @@ from animatediff.checkpoints.files import (
     write_state_dict,
 )
 from animatediff.checkpoints.identify import identify_tensors, refusal
-from animatediff.checkpoints.keymaps import Table, inverted, translate, unet_layout, unet_table
+from animatediff.checkpoints.keymaps import MOTION_MARK, Table, inverted, translate, unet_layout, unet_table
 from animatediff.checkpoints.load import LoadReport, load_strictly
 from animatediff.checkpoints.sizes import encoder_config
 from animatediff.config.networks import ControlNetConfig, UNetConfig
@@ -70,7 +70,7 @@ def load_controlnet(path: str | Path, unet: UNet, vae: VAE) -> tuple[ControlNet,
     if weights is None:
         raise UserError(f"got the folder {path}, expected a ControlNet: it has no {UNET_STEM} file")
     file = read_state_dict(weights)
-    if not any(HINT.match(key) for key in file.tensors):
+    if not any(HINT.match(key) for key in file.tensors) or any(MOTION_MARK in key for key in file.tensors):
         raise refusal(identify_tensors(file.tensors, file.metadata, path=path), "a ControlNet")
     notes = list(file.notes)
     tensors, unused = _named_as_ours(file.tensors)

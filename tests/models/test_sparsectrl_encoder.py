@@ -51,7 +51,8 @@ def test_official_numbers(base, tmp_path, kind):
     down, mid = encoder(encoder.embed(*condition(kind))[None], T, text)
     down, mid = [0.8 * residual for residual in down], 0.8 * mid
     assert_close(down[0], frames_first(f"sparsectrl.{kind}.down0"))
-    assert_close(down[-1], frames_first(f"sparsectrl.{kind}.down_last"))
+    # After a CNN of sums over 2304 numbers, whose order differs with the number of threads, and 8 ResNets.
+    assert_close(down[-1], frames_first(f"sparsectrl.{kind}.down_last"), 2e-5)
     assert_close(mid, frames_first(f"sparsectrl.{kind}.mid"))
     alike = encoder(encoder.embed(*condition(kind))[None], T, text[:, None].expand(-1, 5, -1, -1))
     assert_close(0.8 * alike[1], mid)  # one text for each frame
