@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
+
+TEMPORARY_PREFIX = ".tmp-"  # of the hidden folders in which files are written before they take their place
 
 
 class UserError(ValueError):
@@ -51,6 +56,38 @@ def naming(where: object) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path of the same name; the file or folder written there becomes `path` if the block succeeds.
+
+    A reader sees the old file or the whole new one; a block that fails leaves the old one and nothing else.
+
+    Raises:
+        UserError: what the system refuses in the block: no such folder, no permission, no room.
+    """
+    path = Path(path)
+    try:
+        with TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=path.parent, ignore_cleanup_errors=True) as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            if path.is_dir() and temporary.is_dir():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.filename and TEMPORARY_PREFIX not in str(error.filename):
+            raise  # of a file that was read
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"got {path} to write to, expected an existing folder with room and permission: {reason}"
+        ) from None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what `replacing` left in a folder, however deep, when a process was killed; for its only writer."""
+    for temporary in [*folder.rglob(f"{TEMPORARY_PREFIX}*/")]:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def run_main(main: Callable[[], int | None]) -> None:

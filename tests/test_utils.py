@@ -1,8 +1,13 @@
-"""The frame every script runs in."""
+"""The frame every script runs in, and files that appear whole or not at all."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from animatediff.utils import UserError, remove_leftovers, replacing
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,3 +20,55 @@ def test_a_script_whose_output_nobody_reads_ends_without_a_word():
         assert script.stdout.readline() == b"0\n"
         script.stdout.close()
         assert script.stderr.read() == b"" and script.wait() == 141
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_files_and_folders_are_replaced_whole_or_not_at_all(tmp_path, folder):
+    def write(path, text):
+        if folder:
+            path.mkdir()
+        (path / "part" if folder else path).write_text(text)
+
+    def read():
+        return (path / "part" if folder else path).read_text()
+
+    path = tmp_path / ("long" * 60)
+    for text in ("old", "new"):
+        with replacing(path) as temporary:
+            write(temporary, text)
+        assert read() == text
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        write(temporary, "half")
+        raise KeyboardInterrupt
+    assert read() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_the_system_refuses_names_the_file(tmp_path):
+    def fill(path):
+        with replacing(path) as temporary:
+            raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
+
+    with pytest.raises(UserError, match="x.bin to write to, expected .* room and permission: No space left on device"):
+        fill(tmp_path / "x.bin")
+    with pytest.raises(UserError, match="none.x.bin to write to, expected an existing folder .*: No such file"):
+        fill(tmp_path / "none/x.bin")
+    with pytest.raises(FileNotFoundError, match="source"), replacing(tmp_path / "x.bin") as temporary:
+        temporary.write_bytes((tmp_path / "source").read_bytes())
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    code = """
+import os, sys
+from pathlib import Path
+from animatediff.utils import replacing
+with replacing(Path(sys.argv[1]) / "deep/x.bin") as temporary:
+    temporary.write_text("half")
+    os._exit(9)
+"""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/kept.txt").write_text("whole")
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT)
+    assert len(list((tmp_path / "deep").iterdir())) == 2
+    remove_leftovers(tmp_path)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["kept.txt"]

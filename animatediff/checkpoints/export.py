@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from animatediff.checkpoints import diffusers_json as dj
-from animatediff.checkpoints.files import StateDict, replacing, write_state_dict
+from animatediff.checkpoints.files import StateDict, write_state_dict
 from animatediff.checkpoints.keymaps import (
     LDM_TEXT,
     LDM_UNET,
@@ -40,7 +40,7 @@ from animatediff.config.networks import MotionConfig, ScheduleConfig
 from animatediff.models.text import END, START, TextEncoder, build_vocabulary, read_bundled_merges
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
-from animatediff.utils import UserError
+from animatediff.utils import UserError, replacing
 
 
 class HasImageModel(Protocol):

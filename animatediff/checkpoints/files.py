@@ -8,11 +8,9 @@ import json
 import os
 import pickle
 import re
-import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from animatediff.utils import UserError
+from animatediff.utils import UserError, replacing
 
 StateDict = dict[str, Tensor]
 
@@ -103,16 +101,28 @@ def write_state_dict(
     """
     path, metadata = Path(path), dict(metadata or {})
     plain = _written_apart(tensors)
+    if path.suffix not in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
+        suffixes = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
+        raise UserError(f"got {path} to write to, expected a name ending in {suffixes}: rename it")
+    pickled = path.suffix in PICKLE_SUFFIXES
+    if pickled:  # clones: a view into a memory-mapped file would drag the whole file into the pickle
+        plain = {key: tensor.clone() for key, tensor in plain.items()}
     with replacing(path) as temporary:
-        if path.suffix == SAFETENSORS_SUFFIX:
-            save_file(plain, temporary, metadata={"format": "pt", **metadata})
-        elif path.suffix in PICKLE_SUFFIXES:
-            # Clones: a view into a memory-mapped file would drag the whole file into the pickle.
-            torch.save({wrapper: {k: t.clone() for k, t in plain.items()}, "metadata": metadata}, temporary)
-        else:
-            suffixes = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
-            raise UserError(f"got {path} to write to, expected a name ending in {suffixes}: rename it")
+        try:
+            if pickled:
+                torch.save({wrapper: plain, "metadata": metadata}, temporary)
+            else:
+                save_file(plain, temporary, metadata={"format": "pt", **metadata})
+                temporary.chmod(0o666 & ~_umask())  # not for the owner alone
+        except (SafetensorError, RuntimeError) as error:  # what the two make of a full disk
+            raise OSError(_first_line(str(error))) from None
     return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _written_apart(tensors: Mapping[str, Tensor]) -> StateDict:
@@ -125,36 +135,6 @@ def _written_apart(tensors: Mapping[str, Tensor]) -> StateDict:
             plain[key] = plain[key].clone()
         seen.add(place)
     return plain
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it (file or folder) to `path` when the block succeeds.
-
-    Raises:
-        UserError: the parent folder does not exist or cannot be written to.
-    """
-    if not path.parent.is_dir():
-        raise UserError(f"got {path} to write to, expected an existing folder {path.parent}: create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"got {path} to write to, expected a writable folder: {path.parent} is read-only")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if path.is_dir() and temporary.is_dir():
-            shutil.rmtree(path)
-        if temporary.is_file():  # safetensors writes for the owner alone: give it what any new file gets
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"got {path} to write to, expected room and permission: {error}") from None
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -20,7 +18,7 @@ from PIL import Image, ImageOps, ImageSequence, PngImagePlugin, UnidentifiedImag
 from torch import Tensor
 
 from animatediff.media.gif import write_gif
-from animatediff.utils import UserError
+from animatediff.utils import UserError, replacing
 
 GRID_PADDING = 2  # black pixels around every clip of a grid
 EXIF_USER_COMMENT = 0x9286
@@ -370,19 +368,3 @@ def _open_image(path: Path) -> Image.Image:
         raise UserError(f"got {path}, expected a GIF, WebP, MP4 or PNG: it is none") from None
     except (OSError, SyntaxError) as error:
         raise _undecodable(path, error) from None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name, file or folder, when the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)

@@ -22,14 +22,14 @@ import animatediff
 from animatediff.checkpoints.files import file_sha256
 from animatediff.config.prompt_yaml import AnimateEntry, Prompt, RunConfig, dump_config, load_config
 from animatediff.features.sparsectrl import read_condition_images
-from animatediff.media.video import STREAMED, FrameStream, read_video, replacing, save_video, tile
+from animatediff.media.video import STREAMED, FrameStream, read_video, save_video, tile
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.model import draw_seed, pick_device, pick_dtype, seeded
 from animatediff.pipeline.pipeline import AnimateDiffPipeline, advance
 from animatediff.pipeline.prompts import first_text
 from animatediff.pipeline.start import INPUTS, SETTINGS, input_sha256, read_inputs
 from animatediff.pipeline.weights import CheckedEntry, check_entries
-from animatediff.utils import UserError
+from animatediff.utils import UserError, replacing
 
 GRID_COLUMNS = 4
 NAME_WORDS, NAME_LENGTH = 10, 60

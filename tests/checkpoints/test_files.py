@@ -16,6 +16,7 @@ from animatediff.checkpoints import files
 from animatediff.checkpoints.files import file_sha256, find_weights, read_state_dict, write_state_dict
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import equal
+from tests.disk import nearly_full
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16), "c": torch.tensor(3)}
 
@@ -51,14 +52,13 @@ def test_a_slice_of_a_large_tensor_is_written_alone(tmp_path):
     assert path.stat().st_size < 10_000
 
 
-def test_the_old_file_stays_when_writing_fails(tmp_path):
-    path = write_state_dict(tmp_path / "x.safetensors", TENSORS)
+@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, name):
+    path = write_state_dict(tmp_path / name, TENSORS)
     before = path.read_bytes()
-    with pytest.raises(RuntimeError), files.replacing(path) as temporary:
-        temporary.write_bytes(b"half")
-        raise RuntimeError("interrupted")
-    assert path.read_bytes() == before
-    assert sorted(tmp_path.iterdir()) == [path]
+    with nearly_full(100_000), pytest.raises(UserError, match=f"{name} to write to, expected .* room"):
+        write_state_dict(path, {"large": torch.zeros(100_000)})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_writing_names_what_is_wrong_with_the_place(tmp_path):
