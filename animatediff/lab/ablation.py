@@ -23,11 +23,12 @@ from animatediff.lab.results import (
     write_result,
 )
 from animatediff.lab.run_model import clip_maker
+from animatediff.lab.stages import build_stage
 from animatediff.metrics.tables import align, write_csv
 from animatediff.pipeline.model import pick_device
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.training.sources import existing
-from animatediff.training.stages import MotionModule, build_stage
+from animatediff.training.stages import MotionModule
 from animatediff.utils import UserError, naming
 from animatediff.world.evaluate import evaluate_shapes
 from animatediff.world.shapes import MOTIONS

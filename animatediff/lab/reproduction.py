@@ -27,11 +27,12 @@ from animatediff.lab.results import (
     write_result,
 )
 from animatediff.lab.run_model import clip_maker, controlled_clip_maker
+from animatediff.lab.stages import build_stage
 from animatediff.lab.zero_shot import MOTION, text2video_zero
 from animatediff.pipeline.model import pick_device
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.training.sources import existing
-from animatediff.training.stages import STAGE_NAMES, Training, build_stage
+from animatediff.training.stages import Training
 from animatediff.utils import UserError, naming
 from animatediff.world.evaluate import Generate, evaluate_shapes
 from animatediff.world.series import World
@@ -277,7 +278,7 @@ def run_training(plan: Reproduction, name: str, device: str = "cpu", log: Log = 
         stage.run(lambda line: log(f"{name}: {line}"), torch.device(device))
         loop, last = stage.loop, (path.parent / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
         facts = {
-            "stage": STAGE_NAMES[type(stage)],
+            "stage": stage.name,
             "steps": loop.steps,
             "samples": loop.steps * loop.batch_size * loop.micro_batches,
             "minutes": round(loop.steps / json.loads(last)["steps_per_s"] / 60, 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,9 @@ class ContrastiveStage(Stage):
 
 @dataclass(frozen=True)
 class ShapesEncoder:
-    """Stage `shapes_encoder`: a small CLIP of the built-in world."""
+    """A small CLIP of the built-in world."""
 
+    name: ClassVar[str] = "shapes_encoder"
     output_dir: str
     loop: LoopConfig
     encoder: SmallCLIPConfig = SmallCLIPConfig()

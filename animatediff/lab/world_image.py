@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -31,8 +32,9 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ShapesImage:
-    """Stage `shapes_image`: VAE, then text encoder and UNet, on single frames of the built-in world."""
+    """VAE, then text encoder and UNet, on single frames of the built-in world."""
 
+    name: ClassVar[str] = "shapes_image"
     output_dir: str
     clips: int  # how many clips are encoded once and drawn from
     vae: VAEConfig
@@ -100,8 +102,9 @@ class ShapesImage:
 
 @dataclass(frozen=True)
 class ShapesDecoder:
-    """Stage `shapes_decoder`: an image model of the built-in world whose VAE also draws other looks."""
+    """An image model of the built-in world whose VAE also draws other looks."""
 
+    name: ClassVar[str] = "shapes_decoder"
     output_dir: str
     pretrained_model_path: str
     loop: LoopConfig

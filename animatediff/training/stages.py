@@ -1,13 +1,13 @@
-"""What `scripts/train.py` runs: a YAML names a stage, the stage builds its networks and data and calls the loop."""
+"""The stages of the paper, on top of an image model: each builds its networks and data and calls the loop."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -16,11 +16,8 @@ from animatediff.checkpoints.export import save_image_model, save_motion_module
 from animatediff.checkpoints.load import ImageModel, load_motion_module
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl, save_sparsectrl
-from animatediff.config.dataclass_io import build_dataclass, parse_overrides, read_yaml
 from animatediff.config.networks import MOTION_VERSIONS, MotionConfig, ScheduleConfig
 from animatediff.config.prompt_yaml import SD15_FOLDER
-from animatediff.lab.world_encoder import ShapesEncoder
-from animatediff.lab.world_image import ShapesDecoder, ShapesImage
 from animatediff.models.lora import LoRAStack
 from animatediff.models.sparsectrl_encoder import SparseCtrl, build_sparsectrl
 from animatediff.models.text import TextEncoder
@@ -73,7 +70,8 @@ class Training(ABC):
     gradient_checkpointing: bool = False  # a third more time for much less memory
     seed: int = 0
 
-    stage_class = DiffusionStage  # without an annotation, and so no key of the YAML
+    name: ClassVar[str]  # `stage:` of the YAML
+    stage_class: ClassVar[type[DiffusionStage]] = DiffusionStage
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -118,7 +116,7 @@ class Training(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         clips = data.source(base, base_path, folder, cache=self.cache, threads=self.threads, log=log)
         stage = self.stage_class(
-            STAGE_NAMES[type(self)],
+            self.name,
             base.unet,
             base.text_encoder,
             base.schedule,
@@ -157,8 +155,9 @@ class Training(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFinetune(Training):
-    """Stage `image_finetune`: a personalised model from pictures, every weight of the UNet (as DreamBooth does)."""
+    """A personalised model from pictures, every weight of the UNet (as DreamBooth does)."""
 
+    name = "image_finetune"
     train_text_encoder: bool = False
 
     def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
@@ -177,8 +176,9 @@ class ImageFinetune(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageLoRA(Training):
-    """Stage `image_lora`: the same as a small file in kohya's grammar, `lora_model_path` of a prompt config."""
+    """The same as a small file in kohya's grammar, `lora_model_path` of a prompt config."""
 
+    name = "image_lora"
     rank: int = 16
     alpha: float | None = None  # the change is multiplied by alpha / rank; rank by default
     train_text_encoder: bool = False
@@ -197,8 +197,9 @@ class ImageLoRA(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class DomainAdapter(Training):
-    """Stage `domain_adapter`: takes the look of a video set upon itself, from single frames (sec. 4.1)."""
+    """Takes the look of a video set upon itself, from single frames (sec. 4.1)."""
 
+    name = "domain_adapter"
     rank: int = 128
 
     def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
@@ -241,8 +242,9 @@ class ClipTraining(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class MotionModule(ClipTraining):
-    """Stage `motion_module`: motion modules on clips, any image model frozen around them (sec. 4.2)."""
+    """Motion modules on clips, any image model frozen around them (sec. 4.2)."""
 
+    name = "motion_module"
     init_from: str = ""  # a motion module to start from, in place of a fresh one of `version`, v3 by default,
     motion: MotionConfig | None = None  # or of these sizes
     zero_init: bool = True  # of fresh ones, which then change nothing at first
@@ -264,8 +266,9 @@ class MotionModule(ClipTraining):
 
 @dataclass(frozen=True, kw_only=True)
 class MotionLoRA(ClipTraining):
-    """Stage `motion_lora`: a new motion from few clips, image model and motion module frozen (sec. 4.3)."""
+    """A new motion from few clips, image model and motion module frozen (sec. 4.3)."""
 
+    name = "motion_lora"
     motion_module: str
     rank: int = 64
 
@@ -279,8 +282,9 @@ class MotionLoRA(ClipTraining):
 
 @dataclass(frozen=True, kw_only=True)
 class SparseCtrlTraining(ClipTraining):
-    """Stage `sparsectrl`: an encoder of given frames, image model and motion module frozen (arXiv 2311.16933)."""
+    """An encoder of given frames, image model and motion module frozen (arXiv 2311.16933)."""
 
+    name = "sparsectrl"
     motion_module: str
     kind: Literal["rgb", "scribble"]
     init_from: str = ""  # an encoder to start from, in place of a fresh one
@@ -315,37 +319,3 @@ class SparseCtrlTraining(ClipTraining):
             return encoder
         sizes = vae.config
         return build_sparsectrl(unet, self.kind, downsampling=sizes.downsampling, latent_channels=sizes.latent_channels)
-
-
-StageConfig = ShapesImage | ShapesDecoder | ShapesEncoder | Training
-STAGES: dict[str, type[StageConfig]] = {
-    "shapes_image": ShapesImage,
-    "shapes_decoder": ShapesDecoder,
-    "shapes_encoder": ShapesEncoder,
-    "image_finetune": ImageFinetune,
-    "image_lora": ImageLoRA,
-    "domain_adapter": DomainAdapter,
-    "motion_module": MotionModule,
-    "motion_lora": MotionLoRA,
-    "sparsectrl": SparseCtrlTraining,
-}
-STAGE_NAMES = {cls: name for name, cls in STAGES.items()}
-
-
-def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> StageConfig:
-    """Read a training YAML; `overrides` are `key=value` texts for its top-level keys.
-
-    Raises: UserError for an unknown stage or key, a missing or mistyped value.
-    """
-    raw: Any = read_yaml(Path(path))
-    return build_stage(raw, overrides, where=str(path))
-
-
-def build_stage(raw: Any, overrides: Sequence[str] = (), *, where: str) -> StageConfig:
-    """`load_train_config` of what a YAML holds; `where` starts every message."""
-    if not isinstance(raw, Mapping) or raw.get("stage") not in STAGES:
-        got = raw.get("stage") if isinstance(raw, Mapping) else raw
-        raise UserError(f"{where}: got stage {got!r}, expected one of {', '.join(STAGES)}")
-    cls = STAGES[raw["stage"]]
-    values = {key: value for key, value in raw.items() if key != "stage"} | parse_overrides(cls, overrides)
-    return build_dataclass(cls, values, where=where)

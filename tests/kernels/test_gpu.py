@@ -12,7 +12,7 @@ from animatediff.checkpoints.load import load_motion_module
 from animatediff.pipeline.model import place
 from animatediff.training.diffusion_stages import DiffusionStage, freeze, learn_motion
 from animatediff.training.latents import LatentClips
-from animatediff.training.stages import load_complete
+from animatediff.training.sources import load_complete
 from animatediff.world.series import World
 
 ROOT = Path(__file__).parents[2]

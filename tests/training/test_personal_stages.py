@@ -12,6 +12,7 @@ from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module, load_personalised
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.config.prompt_yaml import load_config
+from animatediff.lab.stages import load_train_config
 from animatediff.media.video import read_video
 from animatediff.models.lora import LoRAStack
 from animatediff.pipeline.run import animate
@@ -19,7 +20,6 @@ from animatediff.training import diffusion_stages
 from animatediff.training.diffusion_stages import DiffusionStage
 from animatediff.training.latents import LatentClips
 from animatediff.training.lora_stages import attach_lora
-from animatediff.training.stages import load_train_config
 from animatediff.utils import UserError
 from animatediff.world.series import World
 from scripts import train

@@ -13,9 +13,9 @@ import yaml
 
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module, load_vae
+from animatediff.lab.stages import load_train_config
 from animatediff.training.latents import FAVOUR, LatentClips
 from animatediff.training.loop import step_gradients
-from animatediff.training.stages import load_train_config
 from animatediff.utils import UserError
 from animatediff.world.series import World
 from animatediff.world.shapes import make_scene

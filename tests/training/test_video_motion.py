@@ -11,6 +11,7 @@ from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.config.networks import MOTION_VERSIONS, ScheduleConfig, TextConfig, UNetConfig
 from animatediff.config.prompt_yaml import load_config
+from animatediff.lab.stages import load_train_config
 from animatediff.media.video import read_video
 from animatediff.models.text import TextEncoder, Tokenizer
 from animatediff.models.unet import UNet
@@ -25,7 +26,7 @@ from animatediff.training.diffusion_stages import (
     learn_motion,
 )
 from animatediff.training.latents import ClipReader, LatentClips, StreamedClips
-from animatediff.training.stages import MotionModule, load_train_config
+from animatediff.training.stages import MotionModule
 from animatediff.utils import UserError
 from scripts import train
 from tests.media.videos import write
