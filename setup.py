@@ -25,5 +25,10 @@ setup(
         "pillow",
         "tqdm",
     ],
-    extras_require={"dev": ["pytest", "pytest-xdist", "ruff"], "tensorboard": ["tensorboard"], "bench": ["matplotlib"]},
+    extras_require={
+        "dev": ["pytest", "pytest-xdist", "ruff"],
+        "tensorboard": ["tensorboard"],
+        "bench": ["matplotlib"],
+        "hints": ["opencv-python-headless"],
+    },
 )

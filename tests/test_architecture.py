@@ -28,6 +28,7 @@ WALLS = {  # third-party package -> the only places that may import it
     "transformers": ("animatediff/models/text.py", "animatediff/metrics/", "tests/"),
     "tokenizers": ("animatediff/models/text.py",),
     "safetensors": ("animatediff/checkpoints/files.py", "tests/"),
+    "cv2": ("animatediff/media/preprocess.py",),
     "triton": ("kernels/",),
     "diffusers": ("kernels/benchmarks/",),
     "matplotlib": ("kernels/benchmarks/",),

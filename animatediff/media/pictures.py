@@ -27,10 +27,12 @@ def crop_box(size: tuple[int, int], aspect: float) -> tuple[int, int, int, int]:
     return left, top, left + w, top + h
 
 
-def fit(picture: Image.Image, height: int, width: int) -> Image.Image:
-    """A picture of `height` and `width`, by a centre crop to their aspect and bilinear resizing (the official way)."""
+def fit(
+    picture: Image.Image, height: int, width: int, resample: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
+    """A picture of `height` and `width`, by a centre crop to their aspect and resizing, bilinear as officially."""
     cropped = picture.crop(crop_box(picture.size, width / height))
-    return cropped.resize((width, height), Image.Resampling.BILINEAR)
+    return cropped.resize((width, height), resample)
 
 
 def fit_frames(frames: Sequence[Image.Image] | np.ndarray, height: int, width: int, *, mode: str = "RGB") -> Tensor:
