@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: floors, walls, forbidden frameworks."""
+"""The architecture's rules that a machine can check: layers, and which file may import which library."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {
+LAYERS = {
     "animatediff_kernels": 0,
     "animatediff.utils": 1,
     "animatediff.config": 1,
@@ -21,7 +21,7 @@ FLOORS = {
     "animatediff.training": 6,
     "animatediff.lab": 7,
 }
-WALLS = {  # third-party package -> the only places that may import it
+IMPORT_RULES = {  # third-party package -> the only places that may import it
     "omegaconf": ("animatediff/config/settings.py", "tests/"),
     "pydantic": ("animatediff/config/settings.py", "tests/"),
     "yaml": ("animatediff/config/", "tests/"),
@@ -49,7 +49,7 @@ def imports(path: Path) -> list[str]:
 
 
 def package(module: str) -> str | None:
-    return next((p for p in FLOORS if module == p or module.startswith(p + ".")), None)
+    return next((p for p in LAYERS if module == p or module.startswith(p + ".")), None)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -58,9 +58,9 @@ def test_imports(path):
     own = package(name)
     for module in imports(path):
         top = module.split(".")[0]
-        allowed = WALLS.get(top)
+        allowed = IMPORT_RULES.get(top)
         assert allowed is None or str(path.relative_to(ROOT)).startswith(allowed), f"{path} may not import {top}"
         other = package(module)
         if own and other and own != other:
-            assert FLOORS[other] <= FLOORS[own], f"{own} may not import {other}, which is a higher floor"
+            assert LAYERS[other] <= LAYERS[own], f"{own} may not import {other}, which is a higher layer"
             assert {own, other} != {"animatediff.models", "animatediff.diffusion"}, f"{own} may not know {other}"

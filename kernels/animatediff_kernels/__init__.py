@@ -1,4 +1,4 @@
-"""The operations that the models' time goes into, behind one door: torch's kernels or this package's Triton kernels.
+"""The operations that the models' time goes into, each dispatched to torch's kernels or to this package's Triton ones.
 
 Importing this package imports no triton; without triton, or without a GPU, everything runs on torch.
 """
@@ -7,20 +7,17 @@ from animatediff_kernels.attention import attention
 from animatediff_kernels.dispatch import explain, use_backend
 from animatediff_kernels.geglu import geglu
 from animatediff_kernels.group_norm_silu import group_norm_silu
-from animatediff_kernels.guided_ddim import guided_ddim
 from animatediff_kernels.layer_norm import layer_norm
 from animatediff_kernels.linear_geglu import linear_geglu
-from animatediff_kernels.temporal_attention import temporal_attention, temporal_attention_packed
+from animatediff_kernels.temporal_attention import temporal_attention
 
 __all__ = [
     "attention",
     "explain",
     "geglu",
     "group_norm_silu",
-    "guided_ddim",
     "layer_norm",
     "linear_geglu",
     "temporal_attention",
-    "temporal_attention_packed",
     "use_backend",
 ]

@@ -33,7 +33,6 @@ LIMITS = {  # what a kernel takes, both ends included; shape entries without a r
     "linear_geglu": {"width": (1, 8192), "inner": (1, 32_768)},  # offsets into the weights have 32 bits
 }
 FLOAT32_FRAMES = 32  # more of them do not fit the registers
-NO_BACKWARD = ("guided_ddim",)
 
 SIZES = {  # of `Call.shape`, in order
     "temporal_attention": ("frames", "head_dim"),
@@ -42,7 +41,6 @@ SIZES = {  # of `Call.shape`, in order
     "layer_norm": ("width", "code"),
     "geglu": ("width",),
     "linear_geglu": ("width", "inner"),
-    "guided_ddim": (),
 }
 
 
@@ -155,8 +153,6 @@ def refusal(call: Call) -> str | None:
         return "the tensors differ in dtype"
     if call.dtype not in DTYPES:
         return f"{call.dtype} is none of float32, float16, bfloat16"
-    if call.grad and call.op in NO_BACKWARD:
-        return f"{call.op} has no backward kernel"
     if call.dtype == torch.float32 and dict(call.shape).get("frames", 0) > FLOAT32_FRAMES:
         return f"float32 takes at most {FLOAT32_FRAMES} frames"
     for name, size in call.shape:
@@ -243,7 +239,7 @@ def explain(
     if op not in SIZES:
         raise ValueError(f"got op={op!r}, expected one of {', '.join(SIZES)}")
     if unknown := sorted(shape.keys() - set(SIZES[op])):
-        raise ValueError(f"got {unknown[0]}, expected sizes of {op}: {', '.join(SIZES[op]) or 'none'}")
+        raise ValueError(f"got {unknown[0]}, expected sizes of {op}: {', '.join(SIZES[op])}")
     if isinstance(device, torch.device) or (device.startswith("cuda") and torch.cuda.is_available()):
         device = device_name(torch.device(device))
     call = Call(op, device, dtype, grad, rows, tuple((name, shape[name]) for name in SIZES[op] if name in shape))

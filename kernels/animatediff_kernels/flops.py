@@ -15,19 +15,19 @@ def product(queries: int, keys: int, width: int, rows: int) -> int:
     return 2 * rows * queries * keys * width
 
 
-def temporal(qkv, frames: int) -> int:
-    n, s, width = qkv[0]
-    return product(frames, frames, width if len(qkv) == 3 else width // 3, n // frames * s)
+def temporal(q, frames: int) -> int:
+    n, s, width = q
+    return product(frames, frames, width, n // frames * s)
 
 
 @register_flop_formula(torch.ops.animatediff.temporal_attention)
-def temporal_attention_flops(qkv, frames, num_heads, *args, out_shape=None, **kwargs) -> int:
-    return 2 * temporal(qkv, frames)
+def temporal_attention_flops(q, k, v, frames, num_heads, *args, out_shape=None, **kwargs) -> int:
+    return 2 * temporal(q, frames)
 
 
 @register_flop_formula(torch.ops.animatediff.temporal_attention_backward)
-def temporal_attention_backward_flops(dout, qkv, frames, num_heads, *args, out_shape=None, **kwargs) -> int:
-    return 5 * temporal(qkv, frames)
+def temporal_attention_backward_flops(dout, q, k, v, frames, num_heads, *args, out_shape=None, **kwargs) -> int:
+    return 5 * temporal(q, frames)
 
 
 @register_flop_formula(torch.ops.animatediff.attention)

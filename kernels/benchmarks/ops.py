@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,6 @@ from animatediff_kernels import (
     attention,
     geglu,
     group_norm_silu,
-    guided_ddim,
     layer_norm,
     linear_geglu,
     temporal_attention,
@@ -20,7 +18,6 @@ from animatediff_kernels import (
 from animatediff_kernels.attention.reference import attention_reference
 from animatediff_kernels.geglu.reference import geglu_reference
 from animatediff_kernels.group_norm_silu.reference import group_norm_silu_reference
-from animatediff_kernels.guided_ddim.reference import guided_ddim_reference
 from animatediff_kernels.layer_norm.reference import layer_norm_reference
 from animatediff_kernels.linear_geglu.reference import linear_geglu_reference
 from animatediff_kernels.temporal_attention.reference import temporal_attention_reference
@@ -29,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Sizes = dict[str, int]
 Function = Callable[..., Tensor]
-EPS, SCALE = 1e-5, 7.5
+EPS = 1e-5
 SDPA = {
     "sdpa-math": SDPBackend.MATH,
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
@@ -58,7 +55,6 @@ class Op:
         key: sizes -> `Call.rows` and `Call.shape` of the dispatch.
         attends: whether torch has its SDPA backends for it.
         apart: the same by other functions of the package in Triton, or None.
-        differentiable: whether there is a backward pass.
     """
 
     shapes: Callable[[Sizes], list[tuple[int, ...]]]
@@ -74,7 +70,6 @@ class Op:
     flops_backward: float = 2.5
     attends: bool = False
     apart: Function | None = None
-    differentiable: bool = True
 
 
 def _temporal_sdpa(s: Sizes) -> Function:
@@ -122,11 +117,6 @@ def _layer_norm(x: Tensor, w: Tensor, b: Tensor, code: Tensor | None = None) -> 
 def _geglu(x: Tensor) -> Tensor:
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
-
-
-@functools.cache
-def _alphas(device: torch.device) -> Tensor:
-    return torch.tensor([0.4, 0.5], device=device)
 
 
 OPS = {
@@ -242,20 +232,6 @@ OPS = {
         key=lambda s: {"rows": s["images"] * s["tokens"], "width": s["width"], "inner": s["inner"]},
         flops=lambda s: 4 * s["images"] * s["tokens"] * s["width"] * s["inner"],
         flops_backward=2,
-    ),
-    "guided_ddim": Op(
-        shapes=lambda s: [(n, s["frames"], s["channels"], s["height"], s["width"]) for n in (1, 2)],
-        batched=2,
-        items=lambda s: 1,
-        run=lambda s, backend: (
-            lambda x, both: guided_ddim(x, both, _alphas(x.device), guidance_scale=SCALE, backend=backend)
-        ),
-        reference=lambda s: lambda x, both: guided_ddim_reference(x, both, _alphas(x.device), SCALE, False),
-        plain=lambda s: lambda x, both: guided_ddim_reference(x, both, _alphas(x.device), SCALE, False),
-        passes=(4, 0),
-        unit=lambda s: s["frames"] * s["channels"] * s["height"] * s["width"],
-        key=lambda s: {"rows": s["frames"] * s["channels"] * s["height"] * s["width"]},
-        differentiable=False,
     ),
 }
 

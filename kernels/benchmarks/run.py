@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
     for op in args.op or OPS:
         shapes = [s for clip in args.clip for s in trace(clip) if s.op == op]
         for shape in [s for s in shapes if args.layer in s.layer]:
-            for mode in args.mode if OPS[op].differentiable else ["fwd"]:
+            for mode in args.mode:
                 rows = measure(shape, mode, device, dtype, args, peaks)
                 write_rows(RESULTS / f"{op}.csv", rows, renewed=() if args.provider or args.no_compile else SHAPE)
                 for row in rows:

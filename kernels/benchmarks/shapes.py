@@ -89,7 +89,7 @@ READERS = (
 
 
 def trace(clip: str) -> list[Shape]:
-    """All kinds of calls of one guided step, in the order of their first layers, and the step of the sampler."""
+    """All kinds of calls of one guided step, in the order of their first layers."""
     frames, side = CLIPS[clip]
     pooled = clip.endswith("-pooled")
     found: dict[tuple, Shape] = {}
@@ -113,7 +113,4 @@ def trace(clip: str) -> list[Shape]:
                 module.register_forward_pre_hook(reader(name, read), with_kwargs=True)
     with torch.no_grad():
         unet(*inputs)
-    _, _, channels, height, width = latents.shape
-    if not pooled:
-        note("sampler", "guided_ddim", {"frames": frames, "channels": channels, "height": height, "width": width})
     return list(found.values())

@@ -13,7 +13,6 @@ from animatediff_kernels import (
     layer_norm,
     linear_geglu,
     temporal_attention,
-    temporal_attention_packed,
     use_backend,
 )
 from torch import Tensor, nn
@@ -33,8 +32,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: ((b frames), s, width), the same shape out."""
         qkv = self.qkv(layer_norm(x, self.norm1.weight, self.norm1.bias, code=self.code))
-        x = x + temporal_attention_packed(qkv, frames=FRAMES, num_heads=HEADS)
-        x = x + temporal_attention(*self.qkv(x).chunk(3, -1), frames=FRAMES, num_heads=HEADS)
+        x = x + temporal_attention(*qkv.chunk(3, -1), frames=FRAMES, num_heads=HEADS)
         x = x + attention(*self.qkv(x).chunk(3, -1), num_heads=HEADS)
         image = x.mT[..., None]
         shift = x[::FRAMES, 0]  # of a row per clip

@@ -1,10 +1,10 @@
-"""The attention door against attention written out in float64."""
+"""The attention functions against attention written out in float64."""
 
 import sys
 
 import pytest
 import torch
-from animatediff_kernels import attention, temporal_attention, temporal_attention_packed
+from animatediff_kernels import attention, temporal_attention
 
 
 def written_out(q, k, v, heads):
@@ -45,21 +45,12 @@ def test_temporal_attention_is_attention_of_each_pixel_along_frames(frames):
     assert got.is_contiguous() and torch.allclose(got.double(), expected, atol=1e-5)
 
 
-def test_temporal_attention_of_a_packed_projection():
-    qkv = torch.randn(6, 5, 3 * 8, requires_grad=True)
-    packed = temporal_attention_packed(qkv, frames=3, num_heads=2)
-    separate = temporal_attention(*qkv.chunk(3, -1), frames=3, num_heads=2)
-    assert torch.equal(packed, separate)
-    (a,), (b,) = (torch.autograd.grad(out.square().sum(), qkv) for out in (packed, separate))
-    assert torch.equal(a, b)
-
-
 def test_no_call_hands_more_rows_than_a_cuda_grid_axis_takes(monkeypatch):
-    door = sys.modules["animatediff_kernels.attention"]
-    monkeypatch.setattr(door, "MAX_BATCH", 4)
+    module = sys.modules["animatediff_kernels.attention"]
+    monkeypatch.setattr(module, "MAX_BATCH", 4)
     calls = []
     real = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(door.F, "scaled_dot_product_attention", lambda q, k, v: calls.append(len(q)) or real(q, k, v))
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda q, k, v: calls.append(len(q)) or real(q, k, v))
     q, k, v = (torch.randn(10, 3, 8) for _ in range(3))
     assert torch.allclose(attention(q, k, v, num_heads=2).double(), written_out(q, k, v, 2), atol=1e-5)
     assert calls == [4, 4, 2]

@@ -12,11 +12,9 @@ from animatediff_kernels import (
     explain,
     geglu,
     group_norm_silu,
-    guided_ddim,
     layer_norm,
     linear_geglu,
     temporal_attention,
-    temporal_attention_packed,
     use_backend,
 )
 from animatediff_kernels.dispatch import Call, auto, choose, read_measurements, refusal
@@ -38,7 +36,6 @@ REFUSALS = [
     pytest.param(call(device="sm_75"), "sm_75 is older than sm_80", id="an old GPU"),
     pytest.param(call(dtype=None), "differ in dtype", id="mixed dtypes"),
     pytest.param(call(dtype=torch.float64), "float64 is none of", id="dtype"),
-    pytest.param(call("guided_ddim", grad=True, width=4), "no backward kernel", id="backward"),
     pytest.param(call(frames=65, head_dim=40), "frames 65 is outside 1 … 64", id="frames"),
     pytest.param(call(frames=16, head_dim=168), "head_dim 168 is outside 4 … 160", id="temporal head width"),
     pytest.param(call(dtype=torch.float32, frames=33, head_dim=40), "at most 32 frames", id="float32 frames"),
@@ -118,11 +115,11 @@ def test_auto_leaves_images_that_are_not_channels_last_to_torch(monkeypatch, las
     measured = call("group_norm_silu", dtype=torch.float32, **sizes)
     monkeypatch.setattr(dispatch, "MEASURED", {measured.key: {1: (1.0, 2.0)}})
     monkeypatch.setattr(dispatch, "device_name", lambda device: "sm_90")
-    seen, door = [], sys.modules["animatediff_kernels.group_norm_silu"]
-    monkeypatch.setattr(door, "choose", lambda *asked: seen.append(choose(*asked)) or seen[-1])
+    seen, module = [], sys.modules["animatediff_kernels.group_norm_silu"]
+    monkeypatch.setattr(module, "choose", lambda *asked: seen.append(choose(*asked)) or seen[-1])
     x = torch.randn(1, 4, 2, 3).to(memory_format=torch.channels_last if last else torch.contiguous_format)
-    door.group_norm_silu(x, 2, torch.ones(4), torch.zeros(4), eps=1e-5)
-    door.group_norm_silu(x, 2, torch.ones(4), torch.zeros(4), eps=1e-5, backend="triton")
+    module.group_norm_silu(x, 2, torch.ones(4), torch.zeros(4), eps=1e-5)
+    module.group_norm_silu(x, 2, torch.ones(4), torch.zeros(4), eps=1e-5, backend="triton")
     first = "measured at 1 rows" if last else "images are measured in channels_last, and these are not"
     assert [choice.backend for choice in seen] == ["triton" if last else "torch", "triton"]
     assert seen[0].reason.startswith(first)
@@ -227,7 +224,6 @@ MISFITS = {
     "images of a part of a clip": lambda: temporal_attention(*3 * [_(5, 3, 8)], frames=2, num_heads=2),
     "heads of unequal width": lambda: temporal_attention(*3 * [_(4, 3, 18)], frames=2, num_heads=4),
     "fewer keys than pixels": lambda: temporal_attention(_(4, 3, 8), _(2, 3, 8), _(4, 3, 8), frames=2, num_heads=2),
-    "a joint projection that is none": lambda: temporal_attention_packed(_(4, 3, 16), frames=2, num_heads=2),
     "rows that do not divide": lambda: attention(_(3, 2, 8), _(2, 5, 8), _(2, 5, 8), num_heads=2),
     "keys without values": lambda: attention(_(2, 2, 8), _(2, 7, 8), _(2, 5, 8), num_heads=2),
     "keys of another width": lambda: attention(_(2, 2, 16), _(2, 2, 8), _(2, 2, 8), num_heads=2),
@@ -241,8 +237,6 @@ MISFITS = {
     "a bias that is too short": lambda: group_norm_silu(_(2, 8, 3, 3), 2, _(8), _(4), eps=1e-5),
     "statistics of a part of a clip": lambda: group_norm_silu(_(3, 8, 3, 3), 2, _(8), _(8), eps=1e-5, frames=2),
     "shifts of a part": lambda: group_norm_silu(_(3, 8, 3, 3), 2, _(8), _(8), eps=1e-5, shift=_(2, 8)),
-    "one prediction": lambda: guided_ddim(_(2, 4), _(2, 4), _(2), guidance_scale=2.0),
-    "one alpha": lambda: guided_ddim(_(2, 4), _(4, 4), _(1), guidance_scale=2.0),
 }
 
 

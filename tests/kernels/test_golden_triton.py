@@ -27,13 +27,13 @@ def triton():
 
 
 def test_video_model_along_frames(unets, monkeypatch):  # noqa: F811
-    for module, door in (
+    for module, function in (
         (spatial, attention),
         (spatial, linear_geglu),
         (layers, group_norm_silu),
         (layers, layer_norm),
     ):
-        monkeypatch.setattr(module, door.__name__, functools.partial(door, backend="torch"))
+        monkeypatch.setattr(module, function.__name__, functools.partial(function, backend="torch"))
     golden.test_video_model(unets, "v2", 481)
 
 

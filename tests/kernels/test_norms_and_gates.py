@@ -1,14 +1,12 @@
-"""GroupNorm + SiLU, LayerNorm + frame code, GEGLU and the guided DDIM step, in Triton's interpreter."""
+"""GroupNorm + SiLU, LayerNorm + frame code and GEGLU, in Triton's interpreter."""
 
 import pytest
 import torch
-from animatediff_kernels import geglu, group_norm_silu, guided_ddim, launch, layer_norm
+from animatediff_kernels import geglu, group_norm_silu, launch, layer_norm
 from animatediff_kernels.geglu.op import geglu_op
 from animatediff_kernels.geglu.reference import geglu_reference
 from animatediff_kernels.group_norm_silu.op import group_norm_silu_op
 from animatediff_kernels.group_norm_silu.reference import group_norm_silu_reference
-from animatediff_kernels.guided_ddim.op import guided_ddim_op
-from animatediff_kernels.guided_ddim.reference import guided_ddim_reference
 from animatediff_kernels.layer_norm.op import layer_norm_op
 from animatediff_kernels.layer_norm.reference import layer_norm_reference
 
@@ -128,23 +126,6 @@ def test_geglu(shape, dtype):
     assert_right(geglu, geglu_reference, [2 * torch.randn(shape).to(dtype)])
 
 
-@DTYPES
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_guided_ddim(prediction, dtype):
-    alphas = torch.tensor([0.3, 0.45])
-    assert_right(
-        lambda x, both: guided_ddim(x, both, alphas, guidance_scale=7.5, prediction_type=prediction),
-        lambda x, both: guided_ddim_reference(x, both, alphas, 7.5, prediction == "v_prediction"),
-        [torch.randn(2, 3, 4, 9, 7).to(dtype), torch.randn(4, 3, 4, 9, 7).to(dtype)],
-        grad=False,
-    )
-
-
-def test_an_unknown_prediction_is_refused():
-    with pytest.raises(ValueError, match="got prediction_type='x0', expected epsilon or v_prediction"):
-        guided_ddim(torch.zeros(1), torch.zeros(2), torch.ones(2), guidance_scale=1.0, prediction_type="x0")
-
-
 CALLS = {
     "group_norm_silu": lambda x: (group_norm_silu_op, (x, 2, *weights(x.shape[1]), None, 1e-5, 2, True)),
     "shifted": lambda x: (
@@ -153,7 +134,6 @@ CALLS = {
     ),
     "layer_norm": lambda x: (layer_norm_op, (x[0], *weights(x.shape[3]), torch.randn(2, x.shape[3]), 1e-5)),
     "geglu": lambda x: (geglu_op, (x,)),
-    "guided_ddim": lambda x: (guided_ddim_op, (x.detach()[:1], x.detach(), torch.rand(2), 7.5, False)),
 }
 
 

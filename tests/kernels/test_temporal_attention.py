@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from animatediff_kernels import launch, temporal_attention, temporal_attention_packed, use_backend
+from animatediff_kernels import launch, temporal_attention, use_backend
 from animatediff_kernels.temporal_attention.op import temporal_attention_op
 from animatediff_kernels.temporal_attention.reference import temporal_attention_reference
 
@@ -24,25 +24,26 @@ SHAPES = [  # clips, frames, tokens, heads, head_dim
 ]
 
 
-def packed(clips, frames, tokens, heads, dim, dtype):
-    return torch.randn(clips * frames, tokens, 3 * heads * dim).to(dtype)
+def projected(clips, frames, tokens, heads, dim, dtype):
+    """Queries, keys and values, slices of one tensor."""
+    return list(torch.randn(clips * frames, tokens, 3 * heads * dim).to(dtype).chunk(3, -1))
 
 
 @DTYPES
 @pytest.mark.parametrize(("clips", "frames", "tokens", "heads", "dim"), SHAPES)
-def test_packed(clips, frames, tokens, heads, dim, dtype):
+def test_temporal_attention(clips, frames, tokens, heads, dim, dtype):
     assert_right(
-        lambda qkv: temporal_attention_packed(qkv, frames=frames, num_heads=heads),
-        lambda qkv: temporal_attention_reference(*qkv.chunk(3, -1), frames, heads),
-        [packed(clips, frames, tokens, heads, dim, dtype)],
+        lambda q, k, v: temporal_attention(q, k, v, frames=frames, num_heads=heads),
+        lambda q, k, v: temporal_attention_reference(q, k, v, frames, heads),
+        projected(clips, frames, tokens, heads, dim, dtype),
     )
 
 
 def test_64_frames_in_half_precision():
     assert_right(
-        lambda qkv: temporal_attention_packed(qkv, frames=64, num_heads=2),
-        lambda qkv: temporal_attention_reference(*qkv.chunk(3, -1), 64, 2),
-        [packed(1, 64, 2, 2, 40, torch.float16)],
+        lambda q, k, v: temporal_attention(q, k, v, frames=64, num_heads=2),
+        lambda q, k, v: temporal_attention_reference(q, k, v, 64, 2),
+        projected(1, 64, 2, 2, 40, torch.float16),
     )
 
 
@@ -68,9 +69,9 @@ def test_separate_inputs_of_any_layout(layout):
 def test_the_launches_of_a_gpu_compute_the_same(monkeypatch, dim):
     monkeypatch.setattr(launch, "architecture", lambda x: "sm_90")
     assert_right(
-        lambda qkv: temporal_attention_packed(qkv, frames=3, num_heads=6),
-        lambda qkv: temporal_attention_reference(*qkv.chunk(3, -1), 3, 6),
-        [packed(2, 3, 2, 6, dim, torch.float16)],
+        lambda q, k, v: temporal_attention(q, k, v, frames=3, num_heads=6),
+        lambda q, k, v: temporal_attention_reference(q, k, v, 3, 6),
+        projected(2, 3, 2, 6, dim, torch.float16),
     )
 
 
@@ -85,14 +86,13 @@ def test_more_rows_than_a_grid_axis_takes(monkeypatch):
 
     monkeypatch.setattr(launch, "run", run)
     tokens, heads = 16_500, 4
-    qkv = packed(1, 2, tokens, heads, 4, torch.float32)
+    qkv = projected(1, 2, tokens, heads, 4, torch.float32)
     with use_backend("triton"):
-        out = temporal_attention_packed(qkv, frames=2, num_heads=heads)
+        out = temporal_attention(*qkv, frames=2, num_heads=heads)
     assert tokens * heads > 65_535 and programs == [33]  # one axis, so one number
-    assert torch.allclose(out, temporal_attention_reference(*qkv.chunk(3, -1), 2, heads), atol=1e-5)
+    assert torch.allclose(out, temporal_attention_reference(*qkv, 2, heads), atol=1e-5)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_registration(parts):
-    qkv = [torch.randn(6, 2, 3 // parts * 16, requires_grad=True) for _ in range(parts)]
-    torch.library.opcheck(temporal_attention_op, (qkv, 3, 2))
+def test_registration():
+    qkv = [torch.randn(6, 2, 16, requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(temporal_attention_op, (*qkv, 3, 2))

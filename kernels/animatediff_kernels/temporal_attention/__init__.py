@@ -24,28 +24,14 @@ def temporal_attention(
     n, s, width = q.shape
     if not q.shape == k.shape == v.shape:
         raise ValueError(f"got q {(*q.shape,)}, k {(*k.shape,)}, v {(*v.shape,)}, expected one shape")
-    _check(n, width, frames, num_heads)
-    call = Call.of("temporal_attention", q, k, v, rows=n * s, frames=frames, head_dim=width // num_heads)
-    if choose(call, backend).backend == "triton":
-        return temporal_attention_op([q, k, v], frames, num_heads)
-    return _torch(q, k, v, frames, num_heads)
-
-
-def temporal_attention_packed(qkv: Tensor, *, frames: int, num_heads: int, backend: str | None = None) -> Tensor:
-    """`temporal_attention` of a joint projection ((b frames), s, 3 * num_heads * head_dim), without copies of it."""
-    n, s, width = qkv.shape
-    _check(n, width, frames, 3 * num_heads)
-    call = Call.of("temporal_attention", qkv, rows=n * s, frames=frames, head_dim=width // (3 * num_heads))
-    if choose(call, backend).backend == "triton":
-        return temporal_attention_op([qkv], frames, num_heads)
-    return _torch(*qkv.chunk(3, dim=-1), frames, num_heads)
-
-
-def _check(n: int, width: int, frames: int, parts: int) -> None:
     if n % frames:
         raise ValueError(f"got {n} images, expected a multiple of frames={frames}")
-    if width % parts:
-        raise ValueError(f"got a width of {width}, expected a multiple of {parts}")
+    if width % num_heads:
+        raise ValueError(f"got a width of {width}, expected a multiple of num_heads={num_heads}")
+    call = Call.of("temporal_attention", q, k, v, rows=n * s, frames=frames, head_dim=width // num_heads)
+    if choose(call, backend).backend == "triton":
+        return temporal_attention_op(q, k, v, frames, num_heads)
+    return _torch(q, k, v, frames, num_heads)
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, frames: int, num_heads: int) -> Tensor:

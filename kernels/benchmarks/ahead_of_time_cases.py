@@ -3,11 +3,9 @@
 from collections.abc import Callable
 
 import torch
-
 from animatediff_kernels.attention import op as attention
 from animatediff_kernels.geglu import op as geglu
 from animatediff_kernels.group_norm_silu import op as group_norm_silu
-from animatediff_kernels.guided_ddim import op as guided_ddim
 from animatediff_kernels.layer_norm import op as layer_norm
 from animatediff_kernels.linear_geglu import op as linear_geglu
 from animatediff_kernels.temporal_attention import op as temporal_attention
@@ -17,11 +15,11 @@ TOKENS = {40: 4096, 80: 1024, 160: 256}  # of each head width, at 512 x 512
 
 
 def temporal(dim: int, frames: int, dtype: torch.dtype) -> list[Callable]:
-    qkv = torch.empty(frames, 64, 3 * HEADS * dim, dtype=dtype)
+    q, k, v = torch.empty(frames, 64, 3 * HEADS * dim, dtype=dtype).chunk(3, -1)
     dout = torch.empty(frames, 64, HEADS * dim, dtype=dtype)
     return [
-        lambda: temporal_attention._forward([qkv], frames, HEADS),
-        lambda: temporal_attention._backward(dout, [qkv], frames, HEADS),
+        lambda: temporal_attention._forward(q, k, v, frames, HEADS),
+        lambda: temporal_attention._backward(dout, q, k, v, frames, HEADS),
     ]
 
 
@@ -51,7 +49,6 @@ def others(dtype: torch.dtype) -> list[Callable]:
     x = torch.empty(2, 320, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
     rows, wide = torch.empty(2, 4096, 320, dtype=dtype), torch.empty(2, 256, 2 * 1280, dtype=dtype)
     weight, code, statistics = torch.empty(320, dtype=dtype), torch.empty(2, 320, dtype=dtype), torch.empty(1, 32)
-    latents, alphas = torch.empty(1, 16, 4, 64, 64, dtype=dtype), torch.empty(2)
     return [
         lambda: group_norm_silu._forward(x, 32, weight, weight, code, 1e-5, 2, True),
         lambda: group_norm_silu._backward(x, x, weight, weight, code, statistics, statistics, 2, True),
@@ -59,7 +56,6 @@ def others(dtype: torch.dtype) -> list[Callable]:
         lambda: layer_norm._backward(rows, rows, weight, weight, 1e-5),
         lambda: geglu._forward(wide),
         lambda: geglu._backward(wide[..., :1280], wide),
-        lambda: guided_ddim._forward(latents, torch.cat([latents] * 2), alphas, 7.5, False),
     ]
 
 

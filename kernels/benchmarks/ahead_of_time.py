@@ -1,6 +1,6 @@
 """Compiles every kernel for GPUs that need not be there, exactly as the package would launch it.
 
-`python -m animatediff_kernels.ahead_of_time sm_80,sm_90 CASE…` makes the calls of `ahead_of_time_cases` on CPU tensors,
+`python kernels/benchmarks/ahead_of_time.py sm_80,sm_90 CASE…` makes the calls of `ahead_of_time_cases` on CPU tensors,
 each launch replaced by a compilation, and prints what ptxas and cuobjdump report, one JSON object a line. The process
 must not have Triton in interpreter mode.
 """
@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 import triton
+from ahead_of_time_cases import CASES
+from animatediff_kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from animatediff_kernels import launch
-from animatediff_kernels.ahead_of_time_cases import CASES
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
