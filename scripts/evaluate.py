@@ -107,10 +107,10 @@ def main(argv: list[str] | None = None) -> None:
 def measure_videos(args: argparse.Namespace, folder: Path) -> str:
     """Measure the clips of some files and folders; returns the table."""
     # Here, because these import torch: mistakes above are told at once.
-    from animatediff.metrics.encoders import WORLD, load_encoder
     from animatediff.metrics.fvd import EncoderFeatures, TorchScriptFeatures
     from animatediff.metrics.measure import evaluate_videos, format_table
     from animatediff.pipeline.model import pick_device
+    from animatediff.world.encoder import WORLD, load_encoder
 
     device, encoder, extractor = pick_device(args.device), None, None
     if args.clip or args.reference or (args.fvd_against and not args.fvd_features):

@@ -1,4 +1,4 @@
-"""The encoders that a user can choose: the built-in world's own, or a local CLIP."""
+"""A local CLIP of transformers as an encoder of pictures and texts."""
 
 from __future__ import annotations
 
@@ -10,31 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animatediff.checkpoints.files import file_sha256, find_weights, read_json, read_state_dict
-from animatediff.metrics.clip_metrics import Encoder
 from animatediff.metrics.references import cover
 from animatediff.models.text import Tokenizer
 from animatediff.utils import UserError
-from animatediff.world.encoder import CONFIG_KEY, WorldEncoder
 
-WORLD = "world"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of pixels in [0, 1]
-
-
-def load_encoder(name: str, *, device: torch.device | None = None) -> Encoder:
-    """The encoder of a name.
-
-    Args:
-        name: "world", the bundled one; a file that stage `shapes_encoder` wrote; or a path that `LocalCLIP` takes.
-        device: of a `LocalCLIP`.
-
-    Raises:
-        UserError: what `LocalCLIP` refuses.
-    """
-    if name == WORLD:
-        return WorldEncoder.from_file()
-    if Path(name).is_file() and CONFIG_KEY in read_state_dict(name).metadata:
-        return WorldEncoder.from_file(name)
-    return LocalCLIP(name, device=device)
 
 
 class LocalCLIP:
@@ -52,7 +32,7 @@ class LocalCLIP:
     def __init__(self, path: str | Path, *, device: torch.device | None = None):
         path, self.device = Path(path), device or torch.device("cpu")
         if not path.exists():
-            raise UserError(f"got --clip {path}, which does not exist: give {WORLD} or a local CLIP's folder")
+            raise UserError(f"got --clip {path}, which does not exist: give world or a local CLIP's folder")
         folder = path if path.is_dir() else path.parent
         weights = find_weights(folder, "model", "pytorch_model") if path.is_dir() else path
         if weights is None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from animatediff.checkpoints.files import file_sha256, read_state_dict, write_state_dict
 from animatediff.config.dataclass_io import build_dataclass
 from animatediff.config.networks import SmallCLIPConfig
+from animatediff.metrics.clip_metrics import Encoder
+from animatediff.metrics.encoders import LocalCLIP
 from animatediff.metrics.references import cover
 from animatediff.models.text import Tokenizer
 from animatediff.utils import UserError
@@ -31,9 +33,27 @@ from animatediff.world.shapes import (
 )
 from animatediff.world.small_clip import SmallCLIP
 
+WORLD = "world"  # the name of the bundled encoder
 BUNDLED = "assets/shapes_encoder.safetensors"
 CONFIG_KEY = "small_clip"  # of the file's metadata: the sizes, as JSON
 LABELS = {"color": COLORS, "shape": SHAPES, "background": BACKGROUNDS, "motion": MOTIONS}
+
+
+def load_encoder(name: str, *, device: torch.device | None = None) -> Encoder:
+    """The encoder of a name.
+
+    Args:
+        name: "world", the bundled one; a file that stage `shapes_encoder` wrote; or a path that `LocalCLIP` takes.
+        device: of a `LocalCLIP`.
+
+    Raises:
+        UserError: what `LocalCLIP` refuses.
+    """
+    if name == WORLD:
+        return WorldEncoder.from_file()
+    if Path(name).is_file() and CONFIG_KEY in read_state_dict(name).metadata:
+        return WorldEncoder.from_file(name)
+    return LocalCLIP(name, device=device)
 
 
 class WorldEncoder:

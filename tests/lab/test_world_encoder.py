@@ -9,10 +9,9 @@ import yaml
 from animatediff.checkpoints.files import write_state_dict
 from animatediff.config.networks import SmallCLIPConfig
 from animatediff.lab.stages import load_train_config
-from animatediff.metrics.encoders import load_encoder
 from animatediff.models.text import Tokenizer
 from animatediff.utils import UserError
-from animatediff.world.encoder import WorldEncoder, new_small_clip
+from animatediff.world.encoder import WorldEncoder, load_encoder, new_small_clip
 
 CONFIG = {
     "stage": "shapes_encoder",

@@ -10,11 +10,11 @@ from PIL import Image
 from transformers import CLIPModel
 
 from animatediff.metrics.clip_metrics import domain_similarity, frame_consistency, measure_clip, text_alignment
-from animatediff.metrics.encoders import MEAN, STD, LocalCLIP, load_encoder
+from animatediff.metrics.encoders import MEAN, STD, LocalCLIP
 from animatediff.metrics.references import cover, find_pictures, read_pictures, signed
 from animatediff.models.text import Tokenizer
 from animatediff.utils import UserError
-from animatediff.world.encoder import matches
+from animatediff.world.encoder import load_encoder, matches
 from animatediff.world.shapes import make_scene
 from tests.tiny_clip import write_clip
 
