@@ -25,7 +25,8 @@ from torch import Tensor
 from animatediff.checkpoints.files import read_json, read_state_dict, write_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
 from animatediff.checkpoints.keymaps import translate, unet_table
-from animatediff.models.lora import LoRA, LoRAEntry
+from animatediff.models.lora import LoRA
+from animatediff.models.lora_layers import LoRAEntry
 from animatediff.utils import UserError
 
 # How a tensor's name ends -> its role. A longer ending comes before one that it ends with.
@@ -165,7 +166,7 @@ def write_lora(lora: LoRA, path: str | Path, *, dtype: torch.dtype | None = None
     tensors = {}
     for entry in lora.entries:
         alpha = [] if entry.alpha is None else [torch.tensor(entry.alpha)]
-        for key, tensor in zip(entry.keys, [entry.down, entry.up, *alpha], strict=True):
+        for key, tensor in zip(entry.keys, [entry.tensors["down"], entry.tensors["up"], *alpha], strict=True):
             tensors[key] = tensor.detach().to(dtype or tensor.dtype)
     return write_state_dict(path, tensors, metadata=lora.metadata)
 
@@ -240,7 +241,7 @@ def _entry(target: str, keys: dict[str, str], tensors: dict[str, Tensor], peft_c
         alpha = float(tensors[keys["alpha"]].reshape(-1)[0])
     elif ".lora_A." in keys["down"]:
         alpha = _peft_alpha(keys["down"], weights["down"].shape[0], peft_config)
-    return LoRAEntry(target, alpha=alpha, keys=tuple(keys.values()), **weights)
+    return LoRAEntry(target, weights, alpha, keys=tuple(keys.values()))
 
 
 def _embedded_config(metadata: dict[str, str]) -> dict:

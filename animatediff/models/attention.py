@@ -43,9 +43,9 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.proj._forward_hooks or self.proj._forward_pre_hooks:  # a LoRA's branch, for one
-            return geglu(self.proj(x))
-        return linear_geglu(x, self.proj.weight, self.proj.bias)
+        if type(self.proj) is nn.Linear:
+            return linear_geglu(x, self.proj.weight, self.proj.bias)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):

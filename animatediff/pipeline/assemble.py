@@ -12,7 +12,8 @@ from animatediff.checkpoints.lora_files import read_lora
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
 from animatediff.checkpoints.textual_inversion import load_textual_inversion
 from animatediff.config.steering import Steering
-from animatediff.models.lora import AlphaRule, LoRAStack
+from animatediff.models.lora import LoRAStack
+from animatediff.models.lora_layers import AlphaRule
 from animatediff.models.sparsectrl_encoder import SparseCtrl
 from animatediff.models.text import Tokenizer
 from animatediff.models.unet import UNet

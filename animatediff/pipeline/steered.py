@@ -106,7 +106,7 @@ def steer(
         if said.freeu:
             stack.enter_context(interventions.freed(unet, said.freeu.b, said.freeu.s))
         if steered.lora_schedules:
-            stack.enter_context(components.loras.apart())
+            stack.enter_context(components.loras.unmerged())
             stack.callback(steered.restore_loras)
         yield steered
 

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 
 from animatediff.checkpoints.lora_files import lora_keys, write_lora
-from animatediff.models.lora import AttachedLoRA, LoRA, LoRAEntry, LoRAStack
+from animatediff.models.lora import AttachedLoRA, LoRA, LoRAStack
+from animatediff.models.lora_layers import LoRAEntry
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.utils import UserError
@@ -40,8 +41,8 @@ class TrainableLoRA:
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
         """Write the weights as they are now, in float16."""
-        branches = self.attached.branches
-        entries = [replace(e, down=b.down, up=b.up) for e, b in zip(self.lora.entries, branches, strict=True)]
+        changes = self.attached.changes
+        entries = [replace(e, tensors=c.tensors()) for e, c in zip(self.lora.entries, changes, strict=True)]
         facts = {**self.lora.metadata, **metadata}
         return write_lora(replace(self.lora, entries=tuple(entries), metadata=facts), path, dtype=torch.float16)
 
@@ -93,8 +94,10 @@ def _fresh(kind: str, network: str, name: str, weight: torch.Tensor, rank: int, 
     """down is normal, up zero (Hu et al. 2021, arXiv 2106.09685, sec. 4.1)."""
     return LoRAEntry(
         target=f"{network}.{name.replace('.', '_')}",
-        down=torch.randn(rank, *weight.shape[1:]) / rank,
-        up=torch.zeros(weight.shape[0], rank, *(1 for _ in weight.shape[2:])),
+        tensors={
+            "down": torch.randn(rank, *weight.shape[1:]) / rank,
+            "up": torch.zeros(weight.shape[0], rank, *(1 for _ in weight.shape[2:])),
+        },
         alpha=alpha,
         keys=lora_keys(kind, network, name),
     )

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from animatediff.models.lora import LoRA, LoRAEntry, LoRAStack, delta_weight
+from animatediff.models.lora import LoRA, LoRAStack
+from animatediff.models.lora_algorithms import low_rank
+from animatediff.models.lora_layers import AdaptedLayer, LoRAEntry
 from animatediff.utils import UserError
 
 
@@ -44,8 +46,14 @@ def entry(layer: str, *, rank: int = 2, alpha: float | None = None, tucker: bool
     keys = (f"lora_unet_{layer}.lora_down.weight", f"lora_unet_{layer}.lora_up.weight")
     if tucker:
         mid = draw(rank + 1, rank, *kernel)
-        return LoRAEntry(target, draw(rank, width, *ones), draw(out, rank + 1, *ones), alpha, mid, keys)
-    return LoRAEntry(target, draw(rank, width, *kernel), draw(out, rank, *ones), alpha, None, keys)
+        tensors = {"down": draw(rank, width, *ones), "up": draw(out, rank + 1, *ones), "mid": mid}
+    else:
+        tensors = {"down": draw(rank, width, *kernel), "up": draw(out, rank, *ones)}
+    return LoRAEntry(target, tensors, alpha, keys=keys)
+
+
+def pair(down: tuple[int, int], up: tuple[int, int]) -> dict[str, Tensor]:
+    return {"down": torch.ones(down), "up": torch.ones(up)}
 
 
 def lora(name: str = "style", *, seed: int = 0, **kwargs) -> LoRA:
@@ -79,28 +87,30 @@ LAYERS = [(layer, False) for layer in SHAPES] + [("conv_in", True), ("proj_in", 
 @pytest.mark.parametrize(("layer", "tucker"), LAYERS)
 def test_branch_is_the_dense_weight_change(net, layer, tucker):
     change = entry(layer, alpha=1.0, tucker=tucker)
-    module = dict(net.named_modules())[layer.replace("_to", ".to").replace("_0", ".0")]
+    path = layer.replace("_to", ".to").replace("_0", ".0")
+    module = dict(net.named_modules())[path]
     shape = (2, module.weight.shape[1], 5, 5) if module.weight.dim() == 4 else (2, 7, module.weight.shape[1])
     inputs = torch.randn(shape)
     plain, dense = module(inputs), copy.deepcopy(module)
-    dense.weight += 0.7 * (1.0 / 2) * delta_weight(change.down, change.up, change.mid)
+    dense.weight += 0.7 * (1.0 / 2) * low_rank(**change.tensors)
     LoRAStack(net).add(LoRA("one", "lora", (change,)), 0.7)
-    assert not torch.allclose(module(inputs), plain, atol=1e-2)
-    torch.testing.assert_close(module(inputs), dense(inputs), rtol=1e-5, atol=1e-5)
+    changed = dict(net.named_modules())[path]
+    assert not torch.allclose(changed(inputs), plain, atol=1e-2)
+    torch.testing.assert_close(changed(inputs), dense(inputs), rtol=1e-5, atol=1e-5)
 
 
-def test_delta_weight_by_the_definition():
-    conv, tucker = entry("conv_in"), entry("conv_in", tucker=True)
+def test_low_rank_by_the_definition():
+    conv, tucker = (entry("conv_in", tucker=tucker).tensors for tucker in (False, True))
     expected = torch.zeros(SHAPES["conv_in"])
     for r in range(2):
-        expected += conv.up[:, r, 0, 0][:, None, None, None] * conv.down[r][None]
-    torch.testing.assert_close(delta_weight(conv.down, conv.up), expected)
+        expected += conv["up"][:, r, 0, 0][:, None, None, None] * conv["down"][r][None]
+    torch.testing.assert_close(low_rank(**conv), expected)
     expected = torch.zeros(SHAPES["conv_in"])
     for r in range(3):
         for s in range(2):
-            outer = tucker.up[:, r, 0, 0][:, None] * tucker.down[s, :, 0, 0][None]
-            expected += outer[:, :, None, None] * tucker.mid[r, s]
-    torch.testing.assert_close(delta_weight(tucker.down, tucker.up, tucker.mid), expected)
+            outer = tucker["up"][:, r, 0, 0][:, None] * tucker["down"][s, :, 0, 0][None]
+            expected += outer[:, :, None, None] * tucker["mid"][r, s]
+    torch.testing.assert_close(low_rank(**tucker), expected)
 
 
 def test_merged_equals_unmerged_and_unmerge_restores_every_bit(net, x):
@@ -148,15 +158,15 @@ def test_scales_change_at_any_time(net, x):
 
 
 def test_several_loras_add_linearly(net):
-    layer, x = net.attn2.to_k, torch.randn(5, 8)
-    plain = layer(x)
+    x = torch.randn(5, 8)
+    plain = net.attn2.to_k(x)
     stack = LoRAStack(net)
     stack.add(lora("a", seed=1), 0.3)
-    a = layer(x) - plain
+    a = net.attn2.to_k(x) - plain
     stack.add(lora("b", seed=2), -1.5)
-    both = layer(x) - plain
+    both = net.attn2.to_k(x) - plain
     stack.remove("a")
-    b = layer(x) - plain
+    b = net.attn2.to_k(x) - plain
     assert a.abs().max() > 0.01 and b.abs().max() > 0.01
     torch.testing.assert_close(both, a + b, rtol=1e-5, atol=1e-6)
 
@@ -178,7 +188,7 @@ def test_remove_and_clear_leave_no_trace(net, x, merged):
     assert stack.names == [] and not stack.merged
     assert_same(net.state_dict(), before)
     assert torch.equal(net(x), plain)
-    assert not any(module._forward_hooks for module in net.modules())
+    assert not any(isinstance(module, AdaptedLayer) for module in net.modules())
 
 
 def test_a_network_that_shares_the_weights_is_not_affected(net, x):
@@ -213,8 +223,8 @@ def test_linear_layers_and_1x1_convolutions_interchange(net, x):
         "swapped",
         "lora",
         (
-            LoRAEntry("unet.proj_in", conv.down.flatten(1), conv.up.flatten(1)),
-            LoRAEntry("unet.attn2_to_k", linear.down[..., None, None], linear.up[..., None, None]),
+            LoRAEntry("unet.proj_in", {name: t.flatten(1) for name, t in conv.tensors.items()}),
+            LoRAEntry("unet.attn2_to_k", {name: t[..., None, None] for name, t in linear.tensors.items()}),
         ),
     )
     stack = LoRAStack(net)
@@ -230,14 +240,14 @@ def test_text_encoder_and_unet_are_told_apart(net, x):
     plain, text_plain = net(x), text(x)
     change = entry("proj_in")
     stack = LoRAStack(net, text)
-    stack.add(LoRA("t", "lora", (LoRAEntry("text.proj_in", change.down, change.up),)))
+    stack.add(LoRA("t", "lora", (LoRAEntry("text.proj_in", change.tensors),)))
     assert torch.equal(net(x), plain)
     assert not torch.allclose(text(x), text_plain, atol=1e-3)
 
 
 def test_report_names_every_key_that_was_not_applied(net):
-    stranger = LoRAEntry("unet.nowhere", torch.ones(1, 1), torch.ones(1, 1), 1.0, None, ("n.down", "n.up", "n.alpha"))
-    norm = LoRAEntry("unet.norm", torch.ones(1, 1), torch.ones(1, 1))
+    stranger = LoRAEntry("unet.nowhere", pair((1, 1), (1, 1)), 1.0, keys=("n.down", "n.up", "n.alpha"))
+    norm = LoRAEntry("unet.norm", pair((1, 1), (1, 1)))
     report = LoRAStack(net).add(LoRA("style", "lora", (entry("conv_in"), stranger, norm), unread=("extra",)))
     assert (report.applied, report.total) == (2, 7)
     assert set(report.unused) == {"n.down", "n.up", "n.alpha", "unet.norm", "extra"}
@@ -246,7 +256,7 @@ def test_report_names_every_key_that_was_not_applied(net):
 
 def test_a_lora_of_which_nothing_applies_is_refused(net):
     stack = LoRAStack(net)
-    entries = (LoRAEntry("unet.down_blocks_0_motion_modules_0_x_to_q", torch.ones(1, 1), torch.ones(1, 1)),)
+    entries = (LoRAEntry("unet.down_blocks_0_motion_modules_0_x_to_q", pair((1, 1), (1, 1))),)
     with pytest.raises(UserError, match="no motion modules with attention, load one first"):
         stack.add(LoRA("ZoomIn", "motion-lora", entries))
     with pytest.raises(UserError, match="no key fits the model.*down_blocks_0_motion_modules_0_x_to_q"):
@@ -256,16 +266,16 @@ def test_a_lora_of_which_nothing_applies_is_refused(net):
 
 def test_a_wrong_shape_names_the_key_and_both_shapes_and_attaches_nothing(net, x):
     plain = net(x)
-    wrong = LoRAEntry("unet.proj_in", torch.ones(2, 16), torch.ones(8, 2), keys=("lora_unet_proj_in.lora_down.weight",))
+    wrong = LoRAEntry("unet.proj_in", pair((2, 16), (8, 2)), keys=("lora_unet_proj_in.lora_down.weight",))
     stack = LoRAStack(net)
     with pytest.raises(UserError) as caught:
         stack.add(LoRA("style", "lora", (entry("conv_in"), wrong)))
     for part in ("lora_unet_proj_in.lora_down.weight", "(2, 16)", "(8, 2)", "(2, 8, 1, 1)", "(8, 8, 1, 1)"):
         assert part in str(caught.value)
     with pytest.raises(UserError, match="made for SD 2.x"):
-        stack.add(LoRA("v2", "lora", (LoRAEntry("unet.attn2_to_k", torch.ones(2, 1024), torch.ones(6, 2)),)))
+        stack.add(LoRA("v2", "lora", (LoRAEntry("unet.attn2_to_k", pair((2, 1024), (6, 2))),)))
     with pytest.raises(UserError, match=r"\(8, 3\).*\(8, 2, 1, 1\)"):  # rank of up differs from rank of down
-        stack.add(LoRA("rank", "lora", (LoRAEntry("unet.proj_in", torch.ones(2, 8), torch.ones(8, 3)),)))
+        stack.add(LoRA("rank", "lora", (LoRAEntry("unet.proj_in", pair((2, 8), (8, 3))),)))
     assert stack.names == [] and torch.equal(net(x), plain)
 
 
@@ -293,10 +303,11 @@ def test_training_reaches_the_lora_alone(net, x):
     net(x).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in stack.parameters())
     assert all(p.grad is None for p in net.parameters())
-    assert sum(p.numel() for p in stack.parameters()) == sum(e.down.numel() + e.up.numel() for e in source.entries)
-    before = [e.down.clone() for e in source.entries]
+    sizes = [t.numel() for entry in source.entries for t in entry.tensors.values()]
+    assert sum(p.numel() for p in stack.parameters()) == sum(sizes)
+    before = [e.tensors["down"].clone() for e in source.entries]
     torch.optim.SGD(stack.parameters(), lr=1.0).step()
-    assert all(torch.equal(e.down, old) for e, old in zip(source.entries, before, strict=True))
+    assert all(torch.equal(e.tensors["down"], old) for e, old in zip(source.entries, before, strict=True))
 
 
 def test_a_network_moved_while_merged(net, x):

@@ -64,7 +64,7 @@ def test_reports_and_scales(make_entry, loras):
     assert all(kind in line for kind, line in zip(kinds, components.reports, strict=True))
     assert "applied 612 of 612 keys" in components.reports[2]
     assert components.loras.names == ["kohya", "adapter", "motion_lora", "motion_lora-2"]
-    assert [lora.branches[0].scale for lora in components.loras.loras] == [0.8, 1.0, 0.5, 0.5]
+    assert [lora.scale for lora in components.loras.loras] == [0.8, 1.0, 0.5, 0.5]
     merged = weights_of(components)
     components.loras.set_scale("kohya", 0.1)
     assert components.loras.merged and not same(weights_of(components), merged)

@@ -192,9 +192,9 @@ def test_only_the_lora_learns(files):
     lora = attach_lora("domain-adapter", base.unet, rank=4)
     context = torch.randn(1, 5, base.unet.config.context_dim)
     base.unet(torch.randn(1, 1, 4, 8, 8), torch.tensor([3]), context).square().sum().backward()
-    assert all(branch.up.grad.abs().max() > 0 for branch in lora.attached.branches)
+    assert all(change.up.grad.abs().max() > 0 for change in lora.attached.changes)
     assert not any(p.requires_grad for p in base.unet.parameters())
-    assert len(lora.attached.branches) == len(TABLES["domain_adapter"]) // 2
+    assert len(lora.attached.changes) == len(TABLES["domain_adapter"]) // 2
 
 
 def test_samples_during_training(files, trained, tmp_path):
