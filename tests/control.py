@@ -9,7 +9,7 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.checkpoints.synthetic import tensors_of
+from tests.checkpoints.synthetic import tensors_of, write
 
 FOLDER = Path(__file__).parent / "golden/control"
 TABLES = json.loads((FOLDER / "keys.json").read_text(encoding="utf-8"))
@@ -41,3 +41,21 @@ def hint(name: str = "input.hint") -> Tensor:
 def per_part(*scales: float, frames: int = FRAMES) -> Tensor:
     """One factor for each entry of the batch, for residuals ((b f), c, h, w)."""
     return torch.tensor(scales).repeat_interleave(frames)[:, None, None, None]
+
+
+@cache
+def ip_adapter_tensors(variant: str) -> dict[str, Tensor]:
+    return tensors_of(TABLES["salts"][f"ip_{variant}"], TABLES["ip_adapter"][variant])
+
+
+@cache
+def clip_vision_tensors() -> dict[str, Tensor]:
+    return tensors_of("nano-clip", TABLES["clip_vision"])
+
+
+def write_image_encoder(folder: Path) -> Path:
+    """A transformers folder."""
+    folder.mkdir(exist_ok=True)
+    write(folder / "model.safetensors", clip_vision_tensors())
+    (folder / "config.json").write_text(json.dumps(CONFIG["clip"]), encoding="utf-8")
+    return folder

@@ -25,7 +25,12 @@ IMPORT_RULES = {  # third-party package -> the only places that may import it
     "omegaconf": ("animatediff/config/settings.py", "tests/"),
     "pydantic": ("animatediff/config/settings.py", "tests/"),
     "yaml": ("animatediff/config/", "tests/"),
-    "transformers": ("animatediff/models/text.py", "animatediff/metrics/", "tests/"),
+    "transformers": (
+        "animatediff/models/text.py",
+        "animatediff/checkpoints/image_encoder_files.py",
+        "animatediff/metrics/",
+        "tests/",
+    ),
     "tokenizers": ("animatediff/models/text.py",),
     "safetensors": ("animatediff/checkpoints/files.py", "tests/"),
     "cv2": ("animatediff/media/preprocess.py",),

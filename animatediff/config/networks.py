@@ -96,6 +96,20 @@ class ControlNetConfig:
 
 
 @dataclass(frozen=True)
+class IPAdapterConfig:
+    """IP-Adapter (arXiv 2308.06721); the defaults are SD 1.5's base. Width, heads and depth are plus's resampler's."""
+
+    variant: Literal["base", "plus", "full"] = "base"
+    encoder_width: int = 1024  # base: of the image encoder's embeddings; plus and full: of its hidden states
+    context_dim: int = 768
+    layer_widths: tuple[int, ...] = (*(320,) * 2, *(640,) * 2, *(1280,) * 5, *(640,) * 3, *(320,) * 3, 1280)
+    tokens: int = 4  # that a picture becomes; full: as many as the encoder has
+    width: int = 768
+    num_heads: int = 12
+    depth: int = 4
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """AutoencoderKL (Rombach et al. 2022); the defaults are SD 1.x."""
 

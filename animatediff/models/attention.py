@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from animatediff_kernels import attention, geglu, linear_geglu
 from einops import rearrange
@@ -14,7 +16,12 @@ CPU_ROWS = 2048  # tokens whose feed-forward stays in the cache
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens (n, s, width) to themselves or to a context (n / r, l, context_dim)."""
+    """Multi-head attention of tokens (n, s, width) to themselves or to a context (n / r, l, context_dim).
+
+    `image_prompts(q, out)` adds what the queries find in pictures, see `ip_adapter_network`.
+    """
+
+    image_prompts: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, width: int, num_heads: int, *, context_dim: int | None = None):
         super().__init__()
@@ -26,8 +33,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """With a context of fewer rows than x, r = n / rows consecutive rows of x (frames) share each context row."""
-        source = x if context is None else context
-        out = attention(self.to_q(x), self.to_k(source), self.to_v(source), num_heads=self.num_heads)
+        source, q = x if context is None else context, self.to_q(x)
+        out = attention(q, self.to_k(source), self.to_v(source), num_heads=self.num_heads)
+        if self.image_prompts is not None:
+            out = self.image_prompts(q, out)
         return self.to_out[0](out)
 
     def identity(self, x: Tensor) -> Tensor:

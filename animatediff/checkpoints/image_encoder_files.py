@@ -1,0 +1,168 @@
+"""The image encoder of IP-Adapters: a CLIP vision model of transformers, from a folder or a file, and its pictures."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from animatediff.checkpoints.diffusers_json import TEXT_STEMS
+from animatediff.checkpoints.files import StateDict, find_weights, read_json, read_state_dict
+from animatediff.checkpoints.load import load_strictly
+from animatediff.utils import UserError
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
+
+# Heads and activation by width, which no tensor tells: OpenCLIP's H/14 and bigG/14, OpenAI's L/14.
+KNOWN_WIDTHS = {1280: (16, "gelu"), 1664: (16, "gelu"), 1024: (16, "quick_gelu")}
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+OPEN_CLIP = (  # its names below `visual.` -> transformers'
+    (r"^class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"^conv1", "vision_model.embeddings.patch_embedding"),
+    (r"^positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"^ln_pre", "vision_model.pre_layrnorm"),
+    (r"^ln_post", "vision_model.post_layernorm"),
+    (r"^transformer\.resblocks", "vision_model.encoder.layers"),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+
+
+class ImageEncoder:
+    """What an IP-Adapter sees of a picture: its embedding, or its tokens before the last layer."""
+
+    def __init__(self, model: CLIPVisionModelWithProjection):
+        self.model = model
+
+    @property
+    def size(self) -> int:
+        """Pixels of a picture, both sides."""
+        return self.model.config.image_size
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def embedding_width(self) -> int:
+        return self.model.config.projection_dim
+
+    @torch.no_grad()
+    def embeddings(self, pixels: Tensor) -> Tensor:
+        """(n, embedding_width), not of length 1, of pixels (n, 3, size, size) as `clip_pixels` makes them."""
+        return self.model(pixel_values=pixels.to(self.model.visual_projection.weight)).image_embeds
+
+    @torch.no_grad()
+    def hidden(self, pixels: Tensor) -> Tensor:
+        """(n, tokens, width) after the second-to-last layer, without the last norm."""
+        pixels = pixels.to(self.model.visual_projection.weight)
+        return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+
+
+def load_image_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> ImageEncoder:
+    """Load a CLIP vision model with projection on the CPU.
+
+    Args:
+        path: a transformers folder, its weights alone, or an OpenCLIP file. A whole CLIP's text half is left out.
+
+    Raises:
+        UserError: it is something else, incomplete, or of a width that needs a config.json to tell its heads.
+    """
+    from transformers import CLIPVisionModelWithProjection
+
+    path = Path(path)
+    weights = find_weights(path, *TEXT_STEMS) if path.is_dir() else path
+    if weights is None:
+        raise UserError(f"got the folder {path}, expected an image encoder: it has no {TEXT_STEMS[0]}.safetensors")
+    tensors = _vision_part(read_state_dict(weights).tensors)
+    if "visual_projection.weight" not in tensors:
+        raise UserError(
+            f"got {path}, expected a CLIP vision model with projection (image_encoder/ of h94/IP-Adapter, or "
+            "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors): it has no visual_projection"
+        )
+    config = vision_config(tensors, weights.with_name("config.json"))
+    ready = {key: t.to(dtype) for key, t in tensors.items()}
+    model = load_strictly(lambda: CLIPVisionModelWithProjection(config), ready, "image encoder", path)
+    embeddings = model.vision_model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # computed, in no file
+    return ImageEncoder(model)
+
+
+def vision_config(tensors: StateDict, config_json: Path):
+    """transformers' CLIPVisionConfig of weights in its names. Raises: UserError where the heads cannot be told."""
+    from transformers import CLIPVisionConfig
+
+    width, _, patch, _ = tensors["vision_model.embeddings.patch_embedding.weight"].shape
+    positions = tensors["vision_model.embeddings.position_embedding.weight"].shape[0]
+    known = read_json(config_json) if config_json.is_file() else {}
+    known = known.get("vision_config", known)  # a whole CLIP's has two halves
+    heads, activation = KNOWN_WIDTHS.get(width, (None, "gelu"))
+    heads = known.get("num_attention_heads", heads)
+    if heads is None:
+        raise UserError(
+            f"got an image encoder of width {width}, whose heads no tensor tells: put its config.json beside it"
+        )
+    layers = {m[1] for key in tensors if (m := re.match(r"vision_model\.encoder\.layers\.(\d+)\.", key))}
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=tensors["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        projection_dim=tensors["visual_projection.weight"].shape[0],
+        num_hidden_layers=len(layers),
+        num_attention_heads=heads,
+        hidden_act=known.get("hidden_act", activation),
+        patch_size=patch,
+        image_size=round((positions - 1) ** 0.5) * patch,
+    )
+
+
+def clip_pixels(picture: Image.Image, size: int, *, fit: str = "crop") -> Tensor:
+    """Pixel values (1, 3, size, size) of a picture, as transformers makes them with PIL.
+
+    Args:
+        fit: "crop" its middle, "squash" it to a square, or "pad" it to one with black.
+    """
+    picture, (width, height) = picture.convert("RGB"), picture.size
+    if fit == "pad":
+        side = max(width, height)
+        square = Image.new("RGB", (side, side))
+        square.paste(picture, ((side - width) // 2, (side - height) // 2))
+        picture, (width, height) = square, square.size
+    short = min(width, height)
+    target = (size, size) if fit == "squash" else (size * width // short, size * height // short)
+    picture = picture.resize(target, Image.Resampling.BICUBIC)
+    left, top = (target[0] - size) // 2, (target[1] - size) // 2
+    pixels = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    normalised = (torch.from_numpy(pixels) - torch.tensor(MEAN)) / torch.tensor(STD)
+    return normalised.permute(2, 0, 1)[None]
+
+
+def _vision_part(tensors: StateDict) -> StateDict:
+    """In transformers' names, without a text half."""
+    if any(key.startswith("visual.") for key in tensors):
+        visual = {key.removeprefix("visual."): t for key, t in tensors.items() if key.startswith("visual.")}
+        return _from_open_clip(visual)
+    kept = {key: t for key, t in tensors.items() if key.startswith(("vision_model.", "visual_projection."))}
+    return {key: t for key, t in kept.items() if not key.endswith(".position_ids")}
+
+
+def _from_open_clip(tensors: StateDict) -> StateDict:
+    renamed: StateDict = {}
+    for key, tensor in tensors.items():
+        for theirs, ours in OPEN_CLIP:
+            key = re.sub(theirs, ours, key)
+        if key == "proj":
+            renamed["visual_projection.weight"] = tensor.T.contiguous()
+        elif "in_proj_" in key:  # queries, keys and values in one
+            for name, part in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[key.replace("in_proj_", f"{name}_proj.")] = part
+        else:
+            renamed[key] = tensor
+    return renamed

@@ -1,0 +1,103 @@
+"""IP-Adapter files: released ones, what the training script and accelerate write -> modules."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict
+from animatediff.checkpoints.identify import identify_tensors, refusal
+from animatediff.checkpoints.load import LoadReport, load_strictly
+from animatediff.config.networks import IPAdapterConfig
+from animatediff.models.ip_adapter_network import HEAD_WIDTH, IPAdapter, cross_attentions
+from animatediff.models.unet import UNet
+from animatediff.utils import UserError
+
+OURS = re.compile(r"^(image_proj|ip_adapter)\.")
+SPELLINGS = (("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter."))  # of the training script
+BY_LAYER = re.compile(r"^unet\.(.+\.attn2)\.processor\.(to_[kv]_ip\.weight)$")  # of accelerate
+FACE_ID = re.compile(r"^image_proj\.perceiver_resampler\.|^ip_adapter\.\d+\.to_\w+_lora\.")
+
+
+def load_ip_adapter(path: str | Path, unet: UNet) -> tuple[IPAdapter, LoadReport]:
+    """Load an IP-Adapter for a UNet, in its dtype and on its device, in evaluation mode.
+
+    Args:
+        path: a released file (`.safetensors`, `.bin`), or a checkpoint of the training script or of accelerate.
+
+    Raises:
+        UserError: the file is something else, incomplete, made for another model, or needs a face recognition network.
+    """
+    path = Path(path)
+    file = read_state_dict(path)
+    layers = list(cross_attentions(unet).items())
+    numbers = {name: 2 * i + 1 for i, (name, _) in enumerate(layers)}
+    named = {_renamed(key, numbers): t for key, t in file.tensors.items()}
+    tensors = {key: t for key, t in named.items() if OURS.match(key)}
+    if not any(key.startswith("image_proj.") for key in tensors):
+        raise refusal(identify_tensors(file.tensors, file.metadata, path=path), "an IP-Adapter")
+    config = ip_adapter_config(tensors, path)
+    if config.context_dim != (expected := unet.config.context_dim):
+        raise UserError(
+            f"{path}: got an IP-Adapter of context_dim {config.context_dim}, expected the base's {expected}: "
+            "choose an IP-Adapter made for this base"
+        )
+    widths = tuple(layer.to_q.out_features for _, layer in layers)
+    if config.layer_widths != widths:
+        raise UserError(
+            f"{path}: got an IP-Adapter for cross-attentions of widths {config.layer_widths}, expected the base's "
+            f"{widths}: choose an IP-Adapter made for this base"
+        )
+    sample = next(unet.parameters())
+    ready = {key: t.to(sample.device, sample.dtype) for key, t in tensors.items()}
+    adapter = load_strictly(lambda: IPAdapter(config), ready, "IP-Adapter", path)
+    unused = [key for key in named if key not in tensors]
+    notes = [*file.notes, *(["the file holds more than the adapter"] if unused else [])]
+    report = LoadReport(
+        path, "ip-adapter", config.variant, file_sha256(path), applied=len(ready), notes=notes, unused=unused
+    )
+    return adapter, report
+
+
+def ip_adapter_config(tensors: StateDict, path: Path) -> IPAdapterConfig:
+    """Sizes of an adapter in the released spelling.
+
+    Raises:
+        UserError: it is a FaceID adapter.
+    """
+    proj = "image_proj.proj"
+    face = any(FACE_ID.match(key) for key in tensors) or (
+        f"{proj}.0.weight" in tensors and f"{proj}.3.weight" not in tensors
+    )
+    if face:
+        raise UserError(
+            f"{path}: got a FaceID adapter, expected base, light, plus, plus-face or full-face: FaceID needs the face "
+            "recognition network of InsightFace, which is not part of this project; choose plus-face or full-face"
+        )
+    keys = {int(m[1]): t.shape for k, t in tensors.items() if (m := re.match(r"ip_adapter\.(\d+)\.to_k_ip\.weight", k))}
+    if not keys:
+        raise UserError(f"{path}: got an IP-Adapter without keys for any layer, expected ip_adapter.1.to_k_ip.weight …")
+    layers = {"context_dim": keys[min(keys)][1], "layer_widths": tuple(keys[n][0] for n in sorted(keys))}
+    if (latents := tensors.get("image_proj.latents")) is not None:
+        inner, encoder = tensors["image_proj.layers.0.0.to_q.weight"], tensors["image_proj.proj_in.weight"]
+        depth = len({key.split(".")[2] for key in tensors if key.startswith("image_proj.layers.")})
+        sizes = {"tokens": latents.shape[1], "width": latents.shape[2], "depth": depth}
+        return IPAdapterConfig(
+            "plus", encoder_width=encoder.shape[1], num_heads=inner.shape[0] // HEAD_WIDTH, **sizes, **layers
+        )
+    if (first := tensors.get(f"{proj}.0.weight")) is not None:
+        return IPAdapterConfig("full", encoder_width=first.shape[1], **layers)
+    weight = tensors[f"{proj}.weight"]
+    return IPAdapterConfig(
+        "base", encoder_width=weight.shape[1], tokens=weight.shape[0] // keys[min(keys)][1], **layers
+    )
+
+
+def _renamed(key: str, numbers: dict[str, int]) -> str:
+    """A key in the released spelling."""
+    if (match := BY_LAYER.match(key)) and match[1] in numbers:
+        return f"ip_adapter.{numbers[match[1]]}.{match[2]}"
+    for theirs, ours in SPELLINGS:
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return key
