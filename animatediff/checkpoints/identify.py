@@ -21,6 +21,7 @@ SDXL_MOTION_WIDTHS = {0: 320, 1: 640, 2: 1280}
 SD15_WIDTHS = (320, 640, 1280, 1280)
 EMBEDDING_WIDTHS = (768, 1024, 1280)  # of the text encoders of SD 1.x, SD 2.x, and SDXL's second
 MOTION_KINDS = ("motion-module", "motion-adapter")
+CONDITIONED_MOTION = {"pia": "pia", "animatelcm-i2v": "animatelcm"}  # with a network for a picture -> motion version
 
 
 @dataclass(frozen=True)

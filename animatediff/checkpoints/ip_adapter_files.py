@@ -42,7 +42,7 @@ def load_ip_adapter(path: str | Path, unet: UNet) -> tuple[IPAdapter, LoadReport
             f"{path}: got an IP-Adapter of context_dim {config.context_dim}, expected the base's {expected}: "
             "choose an IP-Adapter made for this base"
         )
-    widths = tuple(layer.to_q.out_features for _, layer in layers)
+    widths = tuple(layer.to_q.weight.shape[0] for _, layer in layers)
     if config.layer_widths != widths:
         raise UserError(
             f"{path}: got an IP-Adapter for cross-attentions of widths {config.layer_widths}, expected the base's "

@@ -15,7 +15,14 @@ from animatediff.checkpoints.diffusers_json import (
     image_metadata,
 )
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
-from animatediff.checkpoints.identify import MOTION_KINDS, adapter_config, identify_tensors, motion_part, refusal
+from animatediff.checkpoints.identify import (
+    CONDITIONED_MOTION,
+    MOTION_KINDS,
+    adapter_config,
+    identify_tensors,
+    motion_part,
+    refusal,
+)
 from animatediff.checkpoints.keymaps import (
     LDM_BOOKKEEPING,
     LDM_TEXT,
@@ -140,13 +147,13 @@ def read_motion_parts(path: str | Path) -> MotionParts:
         raise UserError(f"got the folder {path}, expected a motion module: it has no {UNET_STEM} file")
     file = read_state_dict(weights)
     info = identify_tensors(file.tensors, file.metadata, path=path)
-    if info.kind not in MOTION_KINDS:
+    if info.kind not in (*MOTION_KINDS, *CONDITIONED_MOTION):
         raise refusal(info, "a motion module for SD 1.x")
     notes, motion = list(file.notes), motion_part(file.tensors)
     tensors = {key: t for key, t in motion.items() if not key.endswith(PE_ENDINGS)}
     positional = {key: t for key, t in motion.items() if key not in tensors}
     unused = [key for key in file.tensors if MOTION_MARK not in key]
-    if unused:
+    if unused and info.kind in MOTION_KINDS:
         notes.append(f"the file holds more than a motion module: {len(unused)} other entries not used")
     if positional:
         notes.append("positional encodings are computed, the file's were not loaded")
@@ -155,6 +162,9 @@ def read_motion_parts(path: str | Path) -> MotionParts:
         config = adapter_config(weights)
         metadata = adapter_metadata(config) | metadata
         length = adapter_length(tensors, length or config.get("motion_max_seq_length"))
+    if info.kind in CONDITIONED_MOTION:  # the rest is for load_motion_condition
+        metadata, unused = adapter_metadata(adapter_config(weights)) | metadata, []
+        metadata |= {"version": CONDITIONED_MOTION[info.kind]}
     return MotionParts(path, info.kind, tensors, positional, length, metadata, notes, unused)
 
 

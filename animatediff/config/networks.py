@@ -39,6 +39,7 @@ MOTION_VERSIONS: dict[str, MotionConfig] = {
     "v2": MotionConfig(version="v2", max_frames=32, mid_block=True),
     "v3": MotionConfig(version="v3", max_frames=32),
     "animatelcm": MotionConfig(version="animatelcm", max_frames=64, mid_block=True),
+    "pia": MotionConfig(version="pia", max_frames=32, resnet_norm_over_frames=True),
     "sparsectrl": MotionConfig(version="sparsectrl", max_frames=32, attentions_per_block=1, up_block_modules=False),
 }
 

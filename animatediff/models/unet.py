@@ -137,6 +137,7 @@ class UNet(nn.Module):
         t: Tensor,
         context: Tensor,
         *,
+        input_residual: Tensor | None = None,
         down_residuals: Sequence[Tensor] | None = None,
         mid_residual: Tensor | None = None,
     ) -> Tensor:
@@ -146,6 +147,7 @@ class UNet(nn.Module):
             x: latents (b, f, in_channels, h, w), any h and w.
             t: timesteps (b,), 0 … 999.
             context: text embedding (b, l, context_dim), one row per video, or (b, f, l, context_dim), one per frame.
+            input_residual: added after `conv_in`, ((b f), c, h, w).
             down_residuals: added to the skip connections, each ((b f), c, h, w), first the one of `conv_in`.
             mid_residual: added after the middle block, ((b f), c, h, w).
         Raises: UserError for more frames than the motion module was trained with.
@@ -161,6 +163,8 @@ class UNet(nn.Module):
             context = rearrange(context, "b f l d -> (b f) l d")
         time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
         h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w"))
+        if input_residual is not None:
+            h = h + input_residual
         skips = [h]
         for block in self.down_blocks:
             h = block(h, time, context, frames, skips)
