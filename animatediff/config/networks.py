@@ -111,6 +111,20 @@ class IPAdapterConfig:
 
 
 @dataclass(frozen=True)
+class CameraConfig:
+    """CameraCtrl (arXiv 2404.02101); the defaults are the official file's.
+
+    `merge_widths` are those of the motion modules it is merged into, on the way down and then up.
+    """
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    merge_widths: tuple[int, ...] = (320, 320, 640, 640, *(1280,) * 10, *(640,) * 3, *(320,) * 3)
+    downsampling: int = 8  # pixels per latent and side
+    num_heads: int = 8
+    max_frames: int = 16  # longest clip seen in training
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """AutoencoderKL (Rombach et al. 2022); the defaults are SD 1.x."""
 
