@@ -28,6 +28,7 @@ WORLD = {  # options that make the clips of the built-in world, and their defaul
     "captions": 200,
     "batch": 8,
     "style": "plain",
+    "data_version": 1,
     "motions": None,
     "steps": None,
     "guidance_scale": None,
@@ -63,6 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--captions", type=int, help="clips to make and score (200)")
     parser.add_argument("--batch", type=int, help="clips made at a time (8)")
     parser.add_argument("--style", help="that the model paints in: plain, neon, hatched or pixelated (plain)")
+    parser.add_argument("--data-version", type=int, help="of the captions: that of the training data; 1 or 2 (1)")
     parser.add_argument(
         "--motions", nargs="+", metavar="MOTION", help="asked for in turn; also zoom_in, zoom_out, orbit"
     )
@@ -155,7 +157,7 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
     from animatediff.world.shapes import MOTIONS
 
     motions = args.motions or list(MOTIONS)
-    World(args.captions, style=args.style, motions=tuple(motions))  # tells a style or motion that is none
+    World(args.captions, style=args.style, motions=tuple(motions), version=args.data_version)  # checks them
     check_entry(entry)
     pipeline = AnimateDiffPipeline.from_config(
         args.config, entry=args.entry, device=args.device, dtype=args.dtype, **overrides
@@ -179,6 +181,7 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         seed=args.seed,
         batch=args.batch,
         style=args.style,
+        version=args.data_version,
         motions=motions,
         output_dir=folder,
         settings=settings,

@@ -1,4 +1,4 @@
-"""Stage `shapes_encoder`: the built-in world's own text and image encoder, on single frames and their captions."""
+"""Stage `shapes_encoder`: text and image encoder of Shapes, the toy data set, on frames and their captions."""
 
 from __future__ import annotations
 
@@ -33,20 +33,22 @@ CPU = torch.device("cpu")
 class ContrastiveStage(Stage):
     """CLIP's loss (Radford et al. 2021): a frame finds its caption in the batch, and a caption its frame.
 
-    The world's scenes repeat within a batch, so every caption that is true of a frame counts as right.
+    Scenes repeat within a batch, so every caption that is true of a frame counts as right.
     """
 
     name = "encoder"
 
-    def __init__(self, model: SmallCLIP, *, data_seed: int = 0):
-        self.model, self.data_seed = model, data_seed
+    def __init__(self, model: SmallCLIP, *, data_seed: int = 0, version: int = 1):
+        self.model, self.data_seed, self.version = model, data_seed, version
         self._tokenizer = Tokenizer()
 
     def modules(self) -> nn.Module:
         return self.model
 
     def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        scenes = [make_scene(index * batch_size + i, seed=self.data_seed) for i in range(batch_size)]
+        scenes = [
+            make_scene(index * batch_size + i, seed=self.data_seed, version=self.version) for i in range(batch_size)
+        ]
         tokens = tokenize(self._tokenizer, [s.caption for s in scenes], self.model.config.max_length)
         device = self.model.tokens.device
         texts = self.model.encode_tokens(tokens.to(device))
@@ -63,12 +65,13 @@ class ContrastiveStage(Stage):
 
 @dataclass(frozen=True)
 class ShapesEncoder:
-    """A small CLIP of the built-in world."""
+    """A small CLIP of Shapes, the toy data set."""
 
     name: ClassVar[str] = "shapes_encoder"
     output_dir: str
     loop: LoopConfig
     encoder: SmallCLIPConfig = SmallCLIPConfig()
+    version: int = 1  # of the data set
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,8 +81,8 @@ class ShapesEncoder:
         """Train, or go on; writes `output_dir`/encoder.safetensors and logs how well it does on held-out scenes."""
         folder = Path(self.output_dir)
         torch.manual_seed(self.seed)
-        stage = ContrastiveStage(new_small_clip(self.encoder).to(device), data_seed=self.seed)
+        stage = ContrastiveStage(new_small_clip(self.encoder).to(device), data_seed=self.seed, version=self.version)
         train(stage, self.loop, folder, log=log, stage_config=self)
         if world()[0] == 0:
-            found = retrieval(WorldEncoder.from_file(folder / FILE))
+            found = retrieval(WorldEncoder.from_file(folder / FILE), version=self.version)
             log("held-out scenes, percent right: " + ", ".join(f"{name} {value}" for name, value in found.items()))

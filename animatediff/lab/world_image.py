@@ -1,4 +1,4 @@
-"""The image model of the built-in world, from nothing: VAE, then text encoder and UNet."""
+"""The image model of Shapes, the toy data set, from nothing: VAE, then text encoder and UNet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ShapesImage:
-    """VAE, then text encoder and UNet, on single frames of the built-in world."""
+    """VAE, then text encoder and UNet, on single frames of Shapes."""
 
     name: ClassVar[str] = "shapes_image"
     output_dir: str
@@ -42,7 +42,8 @@ class ShapesImage:
     text: TextConfig
     autoencoder: LoopConfig
     image: LoopConfig
-    favoured: tuple[str, ...] = ()  # motions to draw more often than others
+    version: int = 1  # of the data set
+    oversampled: tuple[str, ...] = ()  # motions to draw more often than others
     prediction_type: str = "epsilon"  # what the UNet learns to predict: epsilon, v_prediction or sample
     init_from: str = ""  # an image model to start from, of these sizes; its VAE is kept
     seed: int = 0
@@ -55,7 +56,10 @@ class ShapesImage:
 
         Raises: UserError where `init_from` has no VAE or other sizes than the config.
         """
-        folder, world = Path(self.output_dir), World(self.clips, favoured=self.favoured, seed=self.seed)
+        folder, world = (
+            Path(self.output_dir),
+            World(self.clips, oversampled=self.oversampled, seed=self.seed, version=self.version),
+        )
         base = load_complete(self.init_from) if self.init_from else None
         vae = base.vae if base else self._autoencoder(folder / "vae", log, device)
         assert vae is not None
@@ -76,7 +80,7 @@ class ShapesImage:
             unet.load_state_dict(base.unet.state_dict())
             text_encoder.load_state_dict(base.text_encoder.state_dict())
         else:
-            silence_unsaid(text_encoder, clips)
+            zero_unused_token_embeddings(text_encoder, clips)
         schedule = ScheduleConfig(prediction_type=self.prediction_type)
         learns = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
 
@@ -92,7 +96,7 @@ class ShapesImage:
         """The trained VAE of an earlier start, or a new one."""
         if not (folder / "vae.pt").exists():
             torch.manual_seed(self.seed)
-            stage = AutoencoderStage(self.vae, data_seed=self.seed)
+            stage = AutoencoderStage(self.vae, data_seed=self.seed, version=self.version)
             stage.modules().to(device)
             train(stage, self.autoencoder, folder, log=log, stage_config=self)
         vae = VAE(self.vae)
@@ -102,7 +106,7 @@ class ShapesImage:
 
 @dataclass(frozen=True)
 class ShapesDecoder:
-    """An image model of the built-in world whose VAE also draws other looks."""
+    """An image model of Shapes whose VAE also draws other looks."""
 
     name: ClassVar[str] = "shapes_decoder"
     output_dir: str
@@ -110,6 +114,7 @@ class ShapesDecoder:
     loop: LoopConfig
     styles: tuple[str, ...] = tuple(STYLES)
     watermarks: bool = True
+    version: int = 1  # of the data set
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,14 +129,16 @@ class ShapesDecoder:
         Raises: UserError where the model has no VAE.
         """
         base = load_complete(self.pretrained_model_path)
-        stage = DecoderStage(base, data_seed=self.seed, styles=self.styles, watermarks=self.watermarks)
+        stage = DecoderStage(
+            base, data_seed=self.seed, version=self.version, styles=self.styles, watermarks=self.watermarks
+        )
         stage.modules().to(device)
         train(stage, self.loop, Path(self.output_dir), log=log, stage_config=self)
 
 
 @torch.no_grad()
-def silence_unsaid(text_encoder: TextEncoder, clips: LatentClips) -> None:
-    """Words that no caption has get embeddings of zeros, which stay so, and the file compresses."""
+def zero_unused_token_embeddings(text_encoder: TextEncoder, clips: LatentClips) -> None:
+    """Tokens that no caption has get embeddings of zeros, which stay zeros, so the file compresses."""
     table = text_encoder.get_parameter("text_model.embeddings.token_embedding.weight")
     said = torch.zeros(len(table), 1)
     said[torch.cat([clips.tokens.unique(), clips.empty.unique()]).long()] = 1

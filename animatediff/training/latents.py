@@ -21,7 +21,7 @@ from animatediff.world.series import World
 CAPTION_DROPOUT = 0.1  # share of empty captions, which teaches the unconditional half of guidance
 CHUNK = 16  # clips rendered and encoded at a time
 SCRIBBLED = {"scribbled": 1}  # in the key of clips with scribbles; another number where they are drawn differently
-FAVOUR = 4.0  # how many times as often a favoured motion is drawn
+OVERSAMPLING = 4.0  # how many times as often an oversampled motion is drawn
 
 Log = Callable[[str], None]
 Batch = tuple[Tensor, list[str]]  # clips (b, f, 3, H, W) in [-1, 1] and their captions
@@ -77,7 +77,7 @@ class LatentClips:
 
     @classmethod
     def of_world(cls, path: Path, vae: VAE, world: World, *, scribbles: bool = False, log: Log = print) -> LatentClips:
-        """Clips of the built-in world; favoured motions are drawn more often."""
+        """Clips of the built-in world; oversampled motions are drawn more often."""
 
         def batches() -> Iterator[Batch]:
             for start in range(0, world.clips, CHUNK):
@@ -95,7 +95,7 @@ class LatentClips:
             log=log,
         )
         motions = (world.scene(i).motion for i in range(world.clips))
-        clips.weights = torch.tensor([FAVOUR if motion in world.favoured else 1.0 for motion in motions])
+        clips.weights = torch.tensor([OVERSAMPLING if motion in world.oversampled else 1.0 for motion in motions])
         return clips
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The built-in world's own text and image encoder: its file, and how well it tells captions and frames apart."""
+"""The text and image encoder of Shapes, the toy data set: its file, and how well it tells captions and frames apart."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from animatediff.world.shapes import (
     SHAPES,
     SIZES,
     TEMPLATES,
+    TURNS,
     Scene,
     make_scene,
+    motion_phrases,
     render,
 )
 from animatediff.world.small_clip import SmallCLIP
@@ -57,7 +59,7 @@ def load_encoder(name: str, *, device: torch.device | None = None) -> Encoder:
 
 
 class WorldEncoder:
-    """An `Encoder` (`clip_metrics`) that knows the words and the pictures of the built-in world only."""
+    """An `Encoder` (`clip_metrics`) that knows the words and the pictures of Shapes only."""
 
     def __init__(self, model: SmallCLIP, name: str = "world"):
         self.model, self.name = model.eval(), name
@@ -76,7 +78,7 @@ class WorldEncoder:
             raise UserError(f"got no encoder at {path}: train stage shapes_encoder, or give a local CLIP's folder")
         loaded = read_state_dict(path)
         if CONFIG_KEY not in loaded.metadata:
-            raise UserError(f"got {path}, expected an encoder of the built-in world: train stage shapes_encoder")
+            raise UserError(f"got {path}, expected an encoder of Shapes, the toy data set: train stage shapes_encoder")
         config = build_dataclass(SmallCLIPConfig, json.loads(loaded.metadata[CONFIG_KEY]), where=str(path))
         model = SmallCLIP(config, loaded.tensors["tokens"])
         model.load_state_dict({key: t.float() for key, t in loaded.tensors.items()})
@@ -94,9 +96,9 @@ class WorldEncoder:
 
 
 def new_small_clip(config: SmallCLIPConfig) -> SmallCLIP:
-    """Fresh weights, with rows for every token that the world's captions can have."""
+    """Fresh weights, with rows for every token that captions of any version can have."""
     words = [word for table in (COLORS, SHAPES, BACKGROUNDS, SIZES) for word in table]
-    phrases = [phrase for motion in MOTIONS.values() for phrase in motion]
+    phrases = [phrase for motion in MOTIONS for version in TURNS for phrase in motion_phrases(motion, version)]
     blank = dict.fromkeys(("size", "color", "shape", "motion", "background"), "")
     templates = [template.format(**blank) for template in TEMPLATES]
     tokens = Tokenizer()([*words, *phrases, *templates]).unique()
@@ -133,7 +135,7 @@ def matches(scenes: Sequence[Scene]) -> Tensor:
     )
 
 
-def retrieval(encoder: WorldEncoder, *, count: int = 500, seed: int = 1) -> dict[str, float]:
+def retrieval(encoder: WorldEncoder, *, count: int = 500, seed: int = 1, version: int = 1) -> dict[str, float]:
     """How well frames of the scenes of series `seed` and captions find each other.
 
     Returns:
@@ -141,7 +143,7 @@ def retrieval(encoder: WorldEncoder, *, count: int = 500, seed: int = 1) -> dict
         to a caption; and for each label of a scene: of the captions that differ from its own in this label alone, its
         own is nearest to the frame. (Other motions may also be said in another way: sizes belong to some only.)
     """
-    scenes = [make_scene(i, seed=seed) for i in range(count)]
+    scenes = [make_scene(i, seed=seed, version=version) for i in range(count)]
     frames = encoder.encode_images(draw_frames(scenes, torch.Generator().manual_seed(seed)))
     cosines = encoder.encode_texts([scene.caption for scene in scenes]) @ frames.T
     true = matches(scenes)
@@ -150,7 +152,11 @@ def retrieval(encoder: WorldEncoder, *, count: int = 500, seed: int = 1) -> dict
         "frame": true[torch.arange(count), cosines.argmax(dim=1)],
     }
     for label, values in LABELS.items():
-        captions = [make_scene(i, seed=seed, **{label: value}).caption for i in range(count) for value in values]
+        captions = [
+            make_scene(i, seed=seed, version=version, **{label: value}).caption
+            for i in range(count)
+            for value in values
+        ]
         texts = encoder.encode_texts(captions).unflatten(0, (count, len(values)))
         best = torch.einsum("nvd,nd->nv", texts, frames).argmax(dim=1)
         found[label] = best == torch.tensor([list(values).index(getattr(scene, label)) for scene in scenes])

@@ -1,4 +1,4 @@
-"""Reads colour, shape, background and motion back from a clip of the built-in world, without knowing its labels.
+"""Reads colour, shape, background and motion back from a clip of Shapes, the toy data set, without knowing its labels.
 
 Every frame is unmixed into body, ink and background, the body is compared with rotated templates (its dark mark tells
 the direction), and the path of position, size and angle over the frames names the motion. The reading is strict: a
@@ -17,7 +17,18 @@ from torch import Tensor
 
 from animatediff.metrics.video_metrics import loop_seam
 from animatediff.utils import UserError
-from animatediff.world.shapes import BACKGROUNDS, COLORS, FRAMES, RADII, SHAPES, SIZE, TRAVEL, Scene, shape_distance
+from animatediff.world.shapes import (
+    BACKGROUNDS,
+    COLORS,
+    FRAMES,
+    RADII,
+    SHAPES,
+    SIZE,
+    TRAVEL,
+    TURNS,
+    Scene,
+    shape_distance,
+)
 
 NONE = "none"  # the reading of what cannot be read
 LABELS = ("color", "shape", "background", "motion")
@@ -82,17 +93,18 @@ class _Templates:
     radius: np.ndarray  # (shapes,): shape radius / body radius
 
 
-def score_clips(videos: Tensor) -> list[Score]:
+def score_clips(videos: Tensor, *, version: int = 1) -> list[Score]:
     """`score_clip` of every clip in `videos` (n, 16, 3, 64, 64)."""
-    return [score_clip(video) for video in videos]
+    return [score_clip(video, version=version) for video in videos]
 
 
 @torch.no_grad()
-def score_clip(video: Tensor) -> Score:
+def score_clip(video: Tensor, *, version: int = 1) -> Score:
     """Read one clip.
 
     Args:
         video: (16, 3, 64, 64), range [-1, 1].
+        version: of the data set, whose spins are measured against.
 
     Raises:
         UserError: another shape, or values that are not finite.
@@ -107,8 +119,8 @@ def score_clip(video: Tensor) -> Score:
     body = body_of(pixels, color_rgb, background_rgb)
     if color != NONE and visible(body):
         shape, own_shape, path, trust = read_path(body)
-        motion, amplitudes, smoothness = _read_motion(path, trust)
-        place, _, _ = _read_motion(path, trust, channels=3)
+        motion, amplitudes, smoothness = _read_motion(path, trust, turns=TURNS[version])
+        place, _, _ = _read_motion(path, trust, turns=TURNS[version], channels=3)
     same = (own_color == color) & (own_shape == shape) & (own_background == background)
     return Score(
         color,
@@ -170,8 +182,8 @@ def read_color(pixels: Tensor) -> tuple[str, Tensor, np.ndarray]:
     smallest, nearest = squares.min(dim=0)
     bins = len(palette) + 1  # the last is for pixels far from all
     nearest[smallest > MAX_COLOR_DISTANCE**2] = bins - 1
-    frame = torch.arange(FRAMES).repeat_interleave(SIZE * SIZE)
-    counts = torch.bincount(frame * bins + nearest, minlength=FRAMES * bins).reshape(FRAMES, bins)[:, : len(COLORS)]
+    frame = torch.arange(len(pixels)).repeat_interleave(SIZE * SIZE)
+    counts = torch.bincount(frame * bins + nearest, minlength=len(pixels) * bins).reshape(-1, bins)[:, : len(COLORS)]
     best = int(counts.sum(dim=0).argmax())
     own = np.array(list(COLORS))[counts.argmax(dim=1)]
     if counts[:, best].float().mean() < MIN_PIXELS:
@@ -245,14 +257,14 @@ def read_path(body: Tensor) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     center, size, crops = _normalise(body)
     center, size = center.numpy(), size.numpy()
     templates = _templates()
-    match = (crops @ templates.crops.T).reshape(FRAMES, len(SHAPES), ANGLES).numpy()
+    match = (crops @ templates.crops.T).reshape(len(body), len(SHAPES), ANGLES).numpy()
     by_shape = match.max(axis=2)
     votes = (by_shape * size[:, None]).sum(axis=0) / size.sum()  # larger is clearer
     index = int(votes.argmax())
     own = np.array(SHAPES)[by_shape.argmax(axis=1)]
     match = match[:, index]
     best = match.argmax(axis=1)
-    frames = np.arange(FRAMES)
+    frames = np.arange(len(body))
     low, mid, high = (match[frames, (best + step) % ANGLES] for step in (-1, 0, 1))
     peak = 0.5 * (low - high) / np.minimum(low - 2 * mid + high, -1e-9)
     angle = (best + peak) * (2 * np.pi / ANGLES)
@@ -280,7 +292,7 @@ def _turning(angle: np.ndarray, trust: np.ndarray) -> tuple[float, float]:
     return float(turns[power.argmax()]), float(power.max())
 
 
-def _fit_motions(path: np.ndarray, trust: np.ndarray) -> dict[str, tuple[float, float, np.ndarray]]:
+def _fit_motions(path: np.ndarray, trust: np.ndarray, turns: float) -> dict[str, tuple[float, float, np.ndarray]]:
     """Motion -> amplitude over the true one, share of its coordinate that it explains, its own path (f, 4)."""
     time, k = np.linspace(-0.5, 0.5, FRAMES), np.arange(FRAMES)
     hops = [-TRAVEL * np.abs(np.cos(np.pi * (k + early) / (FRAMES / 2))) for early in EARLY]
@@ -288,19 +300,23 @@ def _fit_motions(path: np.ndarray, trust: np.ndarray) -> dict[str, tuple[float, 
         "right": (0, TRAVEL * time),
         "down": (1, TRAVEL * time),
         "grow": (2, np.log(RADII[1] / RADII[0]) * time),
-        "clockwise": (3, 2 * np.pi / FRAMES * k),
+        "clockwise": (3, 2 * np.pi * turns / FRAMES * k),
         "bounce": (1, max(hops, key=lambda hop: explain(path[:, 1], hop)[1])),
     }
     found = {}
     for name, (channel, basis) in true.items():
         amplitude, fit = _turning(path[:, 3], trust) if channel == 3 else explain(path[:, channel], basis)
+        if channel == 3:
+            amplitude /= turns
         found[name] = amplitude, fit, amplitude * np.eye(4)[channel] * basis[:, None]
     return found
 
 
-def _read_motion(path: np.ndarray, trust: np.ndarray, channels: int = 4) -> tuple[str, dict[str, float], float]:
+def _read_motion(
+    path: np.ndarray, trust: np.ndarray, *, turns: float, channels: int = 4
+) -> tuple[str, dict[str, float], float]:
     """Motion, amplitudes and smoothness of a path (f, 4); the motion is read from the first `channels`."""
-    found = _fit_motions(path, trust)
+    found = _fit_motions(path, trust, turns)
     amplitudes = {name: amplitude for name, (amplitude, _, _) in found.items()}
     clean = [
         name

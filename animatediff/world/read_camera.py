@@ -1,4 +1,4 @@
-"""Reads the camera's motions of the built-in world back from a clip: zooms and orbits of the whole picture."""
+"""Reads the camera's motions of Shapes, the toy data set, back from a clip: zooms and orbits of the whole picture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ZOOMED = np.linspace(-0.5, 0.5, FRAMES) * np.log(ZOOM)  # log radius of every fr
 
 
 def read_camera(video: Tensor) -> str:
-    """The key of `data.shapes_camera.CAMERA` that a clip (16, 3, 64, 64), range [-1, 1], shows, or "none".
+    """The key of `camera.CAMERA` that a clip (16, 3, 64, 64), range [-1, 1], shows, or "none".
 
     As strict as `score_clip`: what moves otherwise, or restlessly, is none. Shapes that grow or shrink where they are
     do not zoom: a zoom moves them away from the picture's middle or towards it, in proportion.

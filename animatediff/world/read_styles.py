@@ -1,4 +1,4 @@
-"""Reads styles and watermarks of the built-in world, and undoes a style so that the scorer reads what is beneath."""
+"""Reads styles and watermarks of Shapes, the toy data set, and undoes a style for the scorer."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def watermark_rate(videos: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def score_styled(video: Tensor, style: str) -> Score:
+def score_styled(video: Tensor, style: str, *, version: int = 1) -> Score:
     """`score_clip` of what a clip (16, 3, 64, 64), range [-1, 1], in a style shows; see `beneath`."""
-    return score_clip(beneath(video, style))
+    return score_clip(beneath(video, style), version=version)
 
 
 @torch.no_grad()

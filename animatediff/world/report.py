@@ -1,4 +1,4 @@
-"""Scores of many clips of the built-in world as percentages, a table, CSV rows and captioned rows of frames."""
+"""Scores of many clips of Shapes, the toy data set, as percentages, a table, CSV rows and captioned rows of frames."""
 
 from __future__ import annotations
 

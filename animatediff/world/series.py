@@ -1,4 +1,4 @@
-"""Which clips of the built-in world a training or a measurement is about."""
+"""Which clips of Shapes, the toy data set, a training or a measurement is about."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from animatediff.utils import UserError
 from animatediff.world.camera import CAMERA, make_camera_scene
-from animatediff.world.shapes import MOTIONS, Scene, make_scene, render
+from animatediff.world.shapes import MOTIONS, TURNS, Scene, make_scene, render
 from animatediff.world.styles import STYLES, stamp
 
 
@@ -25,27 +25,30 @@ class World:
     style: str = "plain"
     watermark: bool = False
     motions: tuple[str, ...] = ()  # in turn, of the shapes or of the camera; none: of the shapes, as they are drawn
-    favoured: tuple[str, ...] = ()  # motions that a training draws more often than others
+    oversampled: tuple[str, ...] = ()  # motions that a training draws more often than others
     seed: int = 0  # of the series
+    version: int = 1  # of the data set: 1 is the bundled model's
 
     def __post_init__(self) -> None:
         if self.clips < 1:
             raise UserError(f"clips: got {self.clips}, expected at least 1")
         if self.seed < 0:
             raise UserError(f"seed: got {self.seed}, expected 0 or more")
+        if self.version not in TURNS:
+            raise UserError(f"version: got {self.version}, expected one of {', '.join(map(str, TURNS))}")
         if self.style not in STYLES:
             raise UserError(f"style: got {self.style!r}, expected one of {', '.join(STYLES)}")
-        for key in ("motions", "favoured"):
+        for key in ("motions", "oversampled"):
             if unknown := sorted(set(getattr(self, key)) - {*MOTIONS, *CAMERA}):
                 known = ", ".join([*MOTIONS, *CAMERA])
-                raise UserError(f"{key}: got {unknown[0]!r}, expected motions of the world: {known}")
+                raise UserError(f"{key}: got {unknown[0]!r}, expected motions of the data set: {known}")
 
     def scene(self, index: int) -> Scene:
         """The exact labels of clip `index`."""
         motion = self.motions[index % len(self.motions)] if self.motions else None
         if motion in CAMERA:
-            return make_camera_scene(index, motion, seed=self.seed)
-        return make_scene(index, seed=self.seed, motion=motion)
+            return make_camera_scene(index, motion, seed=self.seed, version=self.version)
+        return make_scene(index, seed=self.seed, version=self.version, motion=motion)
 
     def render(self, numbers: Iterable[int]) -> tuple[Tensor, list[str]]:
         """Clips (n, 16, 3, 64, 64), range [-1, 1], and their captions."""
@@ -55,4 +58,4 @@ class World:
 
     def key(self) -> str:
         """The same for worlds whose clips are the same."""
-        return repr((self.clips, self.style, self.watermark, self.motions, self.seed))
+        return repr((self.clips, self.style, self.watermark, self.motions, self.seed, self.version))

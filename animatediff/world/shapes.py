@@ -1,8 +1,13 @@
-"""The built-in world: 16-frame clips of a coloured shape doing one thing, drawn from signed distances.
+"""Shapes, the toy data set: 16-frame clips of a coloured shape doing one thing, drawn from signed distances.
 
 Everything about a clip is known (`Scene`), so a generated clip can be scored exactly. As in photographs, each still
 frame hints at the action (a trail behind a moving shape, arcs around a spinning one, a halo, a ring, a shadow), so a
 text-to-image model can learn the action words from single frames.
+
+There are two versions. In version 1, of the bundled model, spins are a whole turn, and thin fading arcs turn with the
+shape, so the average of all frames does not show the direction, nor does a noisy frame. In version 2 spins are half a
+turn of shapes other than circles, a thick comet stays where it is, on the right or on the left, and the captions of the
+two directions have different words.
 """
 
 from __future__ import annotations
@@ -47,6 +52,18 @@ MOTIONS: dict[str, tuple[str, ...]] = {
     "shrink": ("shrinking", "getting smaller", "contracting"),
     "bounce": ("bouncing", "bouncing up and down", "hopping"),
 }
+OTHER_PHRASES: dict[int, dict[str, tuple[str, ...]]] = {  # by version
+    1: {},
+    2: {
+        "counter-clockwise": (
+            "spinning backwards",
+            "rotating backwards",
+            "turning backwards",
+            "spinning counter-clockwise",
+        )
+    },
+}
+TURNS = {1: 1.0, 2: 0.5}  # of a spin over a clip, by version
 SPINS = ("clockwise", "counter-clockwise")  # of large shapes near the middle, from upright on: they can be drawn well
 TEMPLATES = (
     "a {size} {color} {shape} {motion} on a {background} background",
@@ -57,7 +74,11 @@ TEMPLATES = (
 TRAVEL = 28.0  # pixels covered by left, right, up, down, and the height of a bounce
 RADII = (6.0, 17.0)  # of growing shapes, first and last frame
 FLOOR = 57.0  # where bouncing shapes land
-ZOOM = 2.0  # over a clip, of the whole picture: the camera's moves are in shapes_camera.py
+COMET_RING, COMET_GAP = 1.3, 5.0  # radius of the comet's path: radii of the shape, and pixels
+COMET_WIDTH = 4.5  # pixels, half the thickness of its head
+COMET_HEAD = 1.9  # radians clockwise from the top
+COMET_LENGTH = 3.8  # radians
+ZOOM = 2.0  # over a clip, of the whole picture: the camera's moves are in camera.py
 ORBIT = 9.0  # pixels, the radius of the circle that the picture moves on
 
 
@@ -74,12 +95,19 @@ class Scene:
     y: float
     angle: float
     caption: str
+    version: int = 1  # of the data set
+
+
+def motion_phrases(motion: str, version: int = 1) -> tuple[str, ...]:
+    """What captions call a motion."""
+    return OTHER_PHRASES[version].get(motion, MOTIONS[motion])
 
 
 def make_scene(
     index: int,
     *,
     seed: int = 0,
+    version: int = 1,
     shape: str | None = None,
     color: str | None = None,
     background: str | None = None,
@@ -87,7 +115,8 @@ def make_scene(
 ) -> Scene:
     """The scene with number `index` of the endless series `seed`; the same on every machine.
 
-    Labels given by name replace the drawn ones.
+    Labels given by name replace the drawn ones. In version 2 a circle that would spin is another shape, unless it is
+    given.
     """
     rng = np.random.Generator(np.random.PCG64([seed, index]))
 
@@ -95,6 +124,7 @@ def make_scene(
         drawn = list(options)[int(rng.integers(len(options)))]
         return drawn if given is None else given
 
+    given_shape = shape
     shape, color = pick(SHAPES, shape), pick(COLORS, color)
     background, motion = pick(BACKGROUNDS, background), pick(MOTIONS, motion)
     size = "" if motion in ("grow", "shrink") else pick(SIZES, "large" if motion in SPINS else None)
@@ -102,9 +132,18 @@ def make_scene(
     x = rng.uniform(*(near if motion in ("left", "right", *SPINS) else far))
     y = rng.uniform(*(near if motion in ("up", "down", *SPINS) else far))
     angle = rng.uniform(-0.15, 0.15) * (motion not in SPINS)
-    words = {"size": size, "color": color, "shape": shape, "background": background, "motion": pick(MOTIONS[motion])}
-    caption = " ".join(pick(TEMPLATES).format(**words).split())
-    return Scene(shape, color, size, background, motion, float(x), float(y), float(angle), caption)
+    words = {
+        "size": size,
+        "color": color,
+        "shape": shape,
+        "background": background,
+        "motion": pick(motion_phrases(motion, version)),
+    }
+    template = pick(TEMPLATES)
+    if version == 2 and motion in SPINS and given_shape is None and shape == "circle":
+        shape = words["shape"] = pick([name for name in SHAPES if name != "circle"])
+    caption = " ".join(template.format(**words).split())
+    return Scene(shape, color, size, background, motion, float(x), float(y), float(angle), caption, version)
 
 
 def poses(scene: Scene) -> np.ndarray:
@@ -118,7 +157,7 @@ def poses(scene: Scene) -> np.ndarray:
         case "up" | "down":
             y = y + path * TRAVEL * (1 if scene.motion == "down" else -1)
         case "clockwise" | "counter-clockwise":
-            angle = angle + 2 * np.pi * k / FRAMES * (1 if scene.motion == "clockwise" else -1)
+            angle = angle + 2 * np.pi * TURNS[scene.version] * k / FRAMES * (1 if scene.motion == "clockwise" else -1)
         case "grow":
             radius = RADII[0] * (RADII[1] / RADII[0]) ** (path + 0.5)
         case "shrink":
@@ -170,7 +209,20 @@ def over(canvas: Tensor, color: Tensor, alpha: Tensor) -> Tensor:
     return canvas + (color - canvas) * alpha.unsqueeze(-3)
 
 
-def _hint(canvas: Tensor, motion: str, color: Tensor, ink: Tensor, x: Tensor, y: Tensor, pose: Tensor) -> Tensor:
+def _comet(x: Tensor, y: Tensor, radius: Tensor, sign: float) -> Tensor:
+    """Coverage of a thick arc around the shape that tapers to its tail: sign 1 runs clockwise over the top to its head
+    on the right, -1 is its mirror image. It does not turn with the shape, so the mean of all frames shows it too.
+    """
+    ring, ahead = COMET_RING * radius + COMET_GAP, torch.tensor(COMET_HEAD)
+    lag = torch.remainder(ahead - torch.atan2(sign * x, -y), 2 * torch.pi)  # angle behind the head
+    tail = (torch.hypot(x, y) - ring).abs() - COMET_WIDTH * (1 - lag / COMET_LENGTH)
+    head = torch.hypot(sign * x - ring * ahead.sin(), y + ring * ahead.cos()) - COMET_WIDTH
+    return torch.maximum(cover(tail) * (lag < COMET_LENGTH), cover(head))
+
+
+def _hint(
+    canvas: Tensor, motion: str, version: int, color: Tensor, ink: Tensor, x: Tensor, y: Tensor, pose: Tensor
+) -> Tensor:
     """Draw what gives the action away in a still frame. x, y: pixel offsets from the shape's centre (n, f, H, W)."""
     radius, angle = pose[..., 2, None, None], pose[..., 3, None, None]
     if motion in ("left", "right", "up", "down"):
@@ -180,6 +232,8 @@ def _hint(canvas: Tensor, motion: str, color: Tensor, ink: Tensor, x: Tensor, y:
         return over(canvas, color, 0.5 * fade * cover(across.abs() - 0.55 * radius))
     if motion in ("clockwise", "counter-clockwise"):
         sign = 1.0 if motion == "clockwise" else -1.0
+        if version == 2:
+            return over(canvas, ink, 0.85 * _comet(x, y, radius, sign))
         ring = cover((torch.hypot(x, y) - (1.3 * radius + 3)).abs() - 1.0)
         lag = torch.remainder(sign * (angle - torch.atan2(x, -y)), torch.pi)  # angle behind the nearest arc's head
         return over(canvas, ink, ring * (1 - lag / 2.4).clamp(min=0))
@@ -196,7 +250,7 @@ def _hint(canvas: Tensor, motion: str, color: Tensor, ink: Tensor, x: Tensor, y:
 
 
 class Style:
-    """How scenes are painted: this is the plain look, others are in shapes_styles.py.
+    """How scenes are painted: this is the plain look, others are in styles.py.
 
     Colours are RGB in [0, 1], (n, 1, 3, 1, 1); canvases (n, f, 3, H, W); distances in pixels (n, f, H, W).
     """
@@ -226,29 +280,48 @@ def render(scenes: list[Scene], *, only_frames: np.ndarray | None = None, style:
         pose_of = np.take_along_axis(pose_of, only_frames[:, :, None], axis=1)
     frames = pose_of.shape[1]
     out = torch.empty(len(scenes), frames, 3, SIZE, SIZE)
-    grid = torch.arange(SIZE, dtype=torch.float32) + 0.5
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str, int], list[int]] = {}
     for i, scene in enumerate(scenes):
-        groups.setdefault((scene.shape, scene.motion), []).append(i)
-    for (shape, motion), members in groups.items():
+        groups.setdefault((scene.shape, scene.motion, scene.version), []).append(i)
+    for (shape, motion, version), members in groups.items():
+        color = _rgb(COLORS, [scenes[i].color for i in members])
+        background = _rgb(BACKGROUNDS, [scenes[i].background for i in members])
         pose = torch.from_numpy(pose_of[members]).float()
-
-        def rgb(table: dict, names: list[str]) -> Tensor:
-            return torch.tensor([table[n] for n in names]).float().div(255)[:, None, :, None, None]
-
-        color = rgb(COLORS, [scenes[i].color for i in members])
-        background = rgb(BACKGROUNDS, [scenes[i].background for i in members])
-        color, background = style.palette(color, background)
-        ink = torch.where(background.mean(2, keepdim=True) > 0.4, 0.12, 0.85).expand_as(background)
-        x = grid[None, :] - pose[..., 0, None, None]
-        y = grid[:, None] - pose[..., 1, None, None]
-        x, y = torch.broadcast_tensors(x, y)
-        canvas = background.expand(-1, frames, -1, SIZE, SIZE)
-        canvas = _hint(canvas, motion, color, ink, x, y, pose)
-        radius, angle = pose[..., 2, None, None], pose[..., 3, None, None]
-        cos, sin = torch.cos(angle), torch.sin(angle)
-        u, v = x * cos + y * sin, -x * sin + y * cos  # undo the rotation
-        mark = torch.hypot(u, v + 0.45 * radius) - 0.24 * radius  # a dark spot shows how a circle is turned
-        canvas = style.body(canvas, color, shape_distance(shape, u, v, radius), mark)
-        out[members] = style.finish(canvas) * 2 - 1
+        out[members] = draw(pose, color, background, shape=shape, motion=motion, version=version, style=style)
     return out
+
+
+def _rgb(table: dict[str, tuple[int, int, int]], names: list[str]) -> Tensor:
+    return torch.tensor([table[name] for name in names]).float().div(255)[:, None, :, None, None]
+
+
+def draw(
+    pose: Tensor,
+    color: Tensor,
+    background: Tensor,
+    *,
+    shape: str,
+    motion: str,
+    version: int = 1,
+    style: Style = PLAIN,
+) -> Tensor:
+    """Frames (n, f, 3, 64, 64), range [-1, 1], of one shape with the hint of one motion.
+
+    Args:
+        pose: (n, f, 4), see `poses`.
+        color, background: RGB in [0, 1], (n, 1, 3, 1, 1).
+    """
+    grid = torch.arange(SIZE, dtype=torch.float32) + 0.5
+    color, background = style.palette(color, background)
+    ink = torch.where(background.mean(2, keepdim=True) > 0.4, 0.12, 0.85).expand_as(background)
+    x = grid[None, :] - pose[..., 0, None, None]
+    y = grid[:, None] - pose[..., 1, None, None]
+    x, y = torch.broadcast_tensors(x, y)
+    canvas = background.expand(-1, pose.shape[1], -1, SIZE, SIZE)
+    canvas = _hint(canvas, motion, version, color, ink, x, y, pose)
+    radius, angle = pose[..., 2, None, None], pose[..., 3, None, None]
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    u, v = x * cos + y * sin, -x * sin + y * cos  # undo the rotation
+    mark = torch.hypot(u, v + 0.45 * radius) - 0.24 * radius  # a dark spot shows how a circle is turned
+    canvas = style.body(canvas, color, shape_distance(shape, u, v, radius), mark)
+    return style.finish(canvas) * 2 - 1

@@ -1,7 +1,7 @@
 """A small CLIP (Radford et al. 2021): pictures and captions to vectors of length one, alike where they belong together.
 
-The built-in world's own encoder. It has rows for the tokens it was trained with only, so its file is small, and it is
-made of torch's own layers, so loading it takes no time.
+The encoder of Shapes, the toy data set. It has rows for the tokens it was trained with only, so its file is small,
+and it is made of torch's own layers, so loading it takes no time.
 """
 
 from __future__ import annotations

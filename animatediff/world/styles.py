@@ -1,4 +1,4 @@
-"""Other looks of the built-in world: the same scenes in three styles, and a watermark as stock videos carry it."""
+"""Other looks of Shapes, the toy data set: the same scenes in three styles, and a watermark as of stock videos."""
 
 from __future__ import annotations
 

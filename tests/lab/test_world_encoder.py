@@ -48,7 +48,7 @@ def test_words_of_the_world_and_others():
 
 def test_another_file_is_no_encoder(tmp_path):
     write_state_dict(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
-    with pytest.raises(UserError, match="x.safetensors, expected an encoder of the built-in world"):
+    with pytest.raises(UserError, match="x.safetensors, expected an encoder of Shapes, the toy data set"):
         WorldEncoder.from_file(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="got no encoder at .*y.safetensors: train stage shapes_encoder"):
         WorldEncoder.from_file(tmp_path / "y.safetensors")

@@ -63,7 +63,7 @@ def test_an_entry_and_motions_of_the_camera(config, tmp_path, capsys):
     ("values", "options", "message"),
     [
         ({}, ["--entry", "1"], "got --entry 1, but .* has 1, expected 0 to 0"),
-        ({}, ["--motions", "orbit", "dolly"], "motions: got 'dolly', expected motions of the world: still"),
+        ({}, ["--motions", "orbit", "dolly"], "motions: got 'dolly', expected motions of the data set: still"),
         ({}, ["--style", "oil"], "style: got 'oil', expected one of plain"),
         ({"L": 8}, [], "entry a: got L=8 H=64 W=64, expected L=16 H=64 W=64"),
         ({"image": "x.png"}, [], "entry a: got image, expected none: clips are made from captions alone"),

@@ -241,7 +241,7 @@ def test_a_style_is_learnt_from_the_world(files, tmp_path):
     ("values", "message"),
     [
         ({"style": "oil"}, "style: got 'oil', expected one of plain, neon"),
-        ({"motions": ["spin"]}, "motions: got 'spin', expected motions of the world: still"),
+        ({"motions": ["spin"]}, "motions: got 'spin', expected motions of the data set: still"),
         ({"clips": 0}, "clips: got 0, expected at least 1"),
     ],
 )

@@ -14,7 +14,7 @@ import yaml
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module, load_vae
 from animatediff.lab.stages import load_train_config
-from animatediff.training.latents import FAVOUR, LatentClips
+from animatediff.training.latents import OVERSAMPLING, LatentClips
 from animatediff.training.loop import step_gradients
 from animatediff.utils import UserError
 from animatediff.world.series import World
@@ -168,18 +168,18 @@ def test_words_the_world_never_says_stay_zero(trained):
     assert 5 < (table.abs().sum(1) > 0).sum() < 200
 
 
-def test_favoured_motions_are_drawn_more_often(trained):
+def test_oversampled_motions_are_drawn_more_often(trained):
     motions = [make_scene(i).motion for i in range(4)]
     file, vae = trained / "image/clips.pt", load_base(trained / "image/image.safetensors").vae
-    clips = LatentClips.of_world(file, vae, World(4, favoured=(motions[0],)))
-    wanted = torch.tensor([FAVOUR if motion == motions[0] else 1.0 for motion in motions])
+    clips = LatentClips.of_world(file, vae, World(4, oversampled=(motions[0],)))
+    wanted = torch.tensor([OVERSAMPLING if motion == motions[0] else 1.0 for motion in motions])
     drawn = clips.draw(2000, torch.Generator().manual_seed(0)).bincount(minlength=4) / 2000
     assert wanted.min() < wanted.max() and torch.allclose(drawn, wanted / wanted.sum(), atol=0.04)
 
 
-def test_a_favoured_motion_that_does_not_exist_is_refused(tmp_path):
-    path = write(tmp_path / "image.yaml", IMAGE | {"output_dir": str(tmp_path / "out"), "favoured": ["spin"]})
-    with pytest.raises(UserError, match="favoured: got 'spin', expected motions of the world: still"):
+def test_an_oversampled_motion_that_does_not_exist_is_refused(tmp_path):
+    path = write(tmp_path / "image.yaml", IMAGE | {"output_dir": str(tmp_path / "out"), "oversampled": ["spin"]})
+    with pytest.raises(UserError, match="oversampled: got 'spin', expected motions of the data set: still"):
         load_train_config(path).run(lambda line: None)
 
 

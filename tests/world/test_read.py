@@ -17,9 +17,10 @@ from animatediff.world import read as shapes_scorer
 from animatediff.world import shapes
 from animatediff.world.evaluate import evaluate_shapes, shuffle_frames
 from animatediff.world.read import LABELS, NONE, OPPOSITES, Score, score_clip, score_clips
+from animatediff.world.read_hint import read_hint
 from animatediff.world.report import format_table, summarise
 from animatediff.world.series import World
-from animatediff.world.shapes import FRAMES, MOTIONS, SIZE, make_scene, poses, render
+from animatediff.world.shapes import FRAMES, MOTIONS, SIZE, TURNS, make_scene, poses, render
 from animatediff.world.styles import STYLES, stamp
 
 HELD_OUT = 1
@@ -67,6 +68,30 @@ def test_rendered_clips(videos, scenes):
     summary = summarise(score_clips(videos), scenes)
     assert min(summary[label] for label in LABELS) >= 99, summary
     assert summary["smoothness"] > 0.9 and summary["flicker"] < 0.002 and summary["drift"] < 0.01
+
+
+def test_version_2():
+    """As of version 1: rendered and degraded clips are read right, shuffled ones are no motion."""
+    world = World(50, version=2, motions=tuple(MOTIONS), seed=HELD_OUT)
+    scenes, videos = [world.scene(i) for i in range(50)], world.render(range(50))[0]
+    for clips, least in ((videos, 99), (degraded(videos), 97)):
+        summary = summarise(score_clips(clips, version=2), scenes)
+        assert min(summary[label] for label in LABELS) >= least, summary
+        assert [cell["amplitude"] for cell in summary["by_motion"].values()][1:] == pytest.approx([1] * 9, rel=0.2)
+    shuffled = score_clips(shuffle_frames(videos[:40]), version=2)
+    assert {score.motion for score, scene in zip(shuffled, scenes, strict=False) if scene.motion != "still"} == {NONE}
+    spins = [score.motion for score in score_clips(videos[5:7].flip(1), version=2)]
+    assert spins == ["counter-clockwise", "clockwise"]
+
+
+@pytest.mark.parametrize("version", TURNS)
+def test_hints_of_single_frames(version):
+    scenes = [make_scene(i, seed=HELD_OUT, version=version, motion=list(MOTIONS)[i % 10]) for i in range(50)]
+    frames = render(scenes, only_frames=np.arange(50)[:, None] % FRAMES)
+    for some in (frames, degraded(frames)):
+        read = [read_hint(frame, version=version) for frame in some[:, 0]]
+        assert sum(a == scene.motion for a, scene in zip(read, scenes, strict=True)) >= 49, read
+    assert read_hint(torch.zeros(3, SIZE, SIZE)) == NONE
 
 
 def test_degraded_clips(videos, scenes):
@@ -217,7 +242,7 @@ def test_evaluation_of_a_perfect_model(tmp_path):
     assert result["generated"]["all"] == result["generated"]["place"] == 100
     assert result["shuffled"]["motion"] == pytest.approx(100 * 2 / 11, abs=0.01)  # two stand still
     assert json.loads((tmp_path / "summary.json").read_text()) == result
-    assert result["settings"] == {"captions": 11, "seed": 1, "style": "plain", "steps": 25}
+    assert result["settings"] == {"captions": 11, "seed": 1, "style": "plain", "version": 1, "steps": 25}
     assert (result["generated"]["style"], result["generated"]["watermark"]) == (100, 0)
     rows = list(csv.DictReader((tmp_path / "clips.csv").open()))
     assert [row["caption"] for row in rows] == asked
@@ -254,7 +279,8 @@ def test_place_and_size_can_be_read_where_the_turn_cannot():
     path = poses(make_scene(3, motion="grow"))
     path[:, 2], path[:, 3] = np.log(path[:, 2]), np.random.default_rng(0).uniform(0, 6, FRAMES)
     even = np.full(FRAMES, 1 / FRAMES)
-    assert [shapes_scorer._read_motion(path, even, channels)[0] for channels in (4, 3)] == [NONE, "grow"]
+    read = [shapes_scorer._read_motion(path, even, turns=1.0, channels=channels)[0] for channels in (4, 3)]
+    assert read == [NONE, "grow"]
 
 
 def test_refused_evaluations():

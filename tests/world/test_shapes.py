@@ -1,11 +1,14 @@
-"""The built-in world: the same everywhere, drawn as its labels say."""
+"""Shapes, the toy data set: the same everywhere, drawn as its labels say."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from animatediff.config.networks import ScheduleConfig
+from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.world.shapes import (
     BACKGROUNDS,
     COLORS,
@@ -16,14 +19,18 @@ from animatediff.world.shapes import (
     SHAPES,
     SIZE,
     SIZES,
+    SPINS,
     TRAVEL,
+    TURNS,
     make_scene,
+    motion_phrases,
     poses,
     render,
     shape_distance,
 )
 
 SCENES = [make_scene(i, seed=3, motion=list(MOTIONS)[i % len(MOTIONS)]) for i in range(100)]
+SECOND = [make_scene(i, seed=3, version=2, motion=list(MOTIONS)[i % len(MOTIONS)]) for i in range(100)]
 
 
 def test_a_scene_is_its_number():
@@ -49,27 +56,41 @@ def test_every_label_occurs():
         assert min(counts) > 400 / len(names) / 2, label
 
 
-@pytest.mark.parametrize("scene", SCENES[:20], ids=lambda scene: scene.caption)
+@pytest.mark.parametrize("scene", SCENES[:20] + SECOND[:20], ids=lambda scene: f"{scene.version}: {scene.caption}")
 def test_captions_say_what_is_seen(scene):
     words = scene.caption.replace(",", "").split()
     assert scene.color in words and scene.shape in words and scene.background in words
-    assert any(phrase in scene.caption for phrase in MOTIONS[scene.motion])
-    assert not any(phrase in scene.caption for name in MOTIONS if name != scene.motion for phrase in MOTIONS[name])
+    called = {name: any(phrase in scene.caption for phrase in motion_phrases(name, scene.version)) for name in MOTIONS}
+    assert [name for name, found in called.items() if found] == [scene.motion]
     assert not set(SIZES) - {scene.size} & set(words)
     assert (scene.size == "") == (scene.motion in ("grow", "shrink"))
 
 
+def test_what_version_2_changes():
+    """Spins alone: half a turn, no circles unless asked for, words of their own; a version 1 caption is among them."""
+    for first, second in zip(SCENES, SECOND, strict=True):
+        if first.motion not in SPINS:
+            assert second == replace(first, version=2)
+    spins = [scene for scene in SECOND if scene.motion in SPINS]
+    assert {scene.shape for scene in spins} == set(SHAPES) - {"circle"}
+    assert make_scene(4, version=2, motion="clockwise", shape="circle").shape == "circle"
+    ways = [set(" ".join(motion_phrases(motion, 2)[:3]).split()) for motion in SPINS]
+    assert ways[0] & ways[1] == {"spinning", "rotating", "turning"}
+    assert motion_phrases(SPINS[1], 2)[3] == MOTIONS[SPINS[1]][0]
+
+
+@pytest.mark.parametrize("version", TURNS)
 @pytest.mark.parametrize("motion", MOTIONS)
-def test_poses(motion):
-    scene = make_scene(4, motion=motion)
+def test_poses(motion, version):
+    scene = make_scene(4, motion=motion, version=version)
     x, y, radius, angle = poses(scene).T
     first_to_last = {
         "left": (-TRAVEL, 0, 1, 0),
         "right": (TRAVEL, 0, 1, 0),
         "up": (0, -TRAVEL, 1, 0),
         "down": (0, TRAVEL, 1, 0),
-        "clockwise": (0, 0, 1, 2 * np.pi * 15 / 16),
-        "counter-clockwise": (0, 0, 1, -2 * np.pi * 15 / 16),
+        "clockwise": (0, 0, 1, 2 * np.pi * TURNS[version] * 15 / 16),
+        "counter-clockwise": (0, 0, 1, -2 * np.pi * TURNS[version] * 15 / 16),
         "grow": (0, 0, RADII[1] / RADII[0], 0),
         "shrink": (0, 0, RADII[0] / RADII[1], 0),
     }.get(motion, (0, 0, 1, 0))
@@ -83,7 +104,7 @@ def test_poses(motion):
 
 
 def test_shapes_stay_in_the_picture():
-    for scene in SCENES:
+    for scene in SCENES + SECOND:
         x, y, radius, _ = poses(scene).T
         for middle in (x, y):
             assert (middle - radius).min() > 0 and (middle + radius).max() < SIZE, scene
@@ -125,13 +146,41 @@ def test_colours_are_the_labels():
         assert frame[:, 0].median(dim=1).values.tolist() == pytest.approx(BACKGROUNDS[scene.background], abs=6)
 
 
+@pytest.mark.parametrize("version", TURNS)
 @pytest.mark.parametrize("motion", MOTIONS)
-def test_a_still_frame_hints_at_its_motion(motion):
+def test_a_still_frame_hints_at_its_motion(motion, version):
     """Something besides the shape is drawn, except where nothing moves."""
-    scene = replace(make_scene(1, motion=motion, shape="circle", color="red", background="white"), x=32.0, y=32.0)
+    labels = {"shape": "circle", "color": "red", "background": "white"}
+    scene = replace(make_scene(1, motion=motion, version=version, **labels), x=32.0, y=32.0)
     frame = render([scene])[0, 3]
     x, y, radius, _ = poses(scene)[3]
     grid = torch.arange(SIZE) + 0.5
     outside = torch.hypot(grid[None, :] - x, grid[:, None] - y) > radius + 1.5
     differs = (frame - frame[:, :1, :1]).abs().amax(dim=0) > 0.1
     assert bool((differs & outside).any()) == (motion != "still")
+
+
+@pytest.mark.parametrize("version", TURNS)
+def test_the_direction_of_a_spin_shows_in_noise(version):
+    """At timestep 960, where a sampler decides what moves how: of version 2, by a linear probe on coarse pixels.
+
+    The probe is the difference of the directions' mean rendered clips, with brightness counted from the background on
+    towards the ink. In version 1 the arcs turn with the shape, and the probe is at chance.
+    """
+    abar = float(NoiseSchedule(ScheduleConfig()).alphas_cumprod[960])
+
+    def coarse(seed: int, count: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        scenes = [make_scene(i, seed=seed, version=version, motion=SPINS[i % 2]) for i in range(count)]
+        clips = render(scenes)
+        if generator:
+            clips = abar**0.5 * clips + (1 - abar) ** 0.5 * torch.randn(clips.shape, generator=generator)
+        cells = F.avg_pool2d(clips.mean(dim=(1, 2))[:, None], 8).flatten(1)
+        lighter = torch.tensor([1.0 if scene.background == "black" else -1.0 for scene in scenes])
+        way = torch.tensor([1.0 if scene.motion == SPINS[0] else -1.0 for scene in scenes])
+        return (cells - cells.mean(dim=1, keepdim=True)) * lighter[:, None], way
+
+    clean, way = coarse(0, 100)
+    probe = clean[way > 0].mean(dim=0) - clean[way < 0].mean(dim=0)
+    noisy, way = coarse(1, 100, torch.Generator().manual_seed(0))
+    right = float(((noisy @ probe).sign() == way).float().mean())
+    assert right >= 0.9 if version == 2 else 0.35 <= right <= 0.65, right
