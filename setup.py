@@ -17,7 +17,6 @@ setup(
         "numpy",
         "einops",
         "transformers>=4.40",
-        "tokenizers",
         "safetensors",
         "omegaconf",
         "pydantic>=2.7",

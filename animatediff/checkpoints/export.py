@@ -37,7 +37,8 @@ from animatediff.checkpoints.sizes import (
     vae_metadata_of,
 )
 from animatediff.config.networks import MotionConfig, ScheduleConfig
-from animatediff.models.text import END, START, TextEncoder, build_vocabulary, read_bundled_merges
+from animatediff.models.text import TextEncoder
+from animatediff.models.tokenizer import END, START, build_vocabulary, read_bundled_merges
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
 from animatediff.utils import UserError, replacing

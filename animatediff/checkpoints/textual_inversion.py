@@ -13,7 +13,8 @@ from pathlib import Path
 from animatediff.checkpoints.files import file_sha256, read_state_dict
 from animatediff.checkpoints.identify import embedding_vectors, identify_tensors, refusal
 from animatediff.checkpoints.load import LoadReport
-from animatediff.models.text import TextEncoder, Tokenizer
+from animatediff.models.text import TextEncoder
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.utils import UserError, naming
 
 

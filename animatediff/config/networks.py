@@ -152,6 +152,8 @@ class TextConfig:
     mlp_width: int = 3072
     max_length: int = 77  # tokens of one chunk, start and end tokens included
     activation: str = "quick_gelu"
+    projection_width: int = 0  # of the pooled vector (SDXL's second encoder); 0 leaves it as it is
+    end_token_id: int = 49407  # whose state is the pooled vector
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from animatediff.config.networks import SmallCLIPConfig
-from animatediff.models.text import Tokenizer
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.training.limits import check_numbers
 from animatediff.training.loop import LoopConfig, Stage, train, world
 from animatediff.world.encoder import (

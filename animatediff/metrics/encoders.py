@@ -11,7 +11,7 @@ from torch import Tensor
 
 from animatediff.checkpoints.files import file_sha256, find_weights, read_json, read_state_dict
 from animatediff.metrics.references import cover
-from animatediff.models.text import Tokenizer
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.utils import UserError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of pixels in [0, 1]

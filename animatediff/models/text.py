@@ -1,280 +1,37 @@
-"""Prompt to text embedding: the CLIP tokenizer, offline, and the CLIP text encoder (Radford et al. 2021)."""
+"""Token ids to text embeddings: the CLIP text encoder (Radford et al. 2021, arXiv 2103.00020)."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from importlib.resources import files
-from pathlib import Path
 
 import torch
 from einops import rearrange
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as BPETokenizer
 from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from animatediff.config.networks import TextConfig
-from animatediff.models.prompt_weighting import Section, weigh_states
+from animatediff.models.prompt_weighting import weigh_states
 from animatediff.utils import UserError
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-WORD_END = "</w>"
-# Special tokens, English contractions, runs of letters, single digits, runs of anything else that is not blank.
-WORD_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-Merge = tuple[str, str]
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), the approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
 
 
-def read_bundled_merges() -> list[Merge]:
-    """The 48,894 merges of OpenAI's CLIP, in order of priority."""
-    text = gzip.decompress(files("animatediff").joinpath("assets/clip_merges.txt.gz").read_bytes()).decode("utf-8")
-    return parse_merges(text.splitlines())
-
-
-def parse_merges(lines: list[str]) -> list[Merge]:
-    """Pairs from the lines of a merges.txt; its `#version` line is skipped.
-
-    Raises:
-        UserError: a line is not two tokens.
-    """
-    pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-    if wrong := [pair for pair in pairs if len(pair) != 2]:
-        raise UserError(f"got the merge {' '.join(wrong[0])!r}, expected two tokens: check the model's merges.txt")
-    return pairs
-
-
-def build_vocabulary(merges: list[Merge]) -> dict[str, int]:
-    """Token -> id: 256 bytes, the same at a word's end, one token per merge, start and end (49,408 for CLIP).
-
-    Bytes are spelled as printable characters: Latin-1 ones stand for themselves and come first,
-    the others follow as the code points from 256 up.
-    """
-    printable = [chr(b) for b in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))]
-    alphabet = printable + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = alphabet + [c + WORD_END for c in alphabet] + [left + right for left, right in merges] + [START, END]
-    return {token: i for i, token in enumerate(tokens)}
-
-
-class Tokenizer:
-    """CLIP's byte-pair tokenizer; without arguments, OpenAI's table from `animatediff/assets`.
-
-    Args:
-        merges: pairs to join, in order of priority.
-        vocabulary: token -> id; derived from the merges where not given.
-        added_tokens: whole words -> ids that continue the vocabulary, kept in one piece wherever they occur.
-        pad_token: fills a chunk after its end token (`<|endoftext|>` for every SD 1.x model).
-
-    Raises:
-        UserError: a vocabulary that lacks the start, end or padding token or a merged one, or added ids that
-            leave a gap.
-    """
-
-    def __init__(
-        self,
-        merges: list[Merge] | None = None,
-        vocabulary: dict[str, int] | None = None,
-        *,
-        added_tokens: dict[str, int] | None = None,
-        pad_token: str = END,
-    ) -> None:
-        merges = read_bundled_merges() if merges is None else merges
-        vocabulary = build_vocabulary(merges) if vocabulary is None else vocabulary
-        self._bpe = _build_bpe(merges, vocabulary)
-        _add_tokens(self._bpe, added_tokens or {})
-        self.vocab_size = self._bpe.get_vocab_size()
-        self.start_id, self.end_id, self.pad_id = (self._special_id(token) for token in (START, END, pad_token))
-        self._own_words: dict[str, list[int]] = {}
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> Tokenizer:
-        """Read a `tokenizer/` folder of a diffusers model (vocab.json + merges.txt, or tokenizer.json alone).
-
-        Raises:
-            UserError: the folder holds neither, or its files do not belong together.
-        """
-        folder = Path(folder)
-        added = _read_json(folder / "added_tokens.json")
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocabulary = _read_json(folder / "vocab.json")
-            merges = parse_merges((folder / "merges.txt").read_text(encoding="utf-8").splitlines())
-        elif (folder / "tokenizer.json").is_file():
-            saved = _read_json(folder / "tokenizer.json")
-            vocabulary = saved["model"]["vocab"]
-            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in saved["model"]["merges"]]
-            added |= {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
-        else:
-            raise UserError(
-                f"got {folder} without a tokenizer, expected vocab.json and merges.txt (or tokenizer.json) in it: "
-                "restore them, or remove the folder to use the bundled CLIP table"
-            )
-        pad = _read_json(folder / "tokenizer_config.json").get("pad_token") or END
-        return cls(merges, vocabulary, added_tokens=added, pad_token=pad["content"] if isinstance(pad, dict) else pad)
-
-    def __call__(self, prompts: list[str], *, max_length: int = 77) -> Tensor:
-        """Token ids of prompts of any length, cut into chunks that the encoder can take.
-
-        Each chunk is start token, up to `max_length - 2` tokens, end token, padding. All prompts of one call
-        get as many chunks as the longest needs, so a prompt and its negative prompt belong in one call.
-
-        Args:
-            prompts: n texts; blank ones are fine.
-            max_length: tokens of a chunk, start and end included (`TextConfig.max_length`).
-
-        Returns:
-            int64 ids (n, chunks, max_length).
-
-        Raises:
-            UserError: `prompts` is not a list of texts, or `max_length` leaves no room for a token.
-        """
-        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise UserError(f"got prompts {prompts!r}, expected a list of texts: quote each prompt, one entry each")
-        return self.weighted([[[(prompt, 1.0)]] for prompt in prompts], max_length=max_length)[0]
-
-    def weighted(self, prompts: Sequence[Sequence[Section]], *, max_length: int = 77) -> tuple[Tensor, Tensor]:
-        """As `__call__`, of prompts whose texts have weights. Every section begins a new chunk.
-
-        A word of several ids (`add_word`) that fits into a chunk is never cut in two.
-
-        Args:
-            prompts: n prompts, each as its sections (`prompt_weighting.parse_prompt`).
-
-        Returns:
-            int64 ids and float32 weights, both (n, chunks, max_length); start, end and padding weigh 1.
-
-        Raises:
-            UserError: `max_length` leaves no room for a token.
-        """
-        if max_length < 3:
-            raise UserError(f"got max_length {max_length}, expected at least 3: start token, a token, end token")
-        rows = [
-            [chunk for section in sections for chunk in self._chunks(section, max_length - 2)] for sections in prompts
-        ]
-        shape = (len(rows), max([1, *map(len, rows)]), max_length)
-        ids, weights = torch.full(shape, self.pad_id), torch.ones(shape)
-        for n, row in enumerate(rows):
-            for c in range(shape[1]):
-                chunk = row[c] if c < len(row) else []
-                piece = [self.start_id, *(token for token, _ in chunk), self.end_id]
-                ids[n, c, : len(piece)] = torch.tensor(piece)
-                weights[n, c, 1 : len(chunk) + 1] = torch.tensor([weight for _, weight in chunk])
-        return ids, weights
-
-    def add_word(self, word: str, ids: list[int]) -> None:
-        """Let a word of the prompts stand for these ids, wherever it occurs, in capitals or not.
-
-        Raises:
-            UserError: the word is blank, or there already.
-        """
-        key = word.strip().lower()
-        if not key or key in self._own_words:
-            what = f"the word {word!r} twice" if key else "a blank word"
-            raise UserError(f"got {what}, expected one of its own: give it a name")
-        self._own_words[key] = ids
-
-    def tokenize(self, prompt: str) -> list[int]:
-        """The ids of one prompt, of any length, without start and end tokens."""
-        return [token for word in self._words(prompt) for token in word]
-
-    def _chunks(self, section: Section, room: int) -> list[list[tuple[int, float]]]:
-        chunks: list[list[tuple[int, float]]] = [[]]
-        for text, weight in section:
-            for word in self._words(text):
-                if len(chunks[-1]) + min(len(word), room) > room:
-                    chunks.append([])
-                for token in word:
-                    if len(chunks[-1]) == room:
-                        chunks.append([])
-                    chunks[-1].append((token, weight))
-        return chunks
-
-    def _words(self, text: str) -> Iterator[list[int]]:
-        """The ids that belong together: those of an added word, any other token alone."""
-        for i, part in enumerate(self._split(text)):
-            if i % 2:
-                yield self._own_words[part]
-            else:
-                clean = part.encode("utf-8", errors="replace").decode("utf-8")  # half a surrogate pair is no text
-                yield from ([token] for token in self._bpe.encode(clean, add_special_tokens=False).ids)
-
-    def _split(self, text: str) -> list[str]:
-        """What is between added words, and after each of these but the last the word that follows."""
-        if not self._own_words:
-            return [text]
-        longest_first = sorted(self._own_words, key=len, reverse=True)
-        return re.split(f"({'|'.join(map(_whole_word, longest_first))})", text.lower())
-
-    def _special_id(self, token: str) -> int:
-        index = self._bpe.token_to_id(token)
-        if index is None:
-            raise UserError(f"got a vocabulary without {token}, expected CLIP's: check the model's tokenizer folder")
-        return index
-
-
-def _build_bpe(merges: list[Merge], vocabulary: dict[str, int]) -> BPETokenizer:
-    for merge in merges:
-        if "".join(merge) not in vocabulary or not all(part in vocabulary for part in merge):
-            raise UserError(
-                f"got the merge {' '.join(merge)!r} of tokens the vocabulary lacks, expected a vocabulary with all "
-                "of them: take merges and vocabulary from the same model"
-            )
-    bpe = BPETokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=merges,
-            continuing_subword_prefix="",
-            end_of_word_suffix=WORD_END,
-            unk_token=END,
-        )
-    )
-    bpe.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    bpe.add_special_tokens([AddedToken(token, normalized=False) for token in (START, END) if token in vocabulary])
-    return bpe
-
-
-def _add_tokens(bpe: BPETokenizer, tokens: dict[str, int]) -> None:
-    for token, index in sorted(tokens.items(), key=lambda item: item[1]):
-        bpe.add_tokens([AddedToken(token, normalized=token not in (START, END))])
-        if (got := bpe.token_to_id(token)) != index:
-            raise UserError(
-                f"got added token {token} with id {index}, expected {got}: ids must continue the vocabulary"
-            )
-
-
-def _whole_word(word: str) -> str:
-    """The pattern of a word that no letter or digit continues."""
-    before, after = (r"\b" if re.match(r"\w", end) else "" for end in (word[0], word[-1]))
-    return before + re.escape(word) + after
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"got {path} with broken content ({error}), expected JSON: fetch the file again") from None
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
 class TextEncoder(nn.Module):
-    """CLIP's causal text transformer: transformers' CLIPTextModel, built from sizes alone.
+    """CLIP's causal text transformer, built from sizes alone.
 
-    Parameters are named `text_model.embeddings.token_embedding.weight`, `text_model.encoder.layers.0…`,
-    `text_model.final_layer_norm.weight`, as in checkpoints, whichever transformers version is installed.
+    Parameters are named as in checkpoints and in transformers' CLIPTextModelWithProjection:
+    `text_model.embeddings.token_embedding.weight`, `text_model.encoder.layers.0…`, `text_projection.weight`.
     There are no buffers, so it can be built on the meta device and filled with `load_state_dict(assign=True)`.
 
     Raises:
-        UserError: the number of heads does not divide the width.
+        UserError: the number of heads does not divide the width, or an unknown activation.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -284,10 +41,17 @@ class TextEncoder(nn.Module):
                 f"got {config.num_heads} heads for a text encoder of width {config.width}, expected a divisor of it: "
                 "set text_num_heads in the checkpoint's metadata"
             )
+        if config.activation not in ACTIVATIONS:
+            raise UserError(
+                f"got the activation {config.activation!r} of a text encoder, expected {' or '.join(ACTIVATIONS)}: "
+                "set text_activation in the checkpoint's metadata"
+            )
         self.config = config
-        self.text_model = _build_clip(config)
+        self.text_model = _Transformer(config)
+        if config.projection_width:
+            self.text_projection = nn.Linear(config.width, config.projection_width, bias=False)
 
-    def forward(self, token_ids: Tensor, *, clip_skip: int = 1) -> Tensor:
+    def forward(self, token_ids: Tensor, *, clip_skip: int = 1, final_norm: bool = True) -> Tensor:
         """Embed one chunk per row.
 
         Padding is attended to like any token, as Stable Diffusion was trained.
@@ -295,25 +59,42 @@ class TextEncoder(nn.Module):
         Args:
             token_ids: int64 ids (n, l), l at most `config.max_length`.
             clip_skip: the layer to take, from the end: 1 the last, 2 the one before it, …
+            final_norm: apply the final layer norm to it, as SD 1.x does and SDXL does not.
 
         Returns:
-            That layer's states after the final layer norm (n, l, d).
+            That layer's states (n, l, d).
 
         Raises:
             UserError: l exceeds `config.max_length`, or there is no such layer.
         """
         self.check_clip_skip(clip_skip)
-        length = token_ids.shape[-1]
-        if length > self.config.max_length:
+        states = self.hidden_states(token_ids)[-clip_skip]
+        return self.text_model.final_layer_norm(states) if final_norm else states
+
+    def hidden_states(self, token_ids: Tensor) -> list[Tensor]:
+        """The embedded tokens of ids (n, l) and what each layer makes of them, all (n, l, d), without the final norm.
+
+        Raises:
+            UserError: l exceeds `config.max_length`.
+        """
+        if token_ids.shape[-1] > self.config.max_length:
             raise UserError(
-                f"got {length} tokens, expected at most {self.config.max_length}: "
+                f"got {token_ids.shape[-1]} tokens, expected at most {self.config.max_length}: "
                 f"tokenize with max_length={self.config.max_length}"
             )
-        positions = torch.arange(length, device=token_ids.device)[None]
-        if clip_skip == 1:
-            return self.text_model(input_ids=token_ids, position_ids=positions).last_hidden_state
-        out = self.text_model(input_ids=token_ids, position_ids=positions, output_hidden_states=True)
-        return self.text_model.final_layer_norm(out.hidden_states[-clip_skip])
+        return self.text_model(token_ids)
+
+    def pool(self, last_states: Tensor, token_ids: Tensor) -> Tensor:
+        """The vector (n, p) of each row: its first end token's state after the final norm, projected where there is a
+        projection.
+
+        Args:
+            last_states: of the last layer, `hidden_states(token_ids)[-1]` (n, l, d).
+            token_ids: (n, l).
+        """
+        end = (token_ids == self.config.end_token_id).int().argmax(dim=1)
+        pooled = self.text_model.final_layer_norm(last_states)[torch.arange(len(end), device=end.device), end]
+        return self.text_projection(pooled) if self.config.projection_width else pooled
 
     def check_clip_skip(self, clip_skip: int) -> None:
         """Raises UserError unless there is such a layer."""
@@ -323,21 +104,24 @@ class TextEncoder(nn.Module):
                 "text encoder"
             )
 
-    def encode(self, token_ids: Tensor, *, weights: Tensor | None = None, clip_skip: int = 1) -> Tensor:
+    def encode(
+        self, token_ids: Tensor, *, weights: Tensor | None = None, clip_skip: int = 1, final_norm: bool = True
+    ) -> Tensor:
         """Embed prompts of several chunks, each chunk on its own, and join them along the tokens.
 
         Args:
             token_ids: int64 ids (n, chunks, l) from `Tokenizer`.
             weights: of every token (n, chunks, l), from `Tokenizer.weighted`.
-            clip_skip: as of `forward`.
+            clip_skip, final_norm: as of `forward`.
 
         Returns:
             The context of the UNet's cross-attention (n, chunks * l, d).
         """
-        states = self(rearrange(token_ids, "n c l -> (n c) l"), clip_skip=clip_skip)
+        rows = rearrange(token_ids, "n c l -> (n c) l")
+        states = self(rows, clip_skip=clip_skip, final_norm=final_norm)
         if weights is not None:
             states = weigh_states(states, rearrange(weights, "n c l -> (n c) l"))
-        return rearrange(states, "(n c) l d -> n (c l) d", n=token_ids.shape[0], c=token_ids.shape[1])
+        return rearrange(states, "(n c) l d -> n (c l) d", c=token_ids.shape[1])
 
     def add_tokens(self, vectors: Tensor) -> list[int]:
         """Learn further tokens, by their vectors (k, d); returns their ids."""
@@ -353,24 +137,47 @@ class TextEncoder(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
 
 
-def _build_clip(config: TextConfig) -> nn.Module:
-    """The module that owns `embeddings`, `encoder` and `final_layer_norm`."""
-    # Imported here: it takes seconds, and tokenizing or reading a checkpoint does without it.
-    with torch.device("cpu"):  # not meta, where models are built: the import itself computes with tensors
-        from transformers.models.clip.configuration_clip import CLIPTextConfig
-        from transformers.models.clip.modeling_clip import CLIPTextModel
+class _Transformer(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        tokens, positions = (nn.Embedding(n, config.width) for n in (config.vocab_size, config.max_length))
+        self.embeddings = nn.ModuleDict({"token_embedding": tokens, "position_embedding": positions})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(_Layer(config) for _ in range(config.layers))})
+        self.final_layer_norm = nn.LayerNorm(config.width)
+        for table in (tokens, positions):
+            nn.init.normal_(table.weight, std=0.02)
 
-    model = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=config.mlp_width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.num_heads,
-            max_position_embeddings=config.max_length,
-            hidden_act=config.activation,
+    def forward(self, token_ids: Tensor) -> list[Tensor]:
+        positions = torch.arange(token_ids.shape[-1], device=token_ids.device)[None]
+        embeddings = self.embeddings
+        states = [embeddings.token_embedding(token_ids) + embeddings.position_embedding(positions)]
+        for layer in self.encoder.layers:
+            states.append(layer(states[-1]))
+        return states
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_heads, self.activation = config.num_heads, ACTIVATIONS[config.activation]
+        width = config.width
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("k", "v", "q", "out")})
+        self.layer_norm1 = nn.LayerNorm(width)
+        fc1, fc2 = nn.Linear(width, config.mlp_width), nn.Linear(config.mlp_width, width)
+        self.mlp = nn.ModuleDict({"fc1": fc1, "fc2": fc2})
+        self.layer_norm2 = nn.LayerNorm(width)
+        small = (2 * width * config.layers) ** -0.5  # OpenAI's start: less of each layer, the more of them add up
+        stds = {"fc1": (2 * width) ** -0.5, "out_proj": width**-0.5}
+        for name, layer in [*self.self_attn.items(), *self.mlp.items()]:
+            nn.init.normal_(layer.weight, std=stds.get(name, small))
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attn, mlp, normed = self.self_attn, self.mlp, self.layer_norm1(x)
+        q, k, v = (
+            rearrange(project(normed), "n l (nh dh) -> n nh l dh", nh=self.num_heads)
+            for project in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
-    )
-    inner = getattr(model, "text_model", model)  # the extra level went away in transformers 5
-    inner.embeddings.position_ids = None  # `forward` passes positions; as a buffer it would not survive meta
-    return inner
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + attn.out_proj(rearrange(mixed, "n nh l dh -> n l (nh dh)"))
+        return x + mlp.fc2(self.activation(mlp.fc1(self.layer_norm2(x))))

@@ -15,7 +15,7 @@ from animatediff.config.steering import Steering
 from animatediff.models.lora import LoRAStack
 from animatediff.models.lora_layers import AlphaRule
 from animatediff.models.sparsectrl_encoder import SparseCtrl
-from animatediff.models.text import Tokenizer
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
 from animatediff.pipeline.model import Components, place, share_weights

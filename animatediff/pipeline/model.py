@@ -18,7 +18,8 @@ from animatediff.features.prompt_travel import Travel
 from animatediff.features.windows import Windows
 from animatediff.models.lora import LoRAStack
 from animatediff.models.sparsectrl_encoder import SparseCtrl
-from animatediff.models.text import TextEncoder, Tokenizer
+from animatediff.models.text import TextEncoder
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
 from animatediff.utils import UserError

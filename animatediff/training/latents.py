@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from animatediff.media.scribble import draw_scribbles, pack, unpack
-from animatediff.models.text import Tokenizer
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.vae import VAE
 from animatediff.training.data.clips import Series
 from animatediff.training.loop import world

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from animatediff.checkpoints.load import ImageModel, load_base
-from animatediff.models.text import Tokenizer
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.vae import VAE
 from animatediff.pipeline.weights import find_file
 from animatediff.training.data.clips import ClipConfig, Clips, Series

@@ -17,7 +17,7 @@ from animatediff.config.networks import SmallCLIPConfig
 from animatediff.metrics.clip_metrics import Encoder
 from animatediff.metrics.encoders import LocalCLIP
 from animatediff.metrics.references import cover
-from animatediff.models.text import Tokenizer
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.utils import UserError
 from animatediff.world.shapes import (
     BACKGROUNDS,

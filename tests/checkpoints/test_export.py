@@ -19,7 +19,8 @@ from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import ImageModel, LoadReport, load_base, load_motion_module
 from animatediff.checkpoints.parts import read_image_parts, read_motion_parts
 from animatediff.config.networks import MotionConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from animatediff.models.text import TextEncoder, Tokenizer
+from animatediff.models.text import TextEncoder
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
 from animatediff.utils import UserError

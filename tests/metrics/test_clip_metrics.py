@@ -12,7 +12,7 @@ from transformers import CLIPModel
 from animatediff.metrics.clip_metrics import domain_similarity, frame_consistency, measure_clip, text_alignment
 from animatediff.metrics.encoders import MEAN, STD, LocalCLIP
 from animatediff.metrics.references import cover, find_pictures, read_pictures, signed
-from animatediff.models.text import Tokenizer
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.utils import UserError
 from animatediff.world.encoder import load_encoder, matches
 from animatediff.world.shapes import make_scene

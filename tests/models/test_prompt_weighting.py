@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from animatediff.models.prompt_weighting import parse_prompt, weigh_states
-from animatediff.models.text import END, Tokenizer
+from animatediff.models.tokenizer import END, Tokenizer
 
 UP, DOWN = 1.1, 1 / 1.1
 

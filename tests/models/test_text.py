@@ -1,4 +1,4 @@
-"""Tokenizer and text encoder against the standard tokenizer's ids and the official implementation's numbers."""
+"""The text encoder against the official implementation's numbers and transformers'."""
 
 import json
 import socket
@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from animatediff.config.networks import TextConfig
-from animatediff.models.text import END, START, TextEncoder, Tokenizer, build_vocabulary, read_bundled_merges
+from animatediff.models.text import TextEncoder
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.utils import UserError
 from tests.golden.synthetic_weights import synthetic_tensor
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TOKENS = json.loads((GOLDEN / "tokens.json").read_text(encoding="utf-8"))
-START_ID, END_ID = 49406, 49407
 LDM_PREFIX = "cond_stage_model.transformer."
 NANO = TextConfig(width=40, layers=2, num_heads=4, mlp_width=80)
 
@@ -49,120 +48,66 @@ def nano(nano_weights) -> TextEncoder:
     return load_nano(nano_weights)
 
 
-# --- tokenizer ---
-
-
-def test_vocabulary_follows_from_the_merges():
-    merges = read_bundled_merges()
-    vocabulary = build_vocabulary(merges)
-    assert len(merges) == 48894 and len(vocabulary) == 49408
-    assert (vocabulary["!"], vocabulary["!</w>"], vocabulary["in"]) == (0, 256, 512)
-    assert (vocabulary[START], vocabulary[END]) == (START_ID, END_ID)
-
-
-@pytest.mark.parametrize("prompt", TOKENS, ids=range(len(TOKENS)))
-def test_first_chunk_has_the_standard_ids(tokenizer, prompt):
-    assert tokenizer([prompt])[0, 0].tolist() == TOKENS[prompt]
-
-
-def test_long_prompt_is_chunked_not_cut(tokenizer):
-    prompts = ["cat dog " * 100, "", "a photo of a cat"]
-    ids = tokenizer(prompts)
-    assert ids.shape == (3, 3, 77) and ids.dtype == torch.int64
-    assert (ids[:, :, 0] == START_ID).all()
-    assert ids[0, :, 1:76].flatten()[:200].tolist() == tokenizer.tokenize("cat dog") * 100
-    assert (ids[0, :2, 76] == END_ID).all() and (ids[0, 2, 51:] == END_ID).all()
-    assert ids[1].tolist() == [TOKENS[""]] * 3
-    assert ids[2].tolist() == [TOKENS["a photo of a cat"], TOKENS[""], TOKENS[""]]
-
-
-@pytest.mark.parametrize(("words", "chunks"), [(75, 1), (76, 2), (150, 2), (151, 3)])
-def test_chunk_boundaries(tokenizer, words, chunks):
-    assert tokenizer(["cat " * words]).shape == (1, chunks, 77)
-
-
-def test_shorter_chunks(tokenizer):
-    a, b, c = tokenizer.tokenize("red blue green")
-    chunks = [[START_ID, a, b, END_ID], [START_ID, c, END_ID, END_ID]]
-    assert tokenizer(["red blue green"], max_length=4).tolist() == [chunks]
-    with pytest.raises(UserError, match="max_length 2"):
-        tokenizer(["a"], max_length=2)
-
-
-def test_odd_input(tokenizer):
-    assert tokenizer([]).shape == (0, 1, 77)
-    assert tokenizer.tokenize("cat\ud83d") == tokenizer.tokenize("cat?")
-    assert tokenizer.tokenize("cafe\u0301") == tokenizer.tokenize("caf\u00e9")
-    assert tokenizer.tokenize(f"cat{END}dog") == [*tokenizer.tokenize("cat"), END_ID, *tokenizer.tokenize("dog")]
-    assert len(tokenizer.tokenize("\x00")) > 0
-    for wrong in ("a cat", ["a cat", None]):
-        with pytest.raises(UserError, match="expected a list of texts"):
-            tokenizer(wrong)
-
-
-# --- tokenizer folders ---
-
-
-def write_folder(folder: Path, **more: dict) -> Path:
-    merges = read_bundled_merges()
-    (folder / "vocab.json").write_text(json.dumps(build_vocabulary(merges)), encoding="utf-8")
-    lines = ["#version: 0.2", *map(" ".join, merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for name, content in more.items():
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    return folder
-
-
-def test_folder_like_sd15(tokenizer, tmp_path):
-    pad = {"pad_token": {"content": END, "normalized": True}}
-    loaded = Tokenizer.from_folder(write_folder(tmp_path, tokenizer_config=pad))
-    assert torch.equal(loaded(list(TOKENS)), tokenizer(list(TOKENS)))
-
-
-def test_folder_with_added_token_and_other_padding(tokenizer, tmp_path):
-    folder = write_folder(tmp_path, added_tokens={"<style>": 49408}, tokenizer_config={"pad_token": "!"})
-    loaded = Tokenizer.from_folder(folder)
-    cat, hat = tokenizer.tokenize("cat hat")
-    assert loaded.vocab_size == 49409
-    assert loaded(["cat <style> hat"], max_length=7).tolist() == [[[START_ID, cat, 49408, hat, END_ID, 0, 0]]]
-
-
-def test_folder_with_tokenizer_json_alone(tokenizer, tmp_path):
-    merges = read_bundled_merges()
-    content = {
-        "model": {"vocab": build_vocabulary(merges), "merges": merges},
-        "added_tokens": [{"content": START, "id": START_ID}, {"content": END, "id": END_ID}],
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    assert torch.equal(Tokenizer.from_folder(tmp_path)(list(TOKENS)), tokenizer(list(TOKENS)))
-
-
-def test_folder_mistakes(tmp_path):
-    with pytest.raises(UserError, match="without a tokenizer"):
-        Tokenizer.from_folder(tmp_path)
-    write_folder(tmp_path, added_tokens={"<style>": 50000})
-    with pytest.raises(UserError, match="<style> with id 50000, expected 49408"):
-        Tokenizer.from_folder(tmp_path)
-    (tmp_path / "vocab.json").write_text('{"a": 0}', encoding="utf-8")
-    with pytest.raises(UserError, match="of tokens the vocabulary lacks"):
-        Tokenizer.from_folder(tmp_path)
-    (tmp_path / "merges.txt").write_text("a b c\n", encoding="utf-8")
-    with pytest.raises(UserError, match="expected two tokens"):
-        Tokenizer.from_folder(tmp_path)
-    (tmp_path / "vocab.json").write_text("<html>", encoding="utf-8")
-    with pytest.raises(UserError, match="vocab.json with broken content"):
-        Tokenizer.from_folder(tmp_path)
-
-
-# --- encoder ---
-
-
 def test_last_hidden_state_matches_the_official_one(nano):
     expected = load_file(GOLDEN / "nano/expected.safetensors")
     with torch.inference_mode():
         states = nano(expected["input.token_ids"])
     assert states.shape == expected["text.last_hidden_state"].shape
     assert (states - expected["text.last_hidden_state"]).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module", params=["quick_gelu", "gelu"])
+def pair(request):
+    """Ours and transformers' encoder with the same random weights, an end token of 99 and a projection to 24."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    theirs = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=100, hidden_size=40, intermediate_size=80, projection_dim=24, num_hidden_layers=3,
+            num_attention_heads=4, hidden_act=request.param, bos_token_id=98, eos_token_id=99, pad_token_id=99,
+            attn_implementation="sdpa",
+        )
+    ).eval()  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for parameter in theirs.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    config = TextConfig(100, 40, 3, 4, 80, activation=request.param, projection_width=24, end_token_id=99)
+    ours = TextEncoder(config).eval()
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.endswith("position_ids")})
+    return ours, theirs
+
+
+def test_the_numbers_are_transformers_to_the_bit(pair):
+    """The same products in the same order: every layer, the final norm, the pooled vector, and the gradients."""
+    ours, theirs = pair
+    ids = torch.randint(0, 98, (3, 77), generator=torch.Generator().manual_seed(1))
+    ids[:, 40:] = 99
+    ids[1, 20] = 99
+    out = theirs(input_ids=ids, output_hidden_states=True)
+    states = ours.hidden_states(ids)
+    for got, expected in zip(states, out.hidden_states, strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(ours(ids), out.last_hidden_state)
+    assert torch.equal(ours(ids, clip_skip=2, final_norm=False), out.hidden_states[-2])
+    assert torch.equal(ours.pool(states[-1], ids), out.text_embeds)
+    for result in (out.text_embeds, ours.pool(states[-1], ids)):
+        result.square().sum().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter.grad, expected[name].grad), name
+
+
+def test_weights_begin_as_openai_s(nano):
+    """By layer: the standard deviations of CLIP's initialization, and no biases."""
+    torch.manual_seed(0)
+    config = TextConfig(width=256, layers=3, num_heads=4, mlp_width=512)
+    layer = TextEncoder(config).text_model.encoder.layers[1]
+    inner = 256**-0.5 * 6**-0.5
+    stds = {"self_attn.q_proj": inner, "self_attn.k_proj": inner, "self_attn.v_proj": inner, "mlp.fc2": inner}
+    for name, std in (stds | {"self_attn.out_proj": 256**-0.5, "mlp.fc1": 512**-0.5}).items():
+        linear = layer.get_submodule(name)
+        assert linear.weight.std().item() == pytest.approx(std, rel=0.02)  # of 65,536 draws: 1 / sqrt(2 n) = 0.3 %
+        assert not linear.bias.any()
 
 
 def test_encode_joins_chunks(nano, tokenizer):
@@ -231,6 +176,8 @@ def test_encoder_mistakes(nano):
     for heads in (0, 3):
         with pytest.raises(UserError, match=f"got {heads} heads for a text encoder of width 40"):
             TextEncoder(TextConfig(width=40, num_heads=heads))
+    with pytest.raises(UserError, match="activation 'relu' of a text encoder, expected quick_gelu or gelu"):
+        TextEncoder(TextConfig(activation="relu"))
 
 
 def test_building_and_encoding_stay_offline(monkeypatch):
@@ -247,7 +194,9 @@ def test_building_and_encoding_stay_offline(monkeypatch):
 @pytest.mark.slow
 def test_a_fresh_process_prints_nothing():
     code = (
-        "from animatediff.models.text import TextConfig, TextEncoder, Tokenizer\n"
+        "from animatediff.config.networks import TextConfig\n"
+        "from animatediff.models.text import TextEncoder\n"
+        "from animatediff.models.tokenizer import Tokenizer\n"
         "TextEncoder(TextConfig(width=8, layers=1, num_heads=1, mlp_width=8)).encode(Tokenizer()(['a cat']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=GOLDEN.parents[1])

@@ -8,7 +8,7 @@ import torch
 from animatediff.checkpoints.files import file_sha256
 from animatediff.config.prompt_yaml import load_config
 from animatediff.media.video import read_metadata
-from animatediff.models.text import Tokenizer
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.pipeline.model import seeded
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.prompts import encode_prompts

@@ -13,7 +13,8 @@ from animatediff.config.networks import MOTION_VERSIONS, ScheduleConfig, TextCon
 from animatediff.config.prompt_yaml import load_config
 from animatediff.lab.stages import load_train_config
 from animatediff.media.video import read_video
-from animatediff.models.text import TextEncoder, Tokenizer
+from animatediff.models.text import TextEncoder
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.pipeline.run import animate
 from animatediff.training import latents
