@@ -1,4 +1,4 @@
-"""Convert weights without changing a bit: `python scripts/convert.py IN OUT --to ldm|diffusers|official-motion|…`."""
+"""Weights in another format: `python scripts/convert.py IN OUT --to ldm|diffusers|official-motion|kohya|…`."""
 
 from __future__ import annotations
 
@@ -7,43 +7,54 @@ from pathlib import Path
 
 from animatediff.checkpoints.export import write_diffusers, write_ldm, write_motion_adapter, write_official_motion
 from animatediff.checkpoints.files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
+from animatediff.checkpoints.lora_files import in_dialect, read_lora, write_lora
 from animatediff.checkpoints.parts import read_image_parts, read_motion_parts
 from animatediff.config.networks import MOTION_VERSIONS
 from animatediff.utils import Parser, UserError, run_main
 
-FILE_FORMATS = ("ldm", "official-motion")
+FILE_FORMATS = ("ldm", "official-motion", "kohya", "diffusers-lora")
+DIALECTS = {"kohya": "kohya", "diffusers-lora": "diffusers"}
 FORMATS = {
     "ldm": "an SD 1.x single file",
     "diffusers": "a diffusers folder",
     "official-motion": "a motion module in official keys",
     "diffusers-motion": "a MotionAdapter folder",
+    "kohya": "a LoRA in kohya's keys",
+    "diffusers-lora": "a LoRA in diffusers' (PEFT) keys",
 }
 
 
 def main() -> None:
     args = parse_arguments()
     check_output(args.input, args.output, to=args.to, overwrite=args.overwrite)
-    if args.to.endswith("motion"):
+    if args.version and not args.to.endswith("motion"):
+        raise UserError(
+            f"got --version {args.version} with --to {args.to}, expected it for motion modules only: drop it"
+        )
+    notes, unused = [], []
+    if args.to in DIALECTS:
+        lora = read_lora(args.input)
+        write_lora(in_dialect(lora, DIALECTS[args.to]), args.output)
+        unused = [*lora.unread, *(f"bundle_emb.{name}" for name in lora.embeddings)]
+    elif args.to.endswith("motion"):
         parts = read_motion_parts(args.input)
         write = write_official_motion if args.to == "official-motion" else write_motion_adapter
         write(parts, args.output, version=args.version)
+        notes, unused = parts.notes, parts.unused
     else:
-        if args.version:
-            raise UserError(
-                f"got --version {args.version} with --to {args.to}, expected it for motion modules only: drop it"
-            )
         parts = read_image_parts(args.input)
         write = write_ldm if args.to == "ldm" else write_diffusers
         write(parts, args.output)
+        notes, unused = parts.notes, parts.unused
     print(f"wrote {args.output}, {FORMATS[args.to]}, from {args.input}")
-    for note in parts.notes:
+    for note in notes:
         print(f"  note: {note}")
-    if parts.unused:
-        print(f"  left out {len(parts.unused)} entries: {', '.join(parts.unused[:5])}{' …' * (len(parts.unused) > 5)}")
+    if unused:
+        print(f"  left out {len(unused)} entries: {', '.join(unused[:5])}{' …' * (len(unused) > 5)}")
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description="Convert weights between file formats without changing a bit.")
+    parser = Parser(description="Convert weights between file formats.")
     parser.add_argument("input", type=Path, metavar="IN", help="file or folder of any format")
     parser.add_argument("output", type=Path, metavar="OUT", help="file (.safetensors, .ckpt) or folder to write")
     parser.add_argument("--to", required=True, choices=FORMATS, help="; ".join(f"{k}: {v}" for k, v in FORMATS.items()))

@@ -175,13 +175,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"got no {path.name} in {path.parent}, expected one: restore it from the original model")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"got {path} with broken content ({error}), expected JSON: fetch the file again") from None
+    content = parse_json(path.read_bytes(), str(path))
     if not isinstance(content, dict):
         raise UserError(f"got {path} holding a {type(content).__name__}, expected a JSON object: fetch the file again")
     return content
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """JSON from a file of someone else's.
+
+    Raises:
+        UserError: it is broken, or nested deeper than anything real.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"got {where} with broken content ({error}), expected JSON: fetch the file again") from None
 
 
 def find_weights(folder: Path, stem: str, pickle_stem: str) -> Path | None:

@@ -14,6 +14,7 @@ from animatediff.checkpoints import sizes
 from animatediff.checkpoints.diffusers_json import TEXT_STEMS, UNET_STEM, VAE_STEM, Json, adapter_metadata
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
 from animatediff.checkpoints.keymaps import LDM_TEXT, LDM_UNET, LDM_VAE, MOTION_MARK, motion_to_official
+from animatediff.checkpoints.lora_keys import LORA_STEMS, lora_algorithms, lora_base, lora_targets, unsupported_lora
 from animatediff.config.networks import ANIMATE_LCM, Distillation, lightning
 from animatediff.utils import UserError, naming
 
@@ -81,8 +82,8 @@ KINDS: dict[str, Kind] = {
     "cameractrl": Kind("a CameraCtrl camera encoder"),
     "controlnet": Kind("a ControlNet"),
     "ip-adapter": Kind("an IP-Adapter"),
-    "lycoris": Kind("a LyCORIS adapter (LoHa or LoKr)"),
     "sdxl-lora": Kind("a LoRA for SDXL", "an SDXL base, here it is SD 1.x"),
+    "unsupported-lora": Kind("a LoRA for another kind of network"),
     "unknown": Kind("no kind of file that is known here"),
 }
 
@@ -108,6 +109,8 @@ class FileInfo:
 
     @property
     def summary(self) -> str:
+        if self.kind == "unsupported-lora" and self.version:
+            return self.version
         return KINDS[self.kind].summary
 
     @property
@@ -270,16 +273,30 @@ def _is_embedding(width: int | None = None) -> Callable[[StateDict], bool]:
     return rule
 
 
-_LORA = r"(lora_down|lora_up|lora_A|lora_B|_lora\.down|_lora\.up|\.lora\.down|\.lora\.up|lora_linear_layer)\b"
 _CONTEXT_KEY = r"attn2[._]to_k(\.lora_A|\.lora_down|\.lora\.down|_lora\.down)?\.weight$"
 
+_LORA = r"(lora_down|lora_up|lora_A|lora_B|lora_E|_lora\.down|_lora\.up|\.lora\.down|\.lora\.up|lora_linear_layer"
+_LORA += r"|oft_diag|b?oft_[RSrs]|lambda_layer|[qp]_layer|vera_lambda_\w|hra_u)\b"
+_ADAPTER = r"^(down_blocks|up_blocks|mid_block)\..*attentions.*\.processor\.to_\w+_lora\.(down|up)"
+
+
+def _lora(fits: Callable[[set[str]], bool] = bool) -> Callable[[StateDict], bool]:
+    """Whether it changes layers of our networks, and these fit."""
+
+    def rule(tensors: StateDict) -> bool:
+        targets = lora_targets(tensors)
+        return bool(targets) and fits(targets)
+
+    return rule
+
+
 RULES: tuple[tuple[str, Callable[[StateDict], bool]], ...] = (
-    ("lycoris", _any(r"\.(hada_w[12]_[ab]|lokr_w[12](_[ab])?|hada_t[12]|lokr_t2)$")),
-    ("motion-lora", _any(rf"motion_modules.*{_LORA}")),
-    ("sdxl-lora", _both(_any(_LORA), _any(r"^lora_te2_|^text_encoder_2\."))),
-    ("sdxl-lora", _both(_any(_LORA), _shape(_CONTEXT_KEY, 1, lambda n: n == 2048))),
-    ("domain-adapter", _any(r"^(down_blocks|up_blocks|mid_block)\..*attentions.*\.processor\.to_\w+_lora\.(down|up)")),
-    ("lora", _any(_LORA)),
+    ("unsupported-lora", _both(_any(_LORA), lambda tensors: unsupported_lora(tensors) is not None)),
+    ("motion-lora", _lora(lambda targets: all("_motion_modules_" in target for target in targets))),
+    ("sdxl-lora", _both(_lora(), lambda tensors: lora_base(tensors) == "SDXL")),
+    ("domain-adapter", _both(_lora(lambda targets: not any("_motion_modules_" in t for t in targets)), _any(_ADAPTER))),
+    ("lora", _lora()),
+    ("unsupported-lora", _any(_LORA)),
     ("ip-adapter", _any(r"^(image_proj|ip_adapter)\.|\.to_k_ip\.")),
     ("sd2-textual-inversion", _is_embedding(1024)),
     ("sdxl-textual-inversion", _is_embedding(1280)),
@@ -314,8 +331,10 @@ def _version(kind: str, tensors: StateDict, metadata: dict[str, str], length: in
         return sizes.detect_version(motion, metadata, length=length)[0]
     if kind == "sparsectrl":
         return "scribble" if _any(r"^controlnet_cond_embedding\.conv_in\.")(tensors) else "rgb"
-    if kind == "lycoris":
-        return "LoHa" if _any(r"\.hada_")(tensors) else "LoKr"
+    if kind == "unsupported-lora":
+        return unsupported_lora(tensors)
+    if "lora" in kind:
+        return ", ".join(sorted(lora_algorithms(tensors)))
     return None
 
 
@@ -360,7 +379,7 @@ def weight_files(path: str | Path) -> list[Path]:
     parts = [(path / "unet", UNET_STEM, UNET_STEM), (path / "vae", VAE_STEM, VAE_STEM)]
     parts += [(path / "text_encoder", *TEXT_STEMS)]
     if not (path / "unet").is_dir():
-        parts = [(path, UNET_STEM, UNET_STEM)]
+        parts = [(path, stem, stem) for stem in (UNET_STEM, *LORA_STEMS)]
     if found := [weights for part in parts if (weights := find_weights(*part))]:
         return found
     name = read_json(path / "model_index.json").get("_class_name") if (path / "model_index.json").is_file() else None

@@ -13,9 +13,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from animatediff.models.lora_layers import AdaptedLayer, AlphaRule, LayerChange, LoRAEntry, changed_parameters
+from animatediff.models.lora_layers import (
+    CONTEXT_WIDTHS,
+    AdaptedLayer,
+    AlphaRule,
+    LayerChange,
+    LoRAEntry,
+    changed_parameters,
+)
 from animatediff.utils import UserError
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
@@ -23,13 +30,21 @@ NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 @dataclass(frozen=True)
 class LoRA:
-    """The changes of one file. `unread` names its keys that are no part of any LoRA."""
+    """The changes of one file.
+
+    Attributes:
+        unread: its keys that are no part of any LoRA.
+        base: the family of image models it was made for, one of CONTEXT_WIDTHS, where the file tells.
+        embeddings: textual inversions that are packed into it, by name.
+    """
 
     name: str
     kind: Literal["lora", "motion-lora", "domain-adapter"]
     entries: tuple[LoRAEntry, ...]
     metadata: dict[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    base: str | None = None
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,12 +108,12 @@ class LoRAStack(nn.Module):
     on the device of the layers: to move networks while unmerged, move the stack as well. One stack per network.
     """
 
-    def __init__(self, unet: nn.Module, text_encoder: nn.Module | None = None):
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module | None = None, text_encoder_2: nn.Module | None = None):
         super().__init__()
         self.loras = nn.ModuleList()
         self._slots: dict[str, _Slot] = {}
         self._adapted: tuple[str, ...] = ()  # targets that hold an AdaptedLayer
-        for network, root in (("unet", unet), ("text", text_encoder)):
+        for network, root in (("unet", unet), ("text", text_encoder), ("text2", text_encoder_2)):
             for path, module in root.named_modules() if root is not None else ():
                 convolution = isinstance(module, nn.Conv2d) and module.groups == 1
                 if path and (convolution or isinstance(module, (nn.Linear, *NORMS))):
@@ -132,11 +147,12 @@ class LoRAStack(nn.Module):
         if alpha_rule not in ("standard", "official"):
             raise UserError(f'got alpha_rule {alpha_rule!r}, expected "standard" or "official"')
         _check_scale(lora.name, scale)
+        self._check_base(lora)
         changes, unused = {}, list(lora.unread)
         for entry in lora.entries:
             slot = self._slots.get(entry.target)
             if slot is None or (isinstance(slot.layer, NORMS) and entry.algorithm != "full"):
-                unused += entry.keys or (entry.target,)
+                unused += entry.file_keys
             else:
                 factor = entry.factor(alpha_rule)
                 changes[entry.target] = LayerChange(entry, slot.layer, factor=factor, scale=scale)
@@ -145,8 +161,17 @@ class LoRAStack(nn.Module):
         with self.unmerged():
             self.loras.append(AttachedLoRA(lora.name, changes))
             self._place_layers()
-        total = len(lora.unread) + sum(len(entry.keys or (entry.target,)) for entry in lora.entries)
+        total = len(lora.unread) + sum(len(entry.file_keys) for entry in lora.entries)
         return LoRAReport(lora.name, lora.kind, total - len(unused), total, tuple(unused))
+
+    def _check_base(self, lora: LoRA) -> None:
+        """Layers of the same size occur in different families: what a LoRA was made for decides."""
+        contexts = [s.layer.weight.shape[1] for target, s in self._slots.items() if target.endswith("attn2_to_k")]
+        own = CONTEXT_WIDTHS.get(contexts[0]) if contexts else None
+        if own and lora.base and own != lora.base:
+            raise UserError(
+                f"got LoRA {lora.name} made for {lora.base}, expected one for {own}: use another LoRA or base"
+            )
 
     def scale(self, name: str) -> float:
         """One LoRA's scale. Raises: UserError for an unknown name."""

@@ -158,7 +158,8 @@ def weight_change(
         return factor * scale * change
     moved, magnitude = weight + factor * change, _along(t["magnitude"], weight)
     own = 0 if magnitude.shape[1] == 1 else 1  # the axis of the weight that the magnitudes belong to
-    norm = moved.norm(dim=[axis for axis in range(weight.dim()) if axis != own], keepdim=True)
+    others = [axis for axis in range(weight.dim()) if axis != own]
+    norm = torch.linalg.vector_norm(moved, dim=others, keepdim=True)
     return scale * (magnitude / norm * moved - weight)
 
 

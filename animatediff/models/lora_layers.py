@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -29,14 +29,19 @@ class LoRAEntry:
         alpha: the strength the file was trained with, in units of rank; None means alpha = rank. Of OFT and BOFT the
             bound on their rotation.
         algorithm: a key of `lora_algorithms.TENSORS`.
-        keys: the file's own names of these tensors, for reports.
+        keys: the file's own names of these tensors, by the tensors' names here; `alpha` is one.
     """
 
     target: str
     tensors: dict[str, Tensor]
     alpha: float | None = None
     algorithm: str = "lora"
-    keys: tuple[str, ...] = ()
+    keys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def file_keys(self) -> tuple[str, ...]:
+        """What the file calls it, for reports."""
+        return tuple(self.keys.values()) or (self.target,)
 
     @property
     def rank(self) -> int:
@@ -159,7 +164,7 @@ def _fitted(entry: LoRAEntry, layer: nn.Module) -> dict[str, Tensor]:
         got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in entry.tensors.items())
         expected = ", ".join(f"{name} {shape}" for name, shape in wanted.items()) or f"a {entry.algorithm} change"
         raise UserError(
-            f"got {got} in {(entry.keys or (entry.target,))[0]}, expected {expected} for the model's weight "
+            f"got {got} in {entry.file_keys[0]}, expected {expected} for the model's weight "
             f"{tuple(weight.shape)}: {_mismatch_hint(entry, weight)}"
         )
     return tensors

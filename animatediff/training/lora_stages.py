@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from animatediff.checkpoints.lora_files import lora_keys, write_lora
+from animatediff.checkpoints.lora_files import write_lora
+from animatediff.checkpoints.lora_keys import lora_keys
 from animatediff.models.lora import AttachedLoRA, LoRA, LoRAStack
 from animatediff.models.lora_layers import LoRAEntry
 from animatediff.models.text import TextEncoder

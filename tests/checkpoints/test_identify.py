@@ -68,8 +68,9 @@ CASES: dict[str, tuple[str, object]] = {
         "sdxl-lora",
         lambda: {"lora_unet_x_attn2_to_k.lora_down.weight": torch.empty(4, 2048, device="meta")},
     ),
-    "loha": ("lycoris", lambda: zeros(lora_unet_x__hada_w1_a=(4, 4))),
-    "lokr": ("lycoris", lambda: zeros(lora_unet_x__lokr_w1=(4, 4))),
+    "flux lora": ("unsupported-lora", lambda: zeros(transformer__blocks__lora_A__weight=(4, 4))),
+    "loha": ("lora", lambda: zeros(lora_unet_x__hada_w1_a=(4, 4))),
+    "lokr": ("lora", lambda: zeros(lora_unet_x__lokr_w1=(4, 4))),
     "scribble": ("sparsectrl", lambda: sparsectrl_tensors("scribble")),
     "rgb": ("sparsectrl", lambda: sparsectrl_tensors("rgb")),
     "controlnet": ("controlnet", lambda: zeros(control_model__input_hint_block__0__weight=(16, 3, 3, 3))),
@@ -133,8 +134,8 @@ def test_the_length_in_a_diffusers_adapter_proves_only_v1(length, version):
 def test_variants_are_told_apart():
     assert identify_tensors(sparsectrl_tensors("rgb"), path=PATH).version == "rgb"
     assert identify_tensors(sparsectrl_tensors("scribble"), path=PATH).version == "scribble"
-    assert identify_tensors(CASES["loha"][1](), path=PATH).version == "LoHa"
-    assert identify_tensors(CASES["lokr"][1](), path=PATH).version == "LoKr"
+    assert identify_tensors(CASES["loha"][1](), path=PATH).version == "loha"
+    assert identify_tensors(CASES["lokr"][1](), path=PATH).version == "lokr"
 
 
 def test_the_base_is_named_by_family_and_widths():

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from animatediff.checkpoints.files import write_state_dict
-from animatediff.checkpoints.lora_files import parse_lora, read_lora
+from animatediff.checkpoints.identify import identify
+from animatediff.checkpoints.lora_files import in_dialect, parse_lora, read_lora, write_lora
+from animatediff.checkpoints.lora_keys import path_of
 from animatediff.config.networks import MOTION_VERSIONS, TextConfig, UNetConfig
 from animatediff.models.lora import LoRA, LoRAStack
 from animatediff.models.text import TextEncoder
@@ -260,37 +262,156 @@ def test_wrapped_pickle_and_unread_keys(tmp_path):
     assert lora.name == "PanLeft" and not lora.unread
     assert_same_entries(described(lora), entries_of(synthetic_lora("motion_lora")))
     extra = parse_lora(PAIR | {"bundle_emb.face.string_to_param.*": torch.ones(2, 2)}, name="x")
-    assert extra.unread == ("bundle_emb.face.string_to_param.*",)
-    assert "bundle_emb.face" in str(LoRAStack(nano_unet()).add(extra))
+    assert not extra.unread and list(extra.embeddings) == ["face"]
+    extra = parse_lora(PAIR | {"something.else": torch.ones(2, 2)}, name="x")
+    assert extra.unread == ("something.else",)
+    assert "something.else" in str(LoRAStack(nano_unet()).add(extra))
 
 
-STRANGERS = {
-    "LoHa": {f"{STEM}.hada_w1_a": 1},
-    "LoKr": {f"{STEM}.lokr_w1": 1},
-    "DoRA": {f"{STEM}.dora_scale": 1},
-    "GLoRA": {f"{STEM}.a1.weight": 1},
+UNSUPPORTED = {
     "IP-Adapter": {"image_proj.proj.weight": 1, "ip_adapter.1.to_k_ip.weight": 1},
-    "SDXL": {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": 1},
-    "SDXL LoRA": {"lora_unet_middle_block_1_transformer_blocks_9_attn1_to_q.lora_down.weight": 1},
-    "SDXL LoRA ": {"unet.mid_block.attentions.0.transformer_blocks.9.attn1.to_q.lora_A.weight": 1},
-    "2048 wide": {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": 2048},
     "diffusion transformer": {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": 1},
+    "diffusion transformer ": {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": 1},
+    "video transformer": {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": 1},
+    "another video model": {"unet.down_blocks.0.temp_attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": 1},
+    "AdaLoRA": {"base_model.model.down_blocks.0.attentions.0.proj_in.lora_E": 1},
+    "VeRA": {"base_model.model.down_blocks.0.attentions.0.proj_in.vera_lambda_b": 1},
+    "T-LoRA": {f"{STEM}.lambda_layer": 1},
+    "OFT adapter of a LyCORIS preview": {f"{STEM}.oft_diag": 1},
 }
 
 
-@pytest.mark.parametrize("what", STRANGERS)
-def test_other_adapters_are_named_for_what_they_are(tmp_path, what):
-    tensors = PAIR | {key: torch.ones(1, width) for key, width in STRANGERS[what].items()}
+@pytest.mark.parametrize("what", UNSUPPORTED)
+@pytest.mark.parametrize("beside", [{}, PAIR], ids=["alone", "beside a LoRA"])
+def test_other_adapters_are_named_for_what_they_are(tmp_path, what, beside):
+    tensors = beside | {key: torch.ones(1, width) for key, width in UNSUPPORTED[what].items()}
     path = write_state_dict(tmp_path / "x.safetensors", tensors)
-    with pytest.raises(UserError, match=f"x.safetensors: this is .*{what.strip()}.*expected a LoRA for SD 1.x"):
+    with pytest.raises(UserError, match=f"x.safetensors: this is .*{what.strip()}"):
         read_lora(path)
 
 
-@pytest.mark.parametrize(("base", "what"), [("sdxl_base_v1-0", "SDXL"), ("sd_v2", "SD 2.x")])
+SDXL = {
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": 1,
+    "lora_unet_middle_block_1_transformer_blocks_9_attn1_to_q.lora_down.weight": 1,
+    "unet.mid_block.attentions.0.transformer_blocks.9.attn1.to_q.lora_A.weight": 1,
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": 2048,
+}
+
+
+@pytest.mark.parametrize("key", SDXL)
+def test_a_lora_for_sdxl_is_known_and_does_not_go_onto_sd_1(tmp_path, key):
+    up = key.replace("lora_down", "lora_up").replace("lora_A", "lora_B")
+    pair = {key: torch.ones(1, SDXL[key]), up: torch.ones(1, 1)}
+    path = write_state_dict(tmp_path / "xl.safetensors", PAIR | pair)
+    assert identify(path).kind == "sdxl-lora" and identify(path).base == "SDXL"
+    lora = read_lora(path)
+    assert lora.base == "SDXL" and len(lora.entries) == 2
+    unet = UNet(UNetConfig(block_out_channels=(32, 64, 64, 96), context_dim=768))
+    with pytest.raises(UserError, match="made for SDXL, expected one for SD 1.x"):
+        LoRAStack(unet).add(lora)
+
+
+@pytest.mark.parametrize(("base", "what"), [("sdxl_base_v1-0", "SDXL"), ("sd_v2", "SD 2.x"), ("sd_v1", "SD 1.x")])
 def test_kohya_metadata_names_the_base(base, what):
-    with pytest.raises(UserError, match=what):
-        parse_lora(PAIR, name="x", metadata={"ss_base_model_version": base})
-    assert parse_lora(PAIR, name="x", metadata={"ss_base_model_version": "sd_v1"}).entries
+    assert parse_lora(PAIR, name="x", metadata={"ss_base_model_version": base}).base == what
+
+
+def test_prefixes_with_dots_and_without_a_network():
+    """ComfyUI's saved LoRAs, and those that join prefix and path with a dot."""
+    expected = entries_of(PAIR)
+    dotted = STEM.replace("lora_unet_", "").replace("down_blocks_0_attentions_0_", "down_blocks.0.attentions.0.")
+    for stem in (f"lora_unet.{dotted}", "diffusion_model.input_blocks.1.1.proj_in", f"lycoris_{STEM[10:]}", dotted):
+        assert_same_entries(entries_of(renamed(PAIR, (STEM, stem))), expected)
+
+
+def test_image_and_motion_layers_in_one_file(tmp_path):
+    """Each part goes where it belongs."""
+    motion = synthetic_lora("motion_lora")
+    path = write_state_dict(tmp_path / "both.safetensors", motion | PAIR)
+    assert identify(path).kind == "lora"
+    lora, unet = read_lora(path), nano_unet("v2")
+    report = LoRAStack(unet).add(lora)
+    assert report.applied == len(motion) + 2 and not report.unused
+    assert LoRAStack(nano_unet()).add(lora).applied == 2
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "peft", "dotted"])
+def test_temporal_loras_of_other_trainers_are_motion_loras(tmp_path, spelling):
+    """MotionDirector's, for one, where they were trained on the layers that AnimateDiff has."""
+    tensors = {}
+    for key, tensor in synthetic_lora("motion_lora").items():
+        stem, _, end = key.replace("processor.", "").rpartition("_lora.")
+        part, layer = end.split(".")[0], stem + ".0" * stem.endswith("to_out")
+        tensors |= {
+            "kohya": {f"lora_unet_{layer.replace('.', '_')}.lora_{part}.weight": tensor},
+            "peft": {f"base_model.model.{layer}.lora_{'A' if part == 'down' else 'B'}.motion.weight": tensor},
+            "dotted": {f"unet.{layer}.lora.{part}.weight": tensor},
+        }[spelling]
+    path = write_state_dict(tmp_path / "director.safetensors", tensors)
+    assert identify(path).kind == "motion-lora"
+    assert_same_entries(described(read_lora(path)), entries_of(synthetic_lora("motion_lora")))
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_lora_weights.safetensors", "adapter_model.bin", "diffusion_pytorch_model.safetensors"]
+)
+def test_folders_of_diffusers_and_peft(tmp_path, name):
+    folder = tmp_path / "style.v2"
+    folder.mkdir()
+    if name.endswith(".bin"):
+        torch.save(PAIR, folder / name)
+    else:
+        write_state_dict(folder / name, PAIR)
+    assert identify(folder).kind == "lora"
+    lora = read_lora(folder)
+    assert lora.name == "style.v2" and len(lora.entries) == 1
+    with pytest.raises(UserError, match="expected a LoRA: it has no pytorch_lora_weights"):
+        read_lora(tmp_path)
+
+
+@pytest.mark.parametrize("table", ["motion_lora", "domain_adapter", "kohya_lora"])
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_other_dialects_hold_the_same_changes(tmp_path, table, dialect):
+    lora = parse_lora(synthetic_lora(table), name="x")
+    again = read_lora(write_lora(in_dialect(lora, dialect), tmp_path / "x.safetensors"))
+    assert {e.target: e.factor() for e in again.entries} == {e.target: 1.0 for e in lora.entries}
+    assert not again.unread
+    by_target = [sorted(one.entries, key=lambda entry: entry.target) for one in (again, lora)]
+    for a, b in zip(*by_target, strict=True):
+        assert a.target == b.target and all(torch.equal(a.tensors[name], b.tensors[name]) for name in ("down", "up"))
+
+
+def test_dialects_of_convolutions_and_alphas(tmp_path):
+    tensors = {
+        f"{STEM}.lora_down.weight": torch.randn(4, 32, 1, 1),
+        f"{STEM}.lora_up.weight": torch.randn(32, 4, 1, 1),
+        f"{STEM}.alpha": torch.tensor(2.0),
+        "lora_unet_conv_in.lora_down.weight": torch.randn(3, 4, 1, 1),
+        "lora_unet_conv_in.lora_mid.weight": torch.randn(3, 3, 3, 3),
+        "lora_unet_conv_in.lora_up.weight": torch.randn(32, 3, 1, 1),
+    }
+    lora, weights = parse_lora(tensors, name="x"), []
+    for dialect in (None, "kohya", "diffusers"):
+        file = write_lora(in_dialect(lora, dialect), tmp_path / f"{dialect}.safetensors") if dialect else None
+        unet = nano_unet()
+        stack = LoRAStack(unet)
+        assert not stack.add(read_lora(file) if file else lora, 0.5).unused
+        stack.merge()
+        weights.append((unet.conv_in.weight, unet.down_blocks[0].attentions[0].proj_in.weight))
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
+    for a, b in zip(weights[0], weights[2], strict=True):  # the Tucker form is multiplied out there
+        torch.testing.assert_close(a, b)
+    loha = {f"{STEM}.hada_{name}": torch.ones(2, 2) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
+    with pytest.raises(UserError, match="down_blocks.0.attentions.0.proj_in is no plain LoRA .loha."):
+        in_dialect(parse_lora(loha, name="x"), "kohya")
+
+
+def test_every_path_of_the_networks_is_found_again():
+    networks = {"unet": nano_unet("v2"), "text": TextEncoder(TextConfig(width=40, layers=2, num_heads=4, mlp_width=80))}
+    for network, root in networks.items():
+        for path, module in root.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                assert path_of(f"{network}.{path.replace('.', '_')}") == path
 
 
 def test_broken_files():
@@ -303,8 +424,18 @@ def test_broken_files():
         parse_lora(PEFT_PAIR, name="x", metadata={"lora_adapter_metadata": "{"})
     with pytest.raises(UserError, match="for one layer"):
         parse_lora(PAIR | PEFT_PAIR, name="x")
-    with pytest.raises(UserError, match="no LoRA weights.*transformer.blocks.0"):
-        parse_lora({"transformer.blocks.0.lora_A.weight": torch.ones(1, 1)}, name="x")
+    with pytest.raises(UserError, match="got both .*lora_down.* and .*hada_w1_a for one layer"):
+        parse_lora(PAIR | {f"{STEM}.hada_w1_a": torch.ones(1, 1)}, name="x")
+    with pytest.raises(UserError, match="of .*alpha, expected one number"):
+        parse_lora(PAIR | {f"{STEM}.alpha": torch.ones(2)}, name="x")
+    for pattern in ("(a+)+", "[", "(a" * 300):  # the first would take for ever
+        with pytest.raises(UserError, match="the pattern"):
+            parse_lora(PEFT_PAIR, name="x", peft_config={"lora_alpha": 1, "alpha_pattern": {pattern: 2}})
+    for config in ({"lora_alpha": [1]}, {"lora_alpha": 1, "alpha_pattern": 3}, {"lora_alpha": True}):
+        with pytest.raises(UserError, match="configuration, expected|expected a mapping|in the LoRA"):
+            parse_lora(PEFT_PAIR, name="x", peft_config=config)
+    with pytest.raises(UserError, match="no LoRA weights.*other.blocks.0"):
+        parse_lora({"other.blocks.0.lora_A.weight": torch.ones(1, 1)}, name="x")
 
 
 def test_files_that_are_no_adapters_are_named(tmp_path):

@@ -139,3 +139,15 @@ def test_convert_refuses(tmp_path, monkeypatch, convert, args, message):
     with pytest.raises(ValueError, match=message):
         convert(*args)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors"]
+
+
+def test_convert_a_lora(tmp_path):
+    plain = write(tmp_path / "style.safetensors", lora_tensors("kohya_lora"))
+    result = run("convert.py", plain, "peft.safetensors", "--to", "diffusers-lora", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"wrote peft.safetensors, a LoRA in diffusers' (PEFT) keys, from {plain}" in result.stdout
+    key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+    assert key in read_state_dict(tmp_path / "peft.safetensors").tensors
+    assert failed_cleanly(
+        run("convert.py", plain, "x.safetensors", "--to", "kohya", "--version", "v1", cwd=tmp_path), "--version"
+    )

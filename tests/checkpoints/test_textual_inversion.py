@@ -113,7 +113,10 @@ def test_the_model_it_was_made_from_stays(base, text, tmp_path):
             "this is a textual inversion for SD 2.x, not a textual inversion for SD",
         ),
         ({"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)}, "this is a textual inversion for SDXL, not"),
-        ({"a.lora_down.weight": torch.zeros(4, 8)}, "this is a LoRA of an image model, not a textual inversion"),
+        (
+            {"lora_unet_a.lora_down.weight": torch.zeros(4, 8)},
+            "this is a LoRA of an image model, not a textual inversion",
+        ),
     ],
 )
 def test_mistakes_are_named(tensors, message, text, tmp_path):
