@@ -9,6 +9,7 @@ from animatediff.config.networks import MotionConfig, ScheduleConfig, TextConfig
 from animatediff.utils import UserError
 
 Json = dict[str, Any]
+EMPTY: Json = {}
 
 # Names of the weight files without suffix, safetensors and pickle.
 UNET_STEM = VAE_STEM = "diffusion_pytorch_model"
@@ -16,30 +17,49 @@ TEXT_STEMS = ("model", "pytorch_model")
 DIFFUSERS_VERSION = "0.30.0"  # the release whose grammar is written
 
 
-def image_metadata(*, unet: Json, vae: Json, text: Json, scheduler: Json) -> dict[str, str]:
-    """What the keys of an image model cannot tell. `attention_head_dim` is the NUMBER of heads there.
+def image_metadata(
+    *,
+    unet: Json = EMPTY,
+    vae: Json = EMPTY,
+    text_encoder: Json = EMPTY,
+    text_encoder_2: Json = EMPTY,
+    scheduler: Json = EMPTY,
+) -> dict[str, str]:
+    """What the keys of an image model cannot tell, from the config.json of its parts.
 
     Raises:
-        UserError: heads differ between levels, as only SD 2.x and SDXL have them.
+        UserError: heads differ between levels neither as their widths do nor not at all.
     """
-    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim", 8)
-    if isinstance(heads, list):
-        if len(set(heads)) != 1:
-            raise UserError(
-                f"got a UNet with {heads} heads, expected one number for all levels: this is no SD 1.x model"
-            )
-        heads = heads[0]
-    found = {
-        "num_heads": heads,
+    found = _heads(unet) | {
         "norm_num_groups": unet.get("norm_num_groups"),
         "vae_norm_num_groups": vae.get("norm_num_groups"),
         "vae_scaling_factor": vae.get("scaling_factor"),
-        "text_num_heads": text.get("num_attention_heads"),
-        "text_activation": text.get("hidden_act"),
         "prediction_type": scheduler.get("prediction_type"),
         "beta_schedule": scheduler.get("beta_schedule"),
     }
+    for name, config in (("text", text_encoder), ("text_2", text_encoder_2)):
+        found |= {
+            f"{name}_num_heads": config.get("num_attention_heads"),
+            f"{name}_activation": config.get("hidden_act"),
+        }
     return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def _heads(unet: Json) -> Json:
+    """`num_heads` or `head_dim`. `attention_head_dim` is the NUMBER of heads in these files."""
+    heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
+    if not isinstance(heads, list):
+        return {"num_heads": heads}
+    if len(set(heads)) == 1:
+        return {"num_heads": heads[0]}
+    widths = unet.get("block_out_channels", [])
+    dims = {width / number for width, number in zip(widths, heads, strict=False)}
+    if len(widths) != len(heads) or len(dims) != 1:
+        raise UserError(
+            f"got a UNet of widths {widths} with {heads} heads, expected one number of heads, or one width of a head, "
+            "for all levels: this is no SD 1.x or SDXL model"
+        )
+    return {"head_dim": int(dims.pop())}
 
 
 def adapter_metadata(config: Json) -> dict[str, str]:
@@ -52,15 +72,28 @@ def adapter_metadata(config: Json) -> dict[str, str]:
     return {ours: str(config[theirs]) for ours, theirs in names.items() if config.get(theirs) is not None}
 
 
-def unet_json(config: UNetConfig, *, sample_size: int = 64) -> Json:
-    """config.json of a UNet2DConditionModel."""
+def unet_json(config: UNetConfig, *, sample_size: int = 64, time_id_channels: int = 0) -> Json:
+    """config.json of a UNet2DConditionModel.
+
+    Args:
+        sample_size: latents' height and width; a hint for the default picture size.
+        time_id_channels: for SDXL, features of each number of `time_ids`.
+    """
     down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention_levels]
     up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention_levels)]
+    added = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": time_id_channels,
+        "projection_class_embeddings_input_dim": config.added_channels,
+    }
+    blocks = config.num_transformer_blocks
     return {
         "_class_name": "UNet2DConditionModel",
         "_diffusers_version": DIFFUSERS_VERSION,
         "act_fn": "silu",
-        "attention_head_dim": config.num_heads,
+        "attention_head_dim": [w // config.head_dim for w in config.block_out_channels]
+        if config.head_dim
+        else config.num_heads,
         "block_out_channels": list(config.block_out_channels),
         "center_input_sample": False,
         "cross_attention_dim": config.context_dim,
@@ -75,9 +108,11 @@ def unet_json(config: UNetConfig, *, sample_size: int = 64) -> Json:
         "norm_num_groups": config.norm_num_groups,
         "out_channels": config.out_channels,
         "sample_size": sample_size,
-        "transformer_layers_per_block": config.num_transformer_blocks,
+        # a level without attention has 1 in diffusers' own files
+        "transformer_layers_per_block": blocks if isinstance(blocks, int) else [max(n, 1) for n in blocks],
         "up_block_types": up,
         "use_linear_projection": config.linear_projection,
+        **(added if config.added_channels else {}),
     }
 
 
@@ -102,9 +137,9 @@ def vae_json(config: VAEConfig, *, sample_size: int = 512) -> Json:
 
 
 def text_json(config: TextConfig) -> Json:
-    """config.json of a CLIPTextModel."""
+    """config.json of a CLIPTextModel, or where it has a projection of a CLIPTextModelWithProjection."""
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if config.projection_width else "CLIPTextModel"],
         "attention_dropout": 0.0,
         "bos_token_id": 0,
         "eos_token_id": 2,  # of the original release, whose tokenizer has the real ids; transformers expects it
@@ -117,15 +152,15 @@ def text_json(config: TextConfig) -> Json:
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.layers,
         "pad_token_id": 1,
-        "projection_dim": config.width,
+        "projection_dim": config.projection_width or config.width,
         "vocab_size": config.vocab_size,
     }
 
 
-def scheduler_json(config: ScheduleConfig) -> Json:
-    """scheduler_config.json of a DDIMScheduler."""
+def scheduler_json(config: ScheduleConfig, *, name: str = "DDIMScheduler") -> Json:
+    """scheduler_config.json of a DDIMScheduler, or of another one of that `name`."""
     return {
-        "_class_name": "DDIMScheduler",
+        "_class_name": name,
         "_diffusers_version": DIFFUSERS_VERSION,
         "beta_end": config.beta_end,
         "beta_schedule": config.beta_schedule,
@@ -153,6 +188,25 @@ def model_index_json() -> Json:
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def sdxl_index_json(*, refiner: bool) -> Json:
+    """model_index.json of a StableDiffusionXLPipeline, or of the refiner's, which has the second text encoder alone."""
+    return {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "feature_extractor": [None, None],
+        "force_zeros_for_empty_prompt": not refiner,
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "text_encoder": [None, None] if refiner else ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": [None, None] if refiner else ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        **({"requires_aesthetics_score": True} if refiner else {}),
     }
 
 

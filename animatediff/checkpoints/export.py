@@ -17,7 +17,11 @@ from animatediff.checkpoints.keymaps import (
     LDM_UNET,
     LDM_VAE,
     MOTION_MARK,
+    REFINER_TEXT_2,
+    SDXL_TEXT,
+    SDXL_TEXT_2,
     motion_to_diffusers,
+    text_to_open_clip,
     translate,
     unet_table,
     vae_table,
@@ -36,7 +40,7 @@ from animatediff.checkpoints.sizes import (
     vae_config,
     vae_metadata_of,
 )
-from animatediff.config.networks import MotionConfig, ScheduleConfig
+from animatediff.config.networks import MotionConfig, ScheduleConfig, TextConfig
 from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import END, START, build_vocabulary, read_bundled_merges
 from animatediff.models.unet import UNet
@@ -77,6 +81,7 @@ def save_image_model(
         unet={k: t for k, t in _weights(model.unet, dtype).items() if MOTION_MARK not in k},
         vae=_weights(model.vae, dtype) if model.vae else None,
         text=_weights(model.text_encoder, dtype),
+        text_2=None,
         metadata={**(metadata or {}), **facts},
     )
     return write_ldm(parts, path)
@@ -129,7 +134,7 @@ def _weights(module: torch.nn.Module, dtype: torch.dtype | None) -> StateDict:
 
 
 def write_ldm(parts: ImageParts, path: str | Path) -> Path:
-    """Write an image model as an SD 1.x single file, every tensor in its dtype.
+    """Write an image model as a single file of SD 1.x or SDXL, every tensor in its dtype.
 
     Raises:
         UserError: the suffix or the folder is unusable, or weights have no name in that grammar.
@@ -139,7 +144,9 @@ def write_ldm(parts: ImageParts, path: str | Path) -> Path:
     tensors = {LDM_UNET + _name(key, table, parts.path): t for key, t in parts.unet.items()}
     if parts.vae:
         tensors |= _vae_to_ldm(parts.vae, parts.metadata, parts.path)
-    tensors |= {LDM_TEXT + key: t for key, t in (parts.text or {}).items()}
+    text, text_2 = parts.text or {}, text_to_open_clip(parts.text_2 or {})
+    tensors |= {(SDXL_TEXT if text_2 else LDM_TEXT) + key: t for key, t in text.items()}
+    tensors |= {(SDXL_TEXT_2 if text else REFINER_TEXT_2) + key: t for key, t in text_2.items()}
     return write_state_dict(path, tensors, metadata=_facts(parts))
 
 
@@ -154,48 +161,63 @@ def _name(key: str, table: Mapping[str, str], path: Path) -> str:
     name = translate(key, table)
     if name is None:
         raise UserError(
-            f"got {path} with {key}, expected only weights of SD 1.x: it cannot be written as a single file"
+            f"got {path} with {key}, expected only weights of SD 1.x or SDXL: it cannot be written as a single file"
         )
     return name
 
 
+def _text_configs(parts: ImageParts) -> dict[str, TextConfig]:
+    """Sizes of the text encoders that are there, by the names of their parts."""
+    encoders = {name: tensors for name in ("text", "text_2") if (tensors := getattr(parts, name))}
+    return {name: text_config(tensors, parts.metadata, name=name) for name, tensors in encoders.items()}
+
+
 def _facts(parts: ImageParts) -> dict[str, str]:
     """The file's metadata, completed by what other readers would have to guess."""
-    if parts.text is None:
+    texts = _text_configs(parts)
+    if not texts:
         return parts.metadata
     unet = unet_config(parts.unet, parts.metadata)
     vae = vae_config(parts.vae, parts.metadata) if parts.vae else None
-    text = text_config(parts.text, parts.metadata)
-    return parts.metadata | image_metadata_of(unet, vae, text, prediction=prediction_type(parts.metadata))
+    prediction = prediction_type(parts.metadata)
+    return parts.metadata | image_metadata_of(unet, vae, texts.get("text"), texts.get("text_2"), prediction=prediction)
 
 
 def write_diffusers(parts: ImageParts, folder: str | Path) -> Path:
-    """Write an image model as a folder that diffusers' StableDiffusionPipeline opens, tokenizer included.
+    """Write an image model as a folder that diffusers' pipelines of its kind open, tokenizers included.
 
     Raises:
         UserError: the VAE or text encoder is missing, its vocabulary is not CLIP's, or `folder` cannot be written.
     """
     folder = _replaceable(Path(folder))
-    if parts.vae is None or parts.text is None:
+    texts = _text_configs(parts)
+    if parts.vae is None or not texts:
         missing = "VAE" if parts.vae is None else "text encoder"
         raise UserError(
             f"got {parts.path} without a {missing}, expected all parts of an image model: take a complete file"
         )
     unet, vae = unet_config(parts.unet, parts.metadata), vae_config(parts.vae, parts.metadata)
-    text = text_config(parts.text, parts.metadata)
+    sdxl, refiner = "text_2" in texts, "text" not in texts
     schedule = ScheduleConfig(
-        beta_schedule=parts.metadata.get("beta_schedule", "scaled_linear"),  # as SD 1.x was trained
+        beta_schedule=parts.metadata.get("beta_schedule", "scaled_linear"),  # as the image models were trained
         prediction_type=prediction_type(parts.metadata) or "epsilon",
         set_alpha_to_one=False,
     )
-    size = 64  # latents, SD 1.x's; a hint for the default picture size
+    size = 128 if sdxl else 64  # latents; a hint for the default picture size
+    numbers = (unet.added_channels - texts["text_2"].projection_width) // (5 if refiner else 6) if sdxl else 0
+    unet_json = dj.unet_json(unet, sample_size=size, time_id_channels=numbers)
+    scheduler = {"name": "EulerDiscreteScheduler"} if sdxl else {}
     with replacing(folder) as new:
-        _write_part(new / "unet", parts.unet, dj.UNET_STEM, dj.unet_json(unet, sample_size=size), parts.metadata)
+        _write_part(new / "unet", parts.unet, dj.UNET_STEM, unet_json, parts.metadata)
         _write_part(new / "vae", parts.vae, dj.VAE_STEM, dj.vae_json(vae, sample_size=size * vae.downsampling))
-        _write_part(new / "text_encoder", parts.text, dj.TEXT_STEMS[0], dj.text_json(text))
-        _write_json(new / "scheduler" / "scheduler_config.json", dj.scheduler_json(schedule))
-        _write_tokenizer(new / "tokenizer", vocab_size=text.vocab_size, max_length=text.max_length)
-        _write_json(new / "model_index.json", dj.model_index_json())
+        for name, config in texts.items():
+            ending = name.removeprefix("text")
+            encoder = new / f"text_encoder{ending}"
+            _write_part(encoder, getattr(parts, name), dj.TEXT_STEMS[0], dj.text_json(config))
+            _write_tokenizer(new / f"tokenizer{ending}", config, pad_token="!" if ending else END)
+        _write_json(new / "scheduler" / "scheduler_config.json", dj.scheduler_json(schedule, **scheduler))
+        index = dj.sdxl_index_json(refiner=refiner) if sdxl else dj.model_index_json()
+        _write_json(new / "model_index.json", index)
     return folder
 
 
@@ -220,18 +242,23 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(folder: Path, *, vocab_size: int, max_length: int) -> None:
+def _write_tokenizer(folder: Path, config: TextConfig, *, pad_token: str) -> None:
     merges = read_bundled_merges()
     vocabulary = build_vocabulary(merges)
-    if vocab_size != len(vocabulary):
+    if config.vocab_size != len(vocabulary):
         raise UserError(
-            f"got a text encoder of {vocab_size} tokens, expected CLIP's {len(vocabulary)}: "
+            f"got a text encoder of {config.vocab_size} tokens, expected CLIP's {len(vocabulary)}: "
             "a diffusers folder needs the tokenizer it was trained with"
         )
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
     _write_json(folder / "vocab.json", vocabulary)
     _write_json(folder / "special_tokens_map.json", special)
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True, **special}
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": config.max_length,
+        "do_lower_case": True,
+        **special,
+    }
     _write_json(folder / "tokenizer_config.json", settings)
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

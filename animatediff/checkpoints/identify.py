@@ -18,8 +18,9 @@ from animatediff.checkpoints.lora_keys import LORA_STEMS, lora_algorithms, lora_
 from animatediff.config.networks import ANIMATE_LCM, Distillation, lightning
 from animatediff.utils import UserError, naming
 
-SDXL_MOTION_WIDTHS = {0: 320, 1: 640, 2: 1280}
 SD15_WIDTHS = (320, 640, 1280, 1280)
+SDXL_WIDTHS = (320, 640, 1280)
+SDXL_VERSIONS = ("sdxl-beta", "hotshot-xl")
 EMBEDDING_WIDTHS = (768, 1024, 1280)  # of the text encoders of SD 1.x, SD 2.x, and SDXL's second
 MOTION_KINDS = ("motion-module", "motion-adapter")
 CONDITIONED_MOTION = {"pia": "pia", "animatelcm-i2v": "animatelcm"}  # with a network for a picture -> motion version
@@ -45,9 +46,9 @@ KINDS: dict[str, Kind] = {
         "nothing more; a motion module animates it",
         "dreambooth_path: {path}   # or as the base: --pretrained-model-path {path}",
     ),
-    "motion-module": Kind("a motion module", "an SD 1.x image model", "motion_module: {path}"),
+    "motion-module": Kind("a motion module", "an {base} image model", "motion_module: {path}"),
     "motion-adapter": Kind(
-        "a motion module in diffusers' MotionAdapter format", "an SD 1.x image model", "motion_module: {path}"
+        "a motion module in diffusers' MotionAdapter format", "an {base} image model", "motion_module: {path}"
     ),
     "motion-lora": Kind(
         "a MotionLoRA",
@@ -73,10 +74,12 @@ KINDS: dict[str, Kind] = {
     "sdxl-textual-inversion": Kind("a textual inversion for SDXL", "an SDXL base, here it is SD 1.x"),
     "sd1-inpainting": Kind("an inpainting or instruction model (its conv_in takes more than 4 channels)"),
     "sd2-checkpoint": Kind("an SD 2.x image model (OpenCLIP text, context of 1024)"),
-    "sdxl-checkpoint": Kind("an SDXL image model"),
+    "sdxl-checkpoint": Kind(
+        "an SDXL image model (or one made of it: Turbo, Lightning, Pony, Illustrious)",
+        "nothing more; an SDXL-beta or Hotshot-XL motion module animates it",
+        "pretrained_model_path: {path}   # or on another SDXL base: dreambooth_path: {path}",
+    ),
     "dit-checkpoint": Kind("a diffusion transformer (FLUX, SD 3 or the like)"),
-    "sdxl-motion-module": Kind("an SDXL motion module", "an SDXL base, here it is SD 1.x"),
-    "hotshot-xl": Kind("a Hotshot-XL motion module", "an SDXL base, here it is SD 1.x"),
     "pia": Kind("a PIA motion module (its own conv_in with condition channels)"),
     "animatelcm-i2v": Kind("an AnimateLCM-I2V motion module (with an image encoder)"),
     "cameractrl": Kind("a CameraCtrl camera encoder"),
@@ -106,6 +109,7 @@ class FileInfo:
     positional_length: int | None
     metadata: dict[str, str]
     notes: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()  # of a motion module's version, where the file does not tell
 
     @property
     def summary(self) -> str:
@@ -115,7 +119,7 @@ class FileInfo:
 
     @property
     def needs(self) -> str:
-        return KINDS[self.kind].needs
+        return KINDS[self.kind].needs.format(base=self.base)
 
     @property
     def supported(self) -> bool:
@@ -136,7 +140,7 @@ class FileInfo:
         """The line of a prompt config that uses the file, or why none does."""
         line = KINDS[self.kind].config.format(path=self.path)
         if self.kind in MOTION_KINDS and self.version is None:
-            line += "\nversion: v1 or v3   # the file does not tell"
+            line += f"\nversion: {' or '.join(self.candidates)}   # the file does not tell"
         return line or f"none: {self.summary} cannot be used here"
 
 
@@ -190,11 +194,12 @@ def identify_tensors(
         path=path,
         kind=kind,
         version=version,
-        base=_base(kind, tensors),
+        base=_base(kind, tensors, version),
         **_totals(tensors),
         positional_length=length,
         metadata=metadata,
         notes=notes,
+        candidates=sizes.candidate_versions(motion_part(tensors)) if kind in MOTION_KINDS else (),
     )
 
 
@@ -244,12 +249,8 @@ def _shape(pattern: str, axis: int, wanted: Callable[[int], bool]) -> Callable[[
 
 def motion_part(tensors: StateDict) -> StateDict:
     """The motion modules' entries in official names."""
-    return {motion_to_official(k.removeprefix("unet.")): t for k, t in tensors.items() if MOTION_MARK in k}
-
-
-def _is_sdxl_motion(tensors: StateDict) -> bool:
-    """Three levels of SDXL's widths; small models of our own may have three levels of other widths."""
-    return sizes.motion_widths(motion_part(tensors)) == SDXL_MOTION_WIDTHS
+    official = {motion_to_official(key.removeprefix("unet.")): tensor for key, tensor in tensors.items()}
+    return {key: tensor for key, tensor in official.items() if MOTION_MARK in key}
 
 
 def embedding_vectors(tensors: StateDict) -> Tensor | None:
@@ -304,11 +305,9 @@ RULES: tuple[tuple[str, Callable[[StateDict], bool]], ...] = (
     ("sparsectrl", _both(_any(r"^controlnet_cond_embedding\."), _any(r"motion_modules\."))),
     ("controlnet", _any(r"^(controlnet_cond_embedding|controlnet_down_blocks|control_model)\.")),
     ("cameractrl", _any(r"^pose_encoder|encoder_down_conv_blocks")),
-    ("hotshot-xl", _any(r"temporal_attentions\.|pos_encoder\.positional_encoding")),
     ("animatelcm-i2v", _both(_any(r"motion_modules\."), _any(r"^(module\.)?img_encoder\."))),
     ("pia", _both(_any(r"motion_modules\."), _shape(r"^conv_in\.weight$", 1, lambda n: n > 4))),
-    ("sdxl-motion-module", _is_sdxl_motion),
-    ("motion-module", _any(r"motion_modules\.\d+\.temporal_transformer\.")),
+    ("motion-module", _any(r"motion_modules\.\d+\.temporal_transformer\.|temporal_attentions\.\d+\.")),
     ("motion-adapter", _any(r"motion_modules\.\d+\.")),
     ("sdxl-checkpoint", _any(r"^conditioner\.embedders\.|label_emb\.|^add_embedding\.")),
     ("dit-checkpoint", _any(r"(joint_blocks|double_blocks|single_transformer_blocks)\.")),
@@ -338,9 +337,10 @@ def _version(kind: str, tensors: StateDict, metadata: dict[str, str], length: in
     return None
 
 
-def _base(kind: str, tensors: StateDict) -> str:
+def _base(kind: str, tensors: StateDict, version: str | None) -> str:
     """The model family, with the widths where they are not SD 1.5's."""
-    if kind.startswith(("sdxl", "hotshot")):
+    sdxl_motion = kind in MOTION_KINDS and _unet_widths(tensors) == SDXL_WIDTHS
+    if kind.startswith("sdxl") or version in SDXL_VERSIONS or sdxl_motion:
         return "SDXL"
     if kind.startswith("sd2"):
         return "SD 2.x"
@@ -351,10 +351,11 @@ def _base(kind: str, tensors: StateDict) -> str:
 
 
 def _unet_widths(tensors: StateDict) -> tuple[int, ...]:
+    tensors = motion_part(tensors) or tensors
     if any(key.startswith(LDM_UNET) for key in tensors):
         pattern = re.compile(rf"{re.escape(LDM_UNET)}input_blocks\.(\d+)\.0\.out_layers\.3\.bias")
     elif any(MOTION_MARK in key for key in tensors):
-        pattern = re.compile(r"(?:unet\.)?down_blocks\.(\d+)\.motion_modules\.0\.(?:temporal_transformer\.)?norm\.bias")
+        pattern = re.compile(r"down_blocks\.(\d+)\.motion_modules\.0\.temporal_transformer\.norm\.bias")
     else:
         pattern = re.compile(r"down_blocks\.(\d+)\.resnets\.0\.conv1\.bias")
     found = {int(m[1]): t.shape[0] for key, t in tensors.items() if (m := pattern.fullmatch(key))}

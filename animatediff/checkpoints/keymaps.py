@@ -9,12 +9,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+from torch import Tensor
+
 Table = dict[str, str]  # our path of a layer -> its path in the other grammar
 
-# Where an LDM single file keeps its three networks.
+# Where a single file keeps its networks.
 LDM_UNET = "model.diffusion_model."
 LDM_VAE = "first_stage_model."
 LDM_TEXT = "cond_stage_model.transformer."
+SDXL_TEXT = "conditioner.embedders.0.transformer."
+SDXL_TEXT_2 = "conditioner.embedders.1.model."  # OpenCLIP's names
+REFINER_TEXT_2 = "conditioner.embedders.0.model."  # the only encoder of SDXL's refiner, SDXL's second
+# prefix -> the field of parts.ImageParts
+LDM_PARTS = {
+    LDM_UNET: "unet",
+    LDM_VAE: "vae",
+    LDM_TEXT: "text",
+    SDXL_TEXT: "text",
+    SDXL_TEXT_2: "text_2",
+    REFINER_TEXT_2: "text_2",
+}
 
 # Entries of LDM files that are no weights of these networks: the schedule, EMA copies, training losses, and the
 # embeddings that textual inversion and DreamBooth trainers left in.
@@ -22,9 +37,10 @@ LDM_BOOKKEEPING = re.compile(
     r"(betas|logvar|lvlb_weights|scale_factor|global_step"
     r"|(sqrt_|log_)?(recip_|one_minus_)?(recipm1_)?alphas_cumprod(_prev)?|posterior_\w+"
     r"|model_ema\..*|embedding_manager\..*|first_stage_model\.(loss|model_ema)\..*"
-    r"|cond_stage_model\.(logit_scale|text_projection(\.weight)?))"
+    r"|cond_stage_model\.(logit_scale|text_projection(\.weight)?)"
+    r"|denoiser\.sigmas|conditioner\.embedders\.\d\.(model\.)?logit_scale)"
 )
-# Parts of CLIP that the text encoder of SD 1.x does not use, below LDM_TEXT or in text_encoder/.
+# Parts of CLIP that the (first) text encoder does not use, below LDM_TEXT or in text_encoder/.
 UNUSED_TEXT = re.compile(
     r"(text_model\.)?embeddings\.position_ids|text_projection(\.weight)?|logit_scale|vision_model\..*"
 )
@@ -42,6 +58,22 @@ _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "
 _VAE_ATTENTION_OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 VAE_HALVES = ("encoder", "decoder")
 
+# transformers' CLIP -> OpenCLIP: the ends of the text encoder, the parts of a layer. q, k and v are one matrix there.
+_OPEN_CLIP = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_QKV = ("q_proj", "k_proj", "v_proj")
+
 # Official motion names -> diffusers MotionAdapter names, inside one transformer block.
 _MOTION = {
     ".attention_blocks.0.": ".attn1.",
@@ -51,6 +83,8 @@ _MOTION = {
     ".ff_norm.": ".norm3.",
 }
 MOTION_MARK = "motion_modules."
+# How the positional encodings of a motion module's file end: official, diffusers', Hotshot-XL's.
+POSITIONAL_ENDINGS = (".pos_encoder.pe", ".pos_embed.pe", ".pos_encoder.positional_encoding")
 
 
 def unet_table(*, layers: int, attention_levels: Sequence[bool]) -> Table:
@@ -67,6 +101,8 @@ def unet_table(*, layers: int, attention_levels: Sequence[bool]) -> Table:
     table = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0",
+        "add_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0",
         "mid_block.attentions.0": "middle_block.1",
         "conv_norm_out": "out.0",
@@ -145,6 +181,46 @@ def vae_attention_spellings() -> Table:
     return spellings
 
 
+def text_from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's text encoder in transformers' names, without what is no weight of it (`logit_scale`).
+
+    `text_projection` is multiplied from the right there and from the left here: the square matrix is transposed.
+    """
+    ends, parts = inverted(_OPEN_CLIP), inverted(_OPEN_CLIP_LAYER)
+    out = {}
+    for key, tensor in tensors.items():
+        layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", key)
+        if key == "text_projection":
+            out["text_projection.weight"] = tensor.T.contiguous()
+        elif layer:
+            path = f"text_model.encoder.layers.{layer[1]}."
+            if layer[2] == "attn.in_proj":
+                thirds = zip(_QKV, tensor.chunk(3), strict=True)
+                out |= {f"{path}self_attn.{name}.{layer[3]}": third for name, third in thirds}
+            else:
+                out[f"{path}{parts.get(layer[2], layer[2])}.{layer[3]}"] = tensor
+        elif key != "logit_scale":
+            out[ends.get(key, key)] = tensor
+    return out
+
+
+def text_to_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `text_from_open_clip`."""
+    out = {}
+    for key, tensor in tensors.items():
+        layer = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
+        if key == "text_projection.weight":
+            out["text_projection"] = tensor.T.contiguous()
+        elif not layer:
+            out[_OPEN_CLIP.get(key, key)] = tensor
+        elif layer[2] == f"self_attn.{_QKV[0]}":
+            joined = [tensors[key.replace(_QKV[0], name)] for name in _QKV]
+            out[f"transformer.resblocks.{layer[1]}.attn.in_proj_{layer[3]}"] = torch.cat(joined)
+        elif layer[2] in _OPEN_CLIP_LAYER:
+            out[f"transformer.resblocks.{layer[1]}.{_OPEN_CLIP_LAYER[layer[2]]}.{layer[3]}"] = tensor
+    return out
+
+
 def inverted(table: Mapping[str, str]) -> Table:
     return {theirs: ours for ours, theirs in table.items()}
 
@@ -167,7 +243,10 @@ def motion_to_diffusers(key: str) -> str:
 
 
 def motion_to_official(key: str) -> str:
-    """A diffusers MotionAdapter name (or one of its LoRA's) as the official files spell it."""
+    """A name of diffusers' MotionAdapter or of Hotshot-XL (or one of a LoRA's) as the official files spell it."""
+    key = key.replace("temporal_attentions.", MOTION_MARK, 1).replace(
+        "pos_encoder.positional_encoding", "pos_encoder.pe"
+    )
     for official, diffusers in _MOTION.items():
         key = key.replace(diffusers, official, 1)
     return re.sub(r"(motion_modules\.\d+\.)(?!temporal_transformer\.)", r"\1temporal_transformer.", key, count=1)

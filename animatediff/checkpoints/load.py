@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,27 +61,31 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """Stable Diffusion 1.x. `schedule` is what the file says about the prediction, None where it says nothing."""
+    """Stable Diffusion 1.x or XL. `schedule` is what the file says about the prediction, None where it says nothing.
+
+    SDXL has both text encoders, its refiner the second alone.
+    """
 
     unet: UNet
     vae: VAE | None
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     schedule: ScheduleConfig | None
     report: LoadReport
+    text_encoder_2: TextEncoder | None = None
 
 
 def load_base(path: str | Path, *, dtype: torch.dtype = torch.float32) -> ImageModel:
     """Load an image model on the CPU, in evaluation mode.
 
     Args:
-        path: an SD 1.x single file (LDM keys) or a diffusers folder.
-        dtype: of all three networks, whatever the file holds.
+        path: a single file (LDM keys) or a diffusers folder, of SD 1.x or SDXL.
+        dtype: of all networks, whatever the file holds.
 
     Raises:
         UserError: the file is something else or incomplete. A missing VAE alone is no error: `vae` is None.
     """
     parts = read_image_parts(path)
-    if parts.text is None:
+    if parts.text is None and parts.text_2 is None:
         raise UserError(f"got {path} without a text encoder, expected a whole image model: choose a complete file")
     return _build_image_model(parts, dtype=dtype)
 
@@ -99,7 +104,8 @@ def load_personalised(path: str | Path, base: ImageModel) -> ImageModel:
     known = image_metadata_of(
         base.unet.config,
         base.vae and base.vae.config,
-        base.text_encoder.config,
+        base.text_encoder and base.text_encoder.config,
+        base.text_encoder_2 and base.text_encoder_2.config,
         prediction=base.schedule and base.schedule.prediction_type,
     )
     parts = replace(parts, metadata=known | parts.metadata)
@@ -194,18 +200,20 @@ def _build_image_model(
         ready = {key: t.to(device, dtype) for key, t in tensors.items()}
         return load_strictly(lambda: module(config), ready, what, parts.path)
 
-    vae, text_encoder = (base.vae, base.text_encoder) if base else (None, None)
+    vae, texts = None, {"text": None, "text_2": None}
+    if base:
+        vae, texts = base.vae, {"text": base.text_encoder, "text_2": base.text_encoder_2}
     unet = build(UNet, unet_config, parts.unet, "UNet")
     if parts.vae:
         vae = build(VAE, vae_config, parts.vae, "VAE")
     else:
         notes.append("no VAE in it: the base model's is used" if vae else "no VAE in it")
-    if parts.text:
-        text_encoder = build(TextEncoder, text_config, parts.text, "text encoder")
-    else:
-        notes.append("no text encoder in it: the base model's is used")
-    assert text_encoder is not None
-    _check_together(unet, vae, text_encoder, parts.path)
+    for name, what in (("text", "text encoder"), ("text_2", "second text encoder")):
+        if tensors := getattr(parts, name):
+            texts[name] = build(TextEncoder, partial(text_config, name=name), tensors, what)
+        elif texts[name]:
+            notes.append(f"no {what} in it: the base model's is used")
+    _check_together(unet, vae, [encoder for encoder in texts.values() if encoder], parts.path)
     with naming(parts.path):
         prediction = prediction_type(metadata)
     report = LoadReport(
@@ -213,12 +221,12 @@ def _build_image_model(
         kind=parts.kind,
         version=None,
         sha256=file_sha256(parts.path),
-        applied=sum(len(part) for part in (parts.unet, parts.vae, parts.text) if part),
+        applied=sum(len(part) for part in (parts.unet, parts.vae, parts.text, parts.text_2) if part),
         notes=notes,
         unused=parts.unused,
     )
     schedule = ScheduleConfig(prediction_type=prediction) if prediction else None
-    return ImageModel(unet, vae, text_encoder, schedule, report)
+    return ImageModel(unet, vae, texts["text"], schedule, report, texts["text_2"])
 
 
 def load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: Path) -> M:
@@ -247,7 +255,8 @@ def load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: P
 def _check_motion_fits(parts: MotionParts, unet: UNet) -> None:
     base = unet.config.block_out_channels
     widths = motion_widths(parts.tensors)
-    if any(level >= len(base) or base[level] != width for level, width in widths.items()):
+    pairs = [(widths, base), (motion_widths(parts.tensors, side="up"), base[::-1])]
+    if any(i >= len(own) or own[i] != width for blocks, own in pairs for i, width in blocks.items()):
         raise UserError(
             f"got {parts.path}, a motion module of widths {_listed(widths[i] for i in sorted(widths))}, "
             f"for a base model of widths {_listed(base)}: choose a motion module made for this base"
@@ -275,10 +284,11 @@ def _check_vae_fits(config: VAEConfig, image: ImageModel, path: Path) -> None:
             )
 
 
-def _check_together(unet: UNet, vae: VAE | None, text_encoder: TextEncoder, path: Path) -> None:
-    context, width = unet.config.context_dim, text_encoder.config.width
+def _check_together(unet: UNet, vae: VAE | None, texts: Sequence[TextEncoder], path: Path) -> None:
+    context, width = unet.config.context_dim, sum(encoder.config.width for encoder in texts)
     if context != width:
-        raise UserError(f"got {path} whose UNet takes text of width {context}, expected {width}, the text encoder's")
+        which = "the text encoder's" if len(texts) == 1 else "that of both text encoders"
+        raise UserError(f"got {path} whose UNet takes text of width {context}, expected {width}, {which}")
     if vae and vae.config.latent_channels != unet.config.in_channels:
         raise UserError(
             f"got {path} whose UNet takes {unet.config.in_channels} latent channels, "

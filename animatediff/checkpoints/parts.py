@@ -25,12 +25,15 @@ from animatediff.checkpoints.identify import (
 )
 from animatediff.checkpoints.keymaps import (
     LDM_BOOKKEEPING,
-    LDM_TEXT,
+    LDM_PARTS,
     LDM_UNET,
     LDM_VAE,
     MOTION_MARK,
+    POSITIONAL_ENDINGS,
     UNUSED_TEXT,
     inverted,
+    motion_to_official,
+    text_from_open_clip,
     translate,
     unet_layout,
     unet_table,
@@ -38,22 +41,30 @@ from animatediff.checkpoints.keymaps import (
     vae_layout,
     vae_table,
 )
-from animatediff.checkpoints.sizes import adapter_length
+from animatediff.checkpoints.sizes import SDXL_METADATA, adapter_length
 from animatediff.utils import UserError
 
-PE_ENDINGS = (".pos_encoder.pe", ".pos_embed.pe")
+TEXT_FOLDERS = {"text_encoder": "text", "text_encoder_2": "text_2"}  # of a diffusers folder -> field of ImageParts
+IMAGE_KINDS = ("sd1-checkpoint", "sdxl-checkpoint")  # that a single file can be
+FOLDER_KINDS = ("sd1-unet", "sdxl-checkpoint", "motion-adapter", "motion-module")  # that a folder's unet/ can be
+# Entries of a single file that are no weights but tell how it was trained -> metadata.
+MARKERS = {"v_pred": {"prediction_type": "v_prediction"}, "ztsnr": {"rescale_betas_zero_snr": "true"}}
 VAE_ATTENTION_MATRIX = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight")
 
 
 @dataclass(frozen=True)
 class ImageParts:
-    """The networks of an image model in our names. `metadata` is what shapes cannot tell (see sizes.py)."""
+    """The networks of an image model in our names. `metadata` is what shapes cannot tell (see sizes.py).
+
+    `text_2` is SDXL's second text encoder, the only one of its refiner.
+    """
 
     path: Path
     kind: str
     unet: StateDict
     vae: StateDict | None
     text: StateDict | None
+    text_2: StateDict | None
     metadata: dict[str, str]
     notes: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
@@ -89,7 +100,7 @@ class MotionParts:
 
 
 def read_image_parts(path: str | Path) -> ImageParts:
-    """Read an SD 1.x single file (LDM keys) or diffusers folder.
+    """Read a single file (LDM keys) or diffusers folder of SD 1.x or SDXL.
 
     Raises:
         UserError: it is something else (named), damaged, or has entries that belong to no known network.
@@ -99,9 +110,9 @@ def read_image_parts(path: str | Path) -> ImageParts:
         return _read_diffusers(path)
     file = read_state_dict(path)
     info = identify_tensors(file.tensors, file.metadata, path=path)
-    if info.kind != "sd1-checkpoint":
-        raise refusal(info, "an SD 1.x image model")
-    return _split_ldm(file)
+    if info.kind not in IMAGE_KINDS:
+        raise refusal(info, "an image model")
+    return _split_ldm(file, info.kind)
 
 
 def read_vae_parts(path: str | Path) -> VAEParts:
@@ -117,21 +128,21 @@ def read_vae_parts(path: str | Path) -> VAEParts:
         raise UserError(f"got the folder {path}, expected a VAE: it has no {VAE_STEM} file, and none in vae/")
     file = read_state_dict(weights)
     info = identify_tensors(file.tensors, file.metadata, path=path)
-    if info.kind not in ("vae", "sd1-checkpoint"):
+    if info.kind not in ("vae", *IMAGE_KINDS):
         raise refusal(info, "a VAE")
     notes = list(file.notes)
     if any(key.startswith("encoder.down_blocks.") for key in file.tensors):
         config = _optional_json(weights.with_name("config.json"))
-        metadata = image_metadata(unet={}, vae=config, text={}, scheduler={}) | file.metadata
+        metadata = image_metadata(vae=config) | file.metadata
         return VAEParts(path, _vae_from_diffusers(file.tensors), metadata, notes)
     if info.kind == "vae":
         file = replace(file, tensors={_below_vae(key): t for key, t in file.tensors.items()})
-    parts = _split_ldm(file)
+    parts = _split_ldm(file, info.kind)
     if parts.vae is None:
         raise UserError(f"got {path}, an image model without a VAE, expected one: choose another file")
     if parts.unet:
         notes.append("of a whole image model the VAE alone is used")
-    return VAEParts(path, parts.vae, file.metadata, notes, parts.unused)
+    return VAEParts(path, parts.vae, parts.metadata, notes, parts.unused)
 
 
 def read_motion_parts(path: str | Path) -> MotionParts:
@@ -148,11 +159,11 @@ def read_motion_parts(path: str | Path) -> MotionParts:
     file = read_state_dict(weights)
     info = identify_tensors(file.tensors, file.metadata, path=path)
     if info.kind not in (*MOTION_KINDS, *CONDITIONED_MOTION):
-        raise refusal(info, "a motion module for SD 1.x")
+        raise refusal(info, "a motion module")
     notes, motion = list(file.notes), motion_part(file.tensors)
-    tensors = {key: t for key, t in motion.items() if not key.endswith(PE_ENDINGS)}
+    tensors = {key: t for key, t in motion.items() if not key.endswith(POSITIONAL_ENDINGS)}
     positional = {key: t for key, t in motion.items() if key not in tensors}
-    unused = [key for key in file.tensors if MOTION_MARK not in key]
+    unused = [key for key in file.tensors if MOTION_MARK not in motion_to_official(key)]
     if unused and info.kind in MOTION_KINDS:
         notes.append(f"the file holds more than a motion module: {len(unused)} other entries not used")
     if positional:
@@ -171,37 +182,45 @@ def read_motion_parts(path: str | Path) -> MotionParts:
 # --- single files ----------------------------------------------------------------------------------------------------
 
 
-def _split_ldm(file: LoadedFile) -> ImageParts:
-    groups: dict[str, StateDict] = {LDM_UNET: {}, LDM_VAE: {}, LDM_TEXT: {}}
-    bookkeeping, strangers = [], []
+def _split_ldm(file: LoadedFile, kind: str) -> ImageParts:
+    groups: dict[str, StateDict] = {prefix: {} for prefix in LDM_PARTS}
+    bookkeeping, strangers, metadata = [], [], dict(file.metadata)
     for key, tensor in file.tensors.items():
         prefix = next((p for p in groups if key.startswith(p)), None)
         if LDM_BOOKKEEPING.fullmatch(key):
             bookkeeping.append(key)
+        elif key in MARKERS:
+            metadata = MARKERS[key] | metadata
         elif prefix is None:
             strangers.append(key)
         else:
             groups[prefix][key[len(prefix) :]] = tensor
-    text, unused_text = _canonical_text(groups[LDM_TEXT])
-    unused = bookkeeping + [LDM_TEXT + key for key in unused_text]
-    unet, unknown_unet = _renamed(groups[LDM_UNET], _unet_from_ldm(groups[LDM_UNET]))
-    vae, unknown_vae = _renamed(groups[LDM_VAE], _vae_from_ldm(groups[LDM_VAE]))
-    strangers += [LDM_UNET + key for key in unknown_unet] + [LDM_VAE + key for key in unknown_vae]
+    parts, unused = {name: {} for name in LDM_PARTS.values()}, bookkeeping
+    for prefix, tensors in groups.items():
+        name = LDM_PARTS[prefix]
+        if prefix in TABLES:
+            renamed, unknown = _renamed(tensors, TABLES[prefix](tensors))
+            strangers += [prefix + key for key in unknown]
+        else:
+            renamed, unknown = _canonical_text(tensors) if name == "text" else (text_from_open_clip(tensors), [])
+            unused += [prefix + key for key in unknown]
+        parts[name] |= renamed
     if strangers:
         raise UserError(
-            f"got {file.path} with {len(strangers)} entries that belong to no part of SD 1.x "
-            f"({', '.join(sorted(strangers)[:3])}), expected an SD 1.x image model: choose another file"
+            f"got {file.path} with {len(strangers)} entries that belong to no part of an image model "
+            f"({', '.join(sorted(strangers)[:3])}), expected one of SD 1.x or SDXL: choose another file"
         )
     notes = list(file.notes)
     if any(key.startswith("model_ema.") for key in bookkeeping):
         notes.append("EMA copies not used")
     return ImageParts(
         path=file.path,
-        kind="sd1-checkpoint",
-        unet=unet,
-        vae=_squeezed(vae) or None,
-        text=text or None,
-        metadata=file.metadata,
+        kind=kind,
+        unet=parts["unet"],
+        vae=_squeezed(parts["vae"]) or None,
+        text=parts["text"] or None,
+        text_2=parts["text_2"] or None,
+        metadata=(SDXL_METADATA if kind == "sdxl-checkpoint" else {}) | metadata,
         notes=notes,
         unused=unused,
     )
@@ -215,6 +234,10 @@ def _unet_from_ldm(tensors: StateDict) -> dict[str, str]:
 def _vae_from_ldm(tensors: StateDict) -> dict[str, str]:
     levels, layers = vae_layout(tensors)
     return vae_attention_spellings() | inverted(vae_table(levels=levels, layers=layers))
+
+
+# Below these prefixes the names differ from ours.
+TABLES = {LDM_UNET: _unet_from_ldm, LDM_VAE: _vae_from_ldm}
 
 
 def _below_vae(key: str) -> str:
@@ -233,11 +256,13 @@ def _squeezed(vae: StateDict) -> StateDict:
     return {key: t.flatten(1) if VAE_ATTENTION_MATRIX.fullmatch(key) else t for key, t in vae.items()}
 
 
-def _canonical_text(tensors: StateDict) -> tuple[StateDict, list[str]]:
+def _canonical_text(tensors: StateDict, *, projection: bool = False) -> tuple[StateDict, list[str]]:
     """With the `text_model.` level that some files lack, without what SD does not use (returned by name)."""
-    unused = [key for key in tensors if UNUSED_TEXT.fullmatch(key)]
+    own = {"text_projection.weight"} if projection else set()
+    unused = [key for key in tensors if UNUSED_TEXT.fullmatch(key) and key not in own]
     kept = {key: t for key, t in tensors.items() if key not in unused}
-    return {key if key.startswith("text_model.") else f"text_model.{key}": t for key, t in kept.items()}, unused
+    named = {key if key.startswith("text_model.") or key in own else f"text_model.{key}": t for key, t in kept.items()}
+    return named, unused
 
 
 # --- diffusers folders -----------------------------------------------------------------------------------------------
@@ -250,36 +275,33 @@ def _read_diffusers(path: Path) -> ImageParts:
             f"got the folder {path}, expected a diffusers model: there is no unet/{UNET_STEM}.safetensors (or .bin)"
         )
     info = identify_tensors(unet_file.tensors, unet_file.metadata, path=path)
-    if info.kind not in ("sd1-unet", "motion-adapter", "motion-module"):
-        raise refusal(info, "an SD 1.x image model")
-    vae_file = _read_part(path, "vae", VAE_STEM)
-    text_file = _read_part(path, "text_encoder", *TEXT_STEMS)
-    configs = {name: _optional_json(path / name / "config.json") for name in ("unet", "vae", "text_encoder")}
+    if info.kind not in FOLDER_KINDS:
+        raise refusal(info, "an image model")
+    found = {"unet": unet_file, "vae": _read_part(path, "vae", VAE_STEM)}
+    found |= {name: _read_part(path, name, *TEXT_STEMS) for name in TEXT_FOLDERS}
+    files = {name: file for name, file in found.items() if file}
     metadata = unet_file.metadata | image_metadata(
-        unet=configs["unet"],
-        vae=configs["vae"],
-        text=configs["text_encoder"],
+        **{name: _optional_json(path / name / "config.json") for name in found},
         scheduler=_optional_json(path / "scheduler" / "scheduler_config.json"),
     )
-    files = [file for file in (unet_file, vae_file, text_file) if file]
-    notes = [f"{file.path.relative_to(path)}: {note}" for file in files for note in file.notes]
-    notes += [f"only the fp16 variant {file.path.name} is there" for file in files if ".fp16." in file.path.name]
+    notes = [f"{file.path.relative_to(path)}: {note}" for file in files.values() for note in file.notes]
+    names = [file.path.name for file in files.values()]
+    notes += [f"only the fp16 variant {name} is there" for name in names if ".fp16." in name]
     unused = [key for key in unet_file.tensors if MOTION_MARK in key]
     if unused:
         notes.append("unet/ holds a motion module too, which is not part of the image model")
-    vae = text = None
-    if vae_file:
-        vae = _vae_from_diffusers(vae_file.tensors)
-    if text_file:
-        text, unused_text = _canonical_text(text_file.tensors)
-        unused += [f"text_encoder/{key}" for key in unused_text]
+    texts: dict[str, StateDict | None] = dict.fromkeys(TEXT_FOLDERS.values())
+    for folder, name in TEXT_FOLDERS.items():
+        if folder in files:
+            texts[name], unused_text = _canonical_text(files[folder].tensors, projection=name == "text_2")
+            unused += [f"{folder}/{key}" for key in unused_text]
     return ImageParts(
         path=path,
-        kind="diffusers-folder",
+        kind=info.kind if info.kind == "sdxl-checkpoint" else "diffusers-folder",
         unet={key: t for key, t in unet_file.tensors.items() if MOTION_MARK not in key},
-        vae=vae,
-        text=text,
-        metadata=metadata,
+        vae=_vae_from_diffusers(files["vae"].tensors) if "vae" in files else None,
+        **texts,
+        metadata=(SDXL_METADATA if info.kind == "sdxl-checkpoint" else {}) | metadata,
         notes=notes,
         unused=unused,
     )

@@ -1,9 +1,10 @@
 """Network sizes from a state dict's shapes; what shapes cannot tell comes from metadata, a mapping of strings.
 
-Metadata names of an image model: `num_heads`, `norm_num_groups`, `prediction_type`, `vae_norm_num_groups`,
-`vae_scaling_factor`, `text_num_heads`, `text_activation`. Of a motion module: `version`, `num_heads`, `max_frames`,
-`norm_over_frames`, `positional_encoding`, `norm_num_groups`. Of a SparseCtrl encoder: `num_heads`, `norm_num_groups`,
-`motion_num_heads`, `max_frames`, `norm_over_frames`, `positional_encoding`. Defaults are Stable Diffusion 1.5's. All
+Metadata names of an image model: `num_heads` or `head_dim`, `norm_num_groups`, `prediction_type`,
+`vae_norm_num_groups`, `vae_scaling_factor`, `text_num_heads`, `text_activation`, and with `text_2` in place of `text`
+the same of SDXL's second text encoder. Of a motion module: `version`, `num_heads`, `max_frames`, `norm_over_frames`,
+`positional_encoding`, `norm_num_groups`. Of a SparseCtrl encoder: `num_heads`, `norm_num_groups`, `motion_num_heads`,
+`max_frames`, `norm_over_frames`, `positional_encoding`. Defaults are Stable Diffusion 1.5's, of SDXL SDXL_METADATA. All
 keys are in our names (see keymaps.py).
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from animatediff.checkpoints.files import StateDict
-from animatediff.checkpoints.keymaps import MOTION_MARK
+from animatediff.checkpoints.keymaps import MOTION_MARK, POSITIONAL_ENDINGS
 from animatediff.config.networks import (
     MOTION_VERSIONS,
     MotionConfig,
@@ -29,6 +30,8 @@ Metadata = Mapping[str, str]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TEXT_ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's CLIP, OpenCLIP
 HEAD_WIDTH_OF_CLIP = 64
+# What no shape of an SDXL file tells, where its metadata do not either.
+SDXL_METADATA = {"head_dim": "64", "vae_scaling_factor": "0.13025", "text_2_activation": "gelu"}
 # Metadata of a SparseCtrl file about its motion modules -> what a motion module's own file calls it.
 SPARSECTRL_MOTION = {
     "motion_num_heads": "num_heads",
@@ -51,7 +54,11 @@ def encoder_config(tensors: StateDict, metadata: Metadata) -> UNetConfig:
     """As `unet_config`, of weights that need not hold more than the way down and the middle block."""
     widths = _widths(tensors, "down_blocks.{}.resnets.0.conv1.weight")
     attention = tuple(f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in range(len(widths)))
-    mid = "mid_block.attentions.0."
+    added = "add_embedding.linear_1"
+    mid, blocks = "mid_block.attentions.0.", "attentions.0.transformer_blocks."
+    depths = [_count(tensors, f"down_blocks.{i}.{blocks}") for i in range(len(widths))]
+    middle = _count(tensors, f"mid_block.{blocks}")
+    same = {middle, *depths} <= {middle, 0}
     config = UNetConfig(
         in_channels=_shape(tensors, "conv_in.weight")[1],
         block_out_channels=widths,
@@ -59,12 +66,15 @@ def encoder_config(tensors: StateDict, metadata: Metadata) -> UNetConfig:
         layers_per_block=_count(tensors, "down_blocks.0.resnets."),
         context_dim=_shape(tensors, f"{mid}transformer_blocks.0.attn2.to_k.weight")[1],
         num_heads=_integer(metadata, "num_heads", 8),
-        num_transformer_blocks=_count(tensors, f"{mid}transformer_blocks."),
+        num_transformer_blocks=middle if same else (*depths[:-1], middle),
         norm_num_groups=_integer(metadata, "norm_num_groups", 32),
         linear_projection=len(_shape(tensors, f"{mid}proj_in.weight")) == 2,
+        head_dim=0 if "num_heads" in metadata else _integer(metadata, "head_dim", 0, least=0),
+        added_channels=_shape(tensors, f"{added}.weight")[1] if f"{added}.weight" in tensors else 0,
     )
     with_attention = [w for w, a in zip(widths, (*attention[:-1], True), strict=True) if a]  # the middle always has
-    _check_divides("num_heads", config.num_heads, with_attention)
+    name = "head_dim" if config.head_dim else "num_heads"
+    _check_divides(name, getattr(config, name), with_attention)
     _check_divides("norm_num_groups", config.norm_num_groups, widths)
     return config
 
@@ -83,27 +93,36 @@ def vae_config(tensors: StateDict, metadata: Metadata) -> VAEConfig:
     return config
 
 
-def text_config(tensors: StateDict, metadata: Metadata) -> TextConfig:
-    """Sizes of a CLIP text encoder."""
+def text_config(tensors: StateDict, metadata: Metadata, *, name: str = "text") -> TextConfig:
+    """Sizes of a CLIP text encoder; `name` is "text_2" for SDXL's second."""
     vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight")
     config = TextConfig(
         vocab_size=vocab_size,
         width=width,
         layers=_count(tensors, "text_model.encoder.layers."),
-        num_heads=_integer(metadata, "text_num_heads", max(1, width // HEAD_WIDTH_OF_CLIP)),
+        num_heads=_integer(metadata, f"{name}_num_heads", max(1, width // HEAD_WIDTH_OF_CLIP)),
         mlp_width=_shape(tensors, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
         max_length=_shape(tensors, "text_model.embeddings.position_embedding.weight")[0],
-        activation=_choice(metadata, "text_activation", TEXT_ACTIVATIONS) or TEXT_ACTIVATIONS[0],
+        activation=_choice(metadata, f"{name}_activation", TEXT_ACTIVATIONS) or TEXT_ACTIVATIONS[0],
+        projection_width=tensors["text_projection.weight"].shape[0] if "text_projection.weight" in tensors else 0,
     )
-    _check_divides("text_num_heads", config.num_heads, [width])
+    _check_divides(f"{name}_num_heads", config.num_heads, [width])
     return config
 
 
 def image_metadata_of(
-    unet: UNetConfig, vae: VAEConfig | None, text: TextConfig, *, prediction: str | None = None
+    unet: UNetConfig,
+    vae: VAEConfig | None,
+    text: TextConfig | None,
+    text_2: TextConfig | None = None,
+    *,
+    prediction: str | None = None,
 ) -> dict[str, str]:
     """What a file of this image model has to carry beside its weights. Norm groups only where they are not 32."""
-    metadata = {"num_heads": unet.num_heads, "text_num_heads": text.num_heads, "text_activation": text.activation}
+    metadata: dict[str, object] = {"head_dim": unet.head_dim} if unet.head_dim else {"num_heads": unet.num_heads}
+    for name, encoder in (("text", text), ("text_2", text_2)):
+        if encoder:
+            metadata |= {f"{name}_num_heads": encoder.num_heads, f"{name}_activation": encoder.activation}
     if unet.norm_num_groups != 32:
         metadata["norm_num_groups"] = unet.norm_num_groups
     if prediction:
@@ -209,7 +228,7 @@ def motion_config(
         attentions_per_block=1 + max((a for _, a in inside), default=0),
         resolutions=tuple(2**i for i in sorted(levels_down | levels_up) if i >= 0),
         up_block_modules=bool(levels_up),
-        norm_over_frames=norm_over_frames or metadata.get("norm_over_frames") == "true",
+        norm_over_frames=base.norm_over_frames or norm_over_frames or metadata.get("norm_over_frames") == "true",
         temporal="convolution" if any(".conv." in key for key in tensors) else "attention",
         positional_encoding=_choice(metadata, "positional_encoding", ("true", "false")) != "false",
     )
@@ -231,7 +250,8 @@ def detect_version(tensors: StateDict, metadata: Metadata, *, length: int | None
     """The version of a motion module in official names and the evidence; None where the file does not tell.
 
     v2 alone has a module in the middle block (AnimateLCM too, but without positional encodings). v1 and v3 have the
-    same keys and shapes; only the length of their positional encodings differs.
+    same keys and shapes, as have SDXL-beta and Hotshot-XL at three levels; only the length of their positional
+    encodings differs.
     """
     if version := metadata.get("version"):
         if version not in MOTION_VERSIONS:
@@ -243,11 +263,21 @@ def detect_version(tensors: StateDict, metadata: Metadata, *, length: int | None
         )
     if not any(key.startswith("up_blocks.") for key in tensors):
         return "sparsectrl", "has modules in the down blocks only"
-    if length in (24, 32):
-        return {24: "v1", 32: "v3"}[length], f"has no mid block and a positional encoding of {length} frames"
+    versions = {MOTION_VERSIONS[name].max_frames: name for name in candidate_versions(tensors)}
+    if length in versions:
+        return versions[length], f"has no mid block and a positional encoding of {length} frames"
+    short, long = sorted(versions)
     if length is None:
-        return None, "it has no mid block, and without a positional encoding v1 and v3 look the same"
-    return None, f"its positional encoding has {length} frames, v1's has 24 and v3's 32"
+        both = f"{versions[short]} and {versions[long]}"
+        return None, f"it has no mid block, and without a positional encoding {both} look the same"
+    return None, (
+        f"its positional encoding has {length} frames, {versions[short]}'s has {short} and {versions[long]}'s {long}"
+    )
+
+
+def candidate_versions(tensors: StateDict) -> tuple[str, str]:
+    """What a motion module without a mid block can be: three levels are SDXL's."""
+    return ("hotshot-xl", "sdxl-beta") if motion_levels(tensors) == 3 else ("v1", "v3")
 
 
 def resolve_version(tensors: StateDict, metadata: Metadata, *, length: int | None, asked: str | None = None) -> str:
@@ -259,19 +289,21 @@ def resolve_version(tensors: StateDict, metadata: Metadata, *, length: int | Non
     if asked is not None and asked not in MOTION_VERSIONS:
         raise UserError(f"got version {asked!r}, expected one of {', '.join(MOTION_VERSIONS)}")
     found, evidence = detect_version(tensors, metadata, length=length)
+    one, other = candidate_versions(tensors)
     if asked is None:
         if found is None:
             raise UserError(
                 f"got a motion module whose version cannot be told ({evidence}): "
-                "set `version: v1` or `version: v3` in the config, or in the file's metadata"
+                f"set `version: {one}` or `version: {other}` in the config, or in the file's metadata"
             )
         return found
-    same_layout = MOTION_VERSIONS[asked].mid_block == has_mid_block(tensors) and asked != "sparsectrl"
+    row = MOTION_VERSIONS[asked]
+    same_layout = row.mid_block == has_mid_block(tensors) and motion_levels(tensors) <= len(row.resolutions)
     # v2 and AnimateLCM are one network; a file without positional encodings can be either.
     undecided = found is None or (found == "animatelcm" and "version" not in metadata)
-    if asked == found or (undecided and same_layout):
+    if asked == found or (undecided and same_layout and asked != "sparsectrl"):
         return asked
-    expected = found or "v1 or v3"
+    expected = found or f"{one} or {other}"
     raise UserError(
         f"got a {expected} module ({evidence}) with a {asked} config: set `version: {expected}` or choose another file"
     )
@@ -279,13 +311,14 @@ def resolve_version(tensors: StateDict, metadata: Metadata, *, length: int | Non
 
 def positional_length(tensors: StateDict) -> int | None:
     """Frames of the positional encoding that older files carry, (1, frames, channels)."""
-    return next((t.shape[1] for key, t in tensors.items() if key.endswith((".pos_encoder.pe", ".pos_embed.pe"))), None)
+    return next((t.shape[1] for key, t in tensors.items() if key.endswith(POSITIONAL_ENDINGS)), None)
 
 
 def adapter_length(tensors: StateDict, length: int | None) -> int | None:
     """What the length in a diffusers adapter proves: it is a setting of the conversion, 32 unless told otherwise.
 
-    So only v1's 24 tells the version where there is no mid block, and nothing marks an AnimateLCM where there is one.
+    So only 24 (v1's, Hotshot-XL's) tells the version where there is no mid block, and nothing marks an AnimateLCM where
+    there is one.
     """
     if has_mid_block(tensors):
         return length or MOTION_VERSIONS["v2"].max_frames
@@ -297,9 +330,9 @@ def motion_levels(tensors: StateDict) -> int:
     return 1 + max(_indices(tensors, "down_blocks.") | _indices(tensors, "up_blocks."), default=-1)
 
 
-def motion_widths(tensors: StateDict) -> dict[int, int]:
-    """Channels of a motion module in official names, by level (0 is the highest resolution)."""
-    pattern = re.compile(r"down_blocks\.(\d+)\.motion_modules\.0\.temporal_transformer\.norm\.weight")
+def motion_widths(tensors: StateDict, *, side: str = "down") -> dict[int, int]:
+    """Channels of a motion module in official names, by the number of the down (or up) block."""
+    pattern = re.compile(rf"{side}_blocks\.(\d+)\.motion_modules\.0\.temporal_transformer\.norm\.weight")
     return {int(m[1]): tensors[key].shape[0] for key in tensors if (m := pattern.fullmatch(key))}
 
 
@@ -332,10 +365,10 @@ def _choice(metadata: Metadata, name: str, choices: tuple[str, ...]) -> str | No
     return value
 
 
-def _integer(metadata: Metadata, name: str, default: int) -> int:
+def _integer(metadata: Metadata, name: str, default: int, *, least: int = 1) -> int:
     text = metadata.get(name, str(default))
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"got {name} {text!r} in the metadata, expected a whole number from 1")
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"got {name} {text!r} in the metadata, expected a whole number from {least}")
     return int(text)
 
 

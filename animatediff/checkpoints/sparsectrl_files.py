@@ -11,9 +11,8 @@ from animatediff.checkpoints.controlnet_files import check_encoder_fits
 from animatediff.checkpoints.diffusers_json import UNET_STEM
 from animatediff.checkpoints.files import file_sha256, find_weights, read_state_dict, write_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
-from animatediff.checkpoints.keymaps import MOTION_MARK, motion_to_official
+from animatediff.checkpoints.keymaps import MOTION_MARK, POSITIONAL_ENDINGS, motion_to_official
 from animatediff.checkpoints.load import LoadReport, load_strictly
-from animatediff.checkpoints.parts import PE_ENDINGS
 from animatediff.checkpoints.sizes import sparsectrl_config, sparsectrl_metadata_of
 from animatediff.config.networks import SparseCtrlConfig
 from animatediff.models.sparsectrl_encoder import SparseCtrl
@@ -43,7 +42,7 @@ def load_sparsectrl(path: str | Path, unet: UNet, vae: VAE) -> tuple[SparseCtrl,
     tensors = {
         motion_to_official(key) if MOTION_MARK in key else key: t
         for key, t in file.tensors.items()
-        if not key.endswith(PE_ENDINGS)
+        if not key.endswith(POSITIONAL_ENDINGS)
     }
     base = {"num_heads": str(unet.config.num_heads), "norm_num_groups": str(unet.config.norm_num_groups)}
     with naming(path):

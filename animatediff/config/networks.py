@@ -24,6 +24,7 @@ class MotionConfig:
     resolutions: tuple[int, ...] = (1, 2, 4, 8)  # down-sampling factors that carry motion modules
     up_block_modules: bool = True  # SparseCtrl's encoder has them in the down blocks only
     norm_over_frames: bool = False  # the module's own GroupNorm: False official SD 1.5; True as diffusers runs it
+    single_frames: bool = True  # whether the modules do anything to a clip of one frame; Hotshot-XL's do not
     temporal: Literal["attention", "convolution"] = "attention"  # what mixes the frames; convolution is for ablations
     positional_encoding: bool = True  # of attention; a convolution knows the order of its frames without
 
@@ -41,12 +42,20 @@ MOTION_VERSIONS: dict[str, MotionConfig] = {
     "animatelcm": MotionConfig(version="animatelcm", max_frames=64, mid_block=True),
     "pia": MotionConfig(version="pia", max_frames=32, resnet_norm_over_frames=True),
     "sparsectrl": MotionConfig(version="sparsectrl", max_frames=32, attentions_per_block=1, up_block_modules=False),
+    "sdxl-beta": MotionConfig(version="sdxl-beta", max_frames=32, resolutions=(1, 2, 4), norm_over_frames=True),
+    "hotshot-xl": MotionConfig(
+        version="hotshot-xl", max_frames=24, resolutions=(1, 2, 4), resnet_norm_over_frames=True, single_frames=False
+    ),
 }
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Stable Diffusion 1.x UNet; the defaults are SD 1.5. `motion=None` is the plain image model."""
+    """UNet of Stable Diffusion; the defaults are SD 1.5. `motion=None` is the plain image model.
+
+    Heads are a number (SD 1.x) or a width (SDXL, SD 2.x). Blocks of spatial transformers are one number for all levels
+    or one for each, the middle block having as many as the last.
+    """
 
     in_channels: int = 4
     out_channels: int = 4
@@ -55,10 +64,22 @@ class UNetConfig:
     layers_per_block: int = 2
     context_dim: int = 768
     num_heads: int = 8
-    num_transformer_blocks: int = 1
+    num_transformer_blocks: int | tuple[int, ...] = 1
     norm_num_groups: int = 32
     linear_projection: bool = False  # spatial transformers' proj_in/proj_out: 1x1 convolution or Linear
     motion: MotionConfig | None = None
+    head_dim: int = 0  # width of a head at all levels, in place of num_heads (SDXL: 64)
+    added_channels: int = 0  # pooled text and the features of the picture's sizes (SDXL: 2816); 0: there is neither
+
+    def heads(self, channels: int) -> int:
+        """Attention heads of a layer of this width."""
+        return channels // self.head_dim if self.head_dim else self.num_heads
+
+    def transformer_blocks(self, level: int) -> int:
+        """Blocks of a level's spatial transformers, 0 where it has none; level -1 is the middle block."""
+        blocks = self.num_transformer_blocks
+        of_level = blocks if isinstance(blocks, int) else blocks[level]
+        return of_level if level < 0 or self.attention_levels[level] else 0
 
     def with_motion(self, motion: MotionConfig | None) -> UNetConfig:
         return replace(self, motion=motion)

@@ -88,14 +88,13 @@ class SpatialTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    def __init__(self, channels: int, config: UNetConfig):
+    def __init__(self, channels: int, config: UNetConfig, blocks: int):
         super().__init__()
         self.linear_projection = config.linear_projection
         self.norm = GroupNorm(config.norm_num_groups, channels, eps=1e-6)
         self.proj_in = self._projection(channels)
         self.transformer_blocks = nn.ModuleList(
-            SpatialTransformerBlock(channels, config.num_heads, config.context_dim)
-            for _ in range(config.num_transformer_blocks)
+            SpatialTransformerBlock(channels, config.heads(channels), config.context_dim) for _ in range(blocks)
         )
         self.proj_out = self._projection(channels)
 

@@ -130,8 +130,9 @@ class MotionModule(nn.Module):
 
     def __init__(self, channels: int, config: MotionConfig, *, groups: int = 32):
         super().__init__()
+        self.single_frames = config.single_frames
         self.temporal_transformer = TemporalTransformer(channels, config, groups)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """x: ((b f), channels, h, w), the same shape out."""
-        return self.temporal_transformer(x, frames)
+        return self.temporal_transformer(x, frames) if frames > 1 or self.single_frames else x

@@ -1,4 +1,4 @@
-"""The Stable Diffusion 1.x UNet, as an image model or, with motion modules, as a video model.
+"""The UNet of Stable Diffusion 1.x and XL, as an image model or, with motion modules, as a video model.
 
 Frames ride in the batch axis, `(b f) c h w`; only motion modules and v1's GroupNorms look across them. Image layers
 carry diffusers' parameter names, motion modules the official AnimateDiff names.
@@ -29,11 +29,12 @@ from animatediff.utils import UserError
 class Block(nn.Module):
     """One resolution on the way down or up: per layer a ResNet block, a spatial transformer, a motion module."""
 
-    def __init__(self, config: UNetConfig, widths: Sequence[tuple[int, int]], *, attention: bool, motion: bool):
+    def __init__(self, config: UNetConfig, widths: Sequence[tuple[int, int]], *, level: int, motion: bool):
         super().__init__()
         outs = [out for _, out in widths]
         self.resnets = nn.ModuleList(resnet_block(config, a, b) for a, b in widths)
-        self.attentions = nn.ModuleList(SpatialTransformer(c, config) for c in outs) if attention else None
+        blocks = config.transformer_blocks(level)
+        self.attentions = nn.ModuleList(SpatialTransformer(c, config, blocks) for c in outs) if blocks else None
         self.motion_modules = (
             nn.ModuleList(MotionModule(c, config.motion, groups=config.norm_num_groups) for c in outs)
             if motion and config.motion
@@ -55,7 +56,7 @@ class DownBlock(Block):
         c, previous = channels[level], channels[max(level - 1, 0)]
         widths = [(previous if i == 0 else c, c) for i in range(config.layers_per_block)]
         motion = config.motion is not None and 2**level in config.motion.resolutions
-        super().__init__(config, widths, attention=config.attention_levels[level], motion=motion)
+        super().__init__(config, widths, level=level, motion=motion)
         self.downsamplers = nn.ModuleList([Downsample(c)]) if level < len(channels) - 1 else None
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, frames: int, skips: list[Tensor]) -> Tensor:
@@ -75,7 +76,7 @@ class UpBlock(Block):
         skips = [c] * config.layers_per_block + [channels[max(level - 1, 0)]]
         widths = [((previous if i == 0 else c) + skip, c) for i, skip in enumerate(skips)]
         motion = config.motion is not None and config.motion.up_block_modules and 2**level in config.motion.resolutions
-        super().__init__(config, widths, attention=config.attention_levels[level], motion=motion)
+        super().__init__(config, widths, level=level, motion=motion)
         self.upsamplers = nn.ModuleList([Upsample(c)]) if level > 0 else None
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, frames: int, skips: list[Tensor]) -> Tensor:
@@ -91,7 +92,7 @@ class MidBlock(nn.Module):
         super().__init__()
         c = config.block_out_channels[-1]
         self.resnets = nn.ModuleList(resnet_block(config, c, c) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialTransformer(c, config)])
+        self.attentions = nn.ModuleList([SpatialTransformer(c, config, config.transformer_blocks(-1))])
         self.motion_modules = (
             nn.ModuleList([MotionModule(c, config.motion, groups=config.norm_num_groups)])
             if config.motion and config.motion.mid_block
@@ -119,6 +120,9 @@ class UNet(nn.Module):
         channels = config.block_out_channels
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
+        self.add_embedding = (
+            TimestepEmbedding(config.added_channels, 4 * channels[0]) if config.added_channels else None
+        )
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in range(len(channels)))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(range(len(channels))))
@@ -131,12 +135,30 @@ class UNet(nn.Module):
         """Names and parameters of the motion modules."""
         return ((n, p) for n, p in self.named_parameters() if "motion_modules." in n)
 
+    def embed(self, t: Tensor, pooled: Tensor | None, time_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What ResNets are told: rows (b, d) or, where pooled text varies over the frames, ((b f), d).
+
+        SDXL (arXiv 2307.01952, sec. 2.2) adds to the timestep's embedding that of the pooled text and the numbers.
+        """
+        time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(dtype))
+        if self.add_embedding is None:
+            return time
+        if pooled is None or time_ids is None:
+            raise ValueError("got no pooled text or no time_ids, expected both: this UNet was trained with them")
+        pooled = pooled.to(dtype).reshape(len(time), -1, pooled.shape[-1])
+        width = (self.config.added_channels - pooled.shape[-1]) // time_ids.shape[-1]
+        numbers = timestep_embedding(time_ids.flatten(), width).view(len(time), 1, -1).to(dtype)
+        added = self.add_embedding(torch.cat([pooled, numbers.expand(-1, pooled.shape[1], -1)], dim=-1))
+        return (time[:, None] + added).flatten(0, 1)
+
     def forward(
         self,
         x: Tensor,
         t: Tensor,
         context: Tensor,
         *,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
         input_residual: Tensor | None = None,
         down_residuals: Sequence[Tensor] | None = None,
         mid_residual: Tensor | None = None,
@@ -147,6 +169,9 @@ class UNet(nn.Module):
             x: latents (b, f, in_channels, h, w), any h and w.
             t: timesteps (b,), 0 … 999.
             context: text embedding (b, l, context_dim), one row per video, or (b, f, l, context_dim), one per frame.
+            pooled: for SDXL, pooled text embedding (b, d), one row per video, or (b, f, d), one per frame.
+            time_ids: for SDXL, pixels (b, 6): original height, width; crop's top, left; target height, width. The
+                refiner's last two are one aesthetic score.
             input_residual: added after `conv_in`, ((b f), c, h, w).
             down_residuals: added to the skip connections, each ((b f), c, h, w), first the one of `conv_in`.
             mid_residual: added after the middle block, ((b f), c, h, w).
@@ -161,7 +186,7 @@ class UNet(nn.Module):
             )
         if context.dim() == 4:
             context = rearrange(context, "b f l d -> (b f) l d")
-        time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))
+        time = self.embed(t, pooled, time_ids, x.dtype)
         h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w"))
         if input_residual is not None:
             h = h + input_residual

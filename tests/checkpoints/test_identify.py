@@ -11,6 +11,7 @@ from animatediff.checkpoints.files import write_state_dict
 from animatediff.checkpoints.identify import KINDS, identify, identify_tensors, refusal
 from animatediff.checkpoints.keymaps import LDM_UNET, LDM_VAE, motion_to_diffusers
 from animatediff.utils import UserError
+from tests import sdxl
 from tests.checkpoints.synthetic import (
     ldm_tensors,
     lora_tensors,
@@ -26,9 +27,11 @@ def zeros(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
     return {key.replace("__", "."): torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
 
-def sdxl_motion() -> dict[str, Tensor]:
-    name = "down_blocks.{}.motion_modules.0.temporal_transformer.norm.weight"
-    return {name.format(i): torch.empty(width, device="meta") for i, width in enumerate((320, 640, 1280))}
+def sdxl_motion(frames: int = 32) -> dict[str, Tensor]:
+    name = "down_blocks.{}.motion_modules.0.temporal_transformer.norm.bias"
+    tensors = {name.format(i): torch.empty(width, device="meta") for i, width in enumerate((320, 640, 1280))}
+    up = "up_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.pos_encoder.pe"
+    return tensors | ({up: torch.empty(1, frames, 1280, device="meta")} if frames else {})
 
 
 def context(width: int) -> dict[str, Tensor]:
@@ -82,11 +85,11 @@ CASES: dict[str, tuple[str, object]] = {
     "embedding by width": ("textual-inversion", lambda: zeros(cat=(768,))),
     "embedding sd2": ("sd2-textual-inversion", lambda: zeros(emb_params=(2, 1024))),
     "embedding sdxl": ("sdxl-textual-inversion", lambda: zeros(clip_l=(2, 768), clip_g=(2, 1280))),
-    "hotshot": ("hotshot-xl", lambda: zeros(down_blocks__0__temporal_attentions__0__norm__weight=(320,))),
+    "hotshot": ("motion-module", lambda: zeros(down_blocks__0__temporal_attentions__0__norm__weight=(320,))),
     "pia": ("pia", lambda: motion_tensors("v3") | zeros(conv_in__weight=(320, 9, 3, 3))),
     "i2v": ("animatelcm-i2v", lambda: motion_tensors("v2") | zeros(img_encoder__conv_in__weight=(320, 4, 1, 1))),
     "cameractrl": ("cameractrl", lambda: zeros(pose_encoder_state_dict__encoder_conv_in__weight=(320, 6, 3, 3))),
-    "sdxl motion": ("sdxl-motion-module", sdxl_motion),
+    "sdxl motion": ("motion-module", sdxl_motion),
     "sdxl": ("sdxl-checkpoint", lambda: context(2048) | zeros(conditioner__embedders__0__x=(1,))),
     "sd2": ("sd2-checkpoint", lambda: context(1024)),
     "inpainting": (
@@ -117,6 +120,20 @@ def test_motion_versions_by_their_positional_encoding(layout, frames, version):
     info = identify_tensors(with_positional(motion_tensors(layout), frames), path=PATH)
     assert (info.version, info.positional_length) == (version, frames)
     assert info.config_line == f"motion_module: {PATH}"
+
+
+@pytest.mark.parametrize(("frames", "version"), [(32, "sdxl-beta"), (24, "hotshot-xl"), (0, None)])
+def test_sdxl_motion_modules_by_their_positional_encoding(frames, version):
+    info = identify_tensors(sdxl_motion(frames) | zeros(up_blocks__0__motion_modules__0__x=(1,)), path=PATH)
+    assert (info.version, info.base) == (version, "SDXL")
+    assert info.needs == "an SDXL image model"
+    assert ("version: hotshot-xl or sdxl-beta" in info.config_line) == (version is None)
+
+
+@pytest.mark.parametrize("version", ["sdxl-beta", "hotshot-xl"])
+def test_small_sdxl_motion_modules_are_told_by_their_levels(version):
+    info = identify_tensors(sdxl.motion(version), path=PATH)
+    assert (info.kind, info.version, info.base) == ("motion-module", version, "SDXL")
 
 
 def test_an_undecided_version_is_asked_for():
@@ -162,7 +179,7 @@ def test_counts_and_types(tmp_path):
     ("case", "message"),
     [
         ("motion lora", r"this is a MotionLoRA, not a motion module: use it as `motion_module_lora_configs: \[{path"),
-        ("sdxl motion", "this is an SDXL motion module, not a motion module: it needs an SDXL base"),
+        ("sdxl", "this is an SDXL image model .*, not a motion module: use it as `pretrained_model_path: x"),
         ("ldm", "this is an SD 1.x image model in one file, not a motion module: use it as `dreambooth_path: x"),
         ("vae", "this is a VAE alone, not a motion module: use it as `vae_path: x"),
         ("nothing known", "this is no kind of file that is known here, not a motion module: its keys"),

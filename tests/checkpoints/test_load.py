@@ -177,8 +177,8 @@ MID_NORM = f"{LDM_UNET}middle_block.0.in_layers.0.weight"
         (changed(remove=MID_NORM), "complete UNet.* 1 weights are missing, such as mid_block.resnets.0.norm1.weight"),
         (changed(reshape=MID_NORM), r"1 weights have another shape, such as mid_block.*\(3, 3\) for \(96,\)"),
         (changed(add=(f"{LDM_UNET}input_blocks.1.1.new.weight",)), "UNet.*1 weights have no place in it"),
-        (changed(add=(f"{LDM_UNET}strange.weight",)), "1 entries that belong to no part of SD 1.x .*strange"),
-        (changed(add=("mystery",)), r"1 entries that belong to no part of SD 1.x \(mystery\)"),
+        (changed(add=(f"{LDM_UNET}strange.weight",)), "1 entries that belong to no part of an image model .*strange"),
+        (changed(add=("mystery",)), r"1 entries that belong to no part of an image model \(mystery\)"),
         (changed(remove=f"{LDM_VAE}decoder.conv_out.bias"), "VAE.*missing, such as decoder.conv_out.bias"),
         (changed(remove=f"{LDM_UNET}out.2.weight"), "got weights without conv_out.weight"),
         (changed(remove=f"{LDM_TEXT}text_model.final_layer_norm.bias"), "text encoder.*final_layer_norm.bias"),
@@ -192,9 +192,9 @@ def test_incomplete_and_overfull_image_models_are_refused(tmp_path, tensors, mes
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (lambda: lora_tensors("kohya_lora"), "this is a LoRA of an image model, not an SD 1.x image model: use it as"),
-        (lambda: motion_tensors("v3"), "this is a motion module, not an SD 1.x image model: use it as `motion_module"),
-        (lambda: {"conditioner.embedders.0.x": torch.zeros(1)}, "this is an SDXL image model, not"),
+        (lambda: lora_tensors("kohya_lora"), "this is a LoRA of an image model, not an image model: use it as"),
+        (lambda: motion_tensors("v3"), "this is a motion module, not an image model: use it as `motion_module"),
+        (lambda: {"conditioner.embedders.0.x": torch.zeros(1)}, "1 entries that belong to no part of an image model"),
         (lambda: {"cond_stage_model.model.x": torch.zeros(1)}, "this is an SD 2.x image model"),
         (lambda: {"control_model.x": torch.zeros(1)}, "this is a ControlNet, not"),
     ],
@@ -207,7 +207,7 @@ def test_other_files_are_no_image_models(tmp_path, tensors, message):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (lambda: lora_tensors("motion_lora"), "this is a MotionLoRA, not a motion module for SD 1.x: use it as"),
+        (lambda: lora_tensors("motion_lora"), "this is a MotionLoRA, not a motion module: use it as"),
         (lambda: lora_tensors("domain_adapter"), "this is a domain adapter, not a motion module"),
         (lambda: sparsectrl_tensors("rgb"), "this is a SparseCtrl encoder, not a motion module"),
         (ldm_tensors, "this is an SD 1.x image model in one file, not a motion module"),
@@ -216,7 +216,7 @@ def test_other_files_are_no_image_models(tmp_path, tensors, message):
                 f"down_blocks.{i}.motion_modules.0.temporal_transformer.norm.weight": torch.zeros(width)
                 for i, width in enumerate((320, 640, 1280))
             },
-            "this is an SDXL motion module, not a motion module for SD 1.x: it needs an SDXL base",
+            "a motion module of widths 320, 640, 1280, for a base model of widths 32, 64, 64, 96",
         ),
         (lambda: wide_module(), "widths 64, 64, 64, 96, for a base"),
         (lambda: drop_first(motion_tensors("v2")), "complete motion module.* 1 weights are missing"),

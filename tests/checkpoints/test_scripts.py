@@ -72,7 +72,7 @@ def test_a_mistyped_option_is_told_in_one_line(tmp_path, name):
 def test_convert_refuses_the_wrong_kind_in_one_line(tmp_path):
     motion = write(tmp_path / "mm.safetensors", motion_tensors("v2"))
     result = run("convert.py", motion, "out.safetensors", "--to", "ldm", cwd=tmp_path)
-    assert failed_cleanly(result, "this is a motion module, not an SD 1.x image model")
+    assert failed_cleanly(result, "this is a motion module, not an image model")
     assert not (tmp_path / "out.safetensors").exists()
 
 

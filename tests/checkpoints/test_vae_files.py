@@ -110,7 +110,7 @@ def test_other_and_incomplete_files_are_refused(tmp_path, base):
     for path, message in (
         (write(tmp_path / "lora.safetensors", lora_tensors("kohya_lora")), "a LoRA of an image model, not a VAE"),
         (write(tmp_path / "part.safetensors", missing), "expected a complete VAE .*: 4 weights are missing"),
-        (write(tmp_path / "more.safetensors", strange), "1 entries that belong to no part of SD 1.x"),
+        (write(tmp_path / "more.safetensors", strange), "1 entries that belong to no part of an image model"),
         (write(tmp_path / "no.safetensors", without), "an image model without a VAE, expected one"),
         (tmp_path / "empty", "the folder .*empty, expected a VAE: it has no diffusion_pytorch_model file"),
         (tmp_path / "nowhere.pt", "there is no such file"),

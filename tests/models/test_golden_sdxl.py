@@ -1,0 +1,71 @@
+"""SDXL and its two motion modules against numbers that the official implementations produced."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+
+from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module
+from animatediff.models.unet import UNet
+from tests.models.test_golden import assert_close
+from tests.sdxl import GOLDEN, MOTION, write_files
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return write_files(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def base(files) -> ImageModel:
+    return load_base(files / "sdxl.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unets(files, base) -> dict[str, UNet]:
+    return {version: load_motion_module(base.unet, files / f"{version}.safetensors")[0] for version in MOTION}
+
+
+def golden(name: str) -> torch.Tensor:
+    """An expected video, (b, c, f, h, w) in the file, as (b, f, c, h, w)."""
+    return rearrange(GOLDEN[name], "b c f h w -> b f c h w")
+
+
+@torch.no_grad()
+def predict(unet: UNet, latents: str, t: int) -> torch.Tensor:
+    conditioning = {"pooled": GOLDEN["text.2.pooled"], "time_ids": GOLDEN["input.time_ids"]}
+    return unet(golden(latents), torch.tensor([t, t]), GOLDEN["text.context"], **conditioning)
+
+
+@pytest.mark.parametrize("t", [1, 481, 981])
+def test_image_model(base, t):
+    assert_close(predict(base.unet, "input.latents", t), golden(f"unet.image.t{t}"))
+
+
+def test_sizes_that_are_no_multiple_of_the_downsampling(base):
+    assert_close(predict(base.unet, "input.odd_latents", 481), golden("unet.image_odd.t481"))
+
+
+@pytest.mark.parametrize("t", [1, 481, 981])
+def test_video_models(unets, t):
+    assert_close(predict(unets["sdxl-beta"], "input.latents", t), golden(f"unet.beta.t{t}"))
+    assert_close(predict(unets["hotshot-xl"], "input.hotshot_latents", t), golden(f"unet.hotshot.t{t}"))
+
+
+@torch.no_grad()
+def test_hotshot_leaves_a_single_frame_to_the_image_model(unets):
+    x = golden("input.hotshot_latents")[:, :1]
+    conditioning = {"pooled": GOLDEN["text.2.pooled"], "time_ids": GOLDEN["input.time_ids"]}
+    got = unets["hotshot-xl"](x, torch.tensor([481, 481]), GOLDEN["text.context"], **conditioning)
+    assert_close(got, golden("unet.hotshot_one_frame.t481"))
+
+
+@torch.no_grad()
+def test_vae(base):
+    mean, logvar = base.vae.encode(GOLDEN["input.image"])
+    assert_close(mean, GOLDEN["vae.mean"])
+    assert_close(logvar, GOLDEN["vae.logvar"])
+    latents = golden("input.latents")[:, :1]
+    assert_close(base.vae.decode(latents[:, 0]), GOLDEN["vae.decode"])
+    assert_close(base.vae.decode_video(latents)[:, 0], GOLDEN["vae.decode_scaled"].clamp(-1, 1))
