@@ -1,5 +1,6 @@
 """SDXL and its two motion modules against numbers that the official implementations produced."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from einops import rearrange
 
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.unet import UNet
 from tests.models.test_golden import assert_close
-from tests.sdxl import GOLDEN, MOTION, write_files
+from tests.sdxl import FOLDER, GOLDEN, MOTION, write_files
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,23 @@ def test_vae(base):
     latents = golden("input.latents")[:, :1]
     assert_close(base.vae.decode(latents[:, 0]), GOLDEN["vae.decode"])
     assert_close(base.vae.decode_video(latents)[:, 0], GOLDEN["vae.decode_scaled"].clamp(-1, 1))
+
+
+@torch.no_grad()
+def test_text_encoders(base):
+    ids_1, ids_2 = GOLDEN["input.token_ids_1"], GOLDEN["input.token_ids_2"]
+    assert_close(base.text_encoder(ids_1), GOLDEN["text.1.last_hidden_state"])
+    assert_close(base.text_encoder(ids_1, clip_skip=2, final_norm=False), GOLDEN["text.1.penultimate"])
+    states = base.text_encoder_2.hidden_states(ids_2)
+    assert_close(states[-2], GOLDEN["text.2.penultimate"])
+    assert_close(base.text_encoder_2.pool(states[-1], ids_2), GOLDEN["text.2.pooled"])
+
+
+def test_token_ids():
+    """The second tokenizer pads with `!`, which stays a word of its own in a prompt, as in OpenCLIP and the web UIs."""
+    expected = json.loads((FOLDER / "tokens.json").read_text(encoding="utf-8"))
+    first, second = Tokenizer(), Tokenizer(pad_token="!")
+    for prompt, ids in expected.items():
+        assert first([prompt])[0, 0].tolist() == ids["1"], prompt
+        if "<|" not in prompt:  # special tokens written out: text to OpenCLIP, themselves to us and transformers
+            assert second([prompt])[0, 0].tolist() == ids["2_open_clip"], prompt
