@@ -7,8 +7,8 @@ from pathlib import Path
 
 from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
+from animatediff.checkpoints.keymaps import POSITIONAL_ENDINGS
 from animatediff.checkpoints.load import LoadReport, load_strictly
-from animatediff.checkpoints.parts import PE_ENDINGS
 from animatediff.config.networks import CameraConfig
 from animatediff.models.camera_network import RAY_CHANNELS, CameraCtrl, merged_attentions
 from animatediff.models.unet import UNet
@@ -29,7 +29,7 @@ def load_cameractrl(path: str | Path, unet: UNet) -> tuple[CameraCtrl, LoadRepor
     """
     path = Path(path)
     file = read_state_dict(path)
-    plain = {WRAPPED.sub("", key): t for key, t in file.tensors.items() if not key.endswith(PE_ENDINGS)}
+    plain = {WRAPPED.sub("", key): t for key, t in file.tensors.items() if not key.endswith(POSITIONAL_ENDINGS)}
     if not any(key.startswith("encoder_down_conv_blocks.") for key in plain):
         raise refusal(identify_tensors(file.tensors, file.metadata, path=path), "a CameraCtrl camera encoder")
     attentions = merged_attentions(unet)
