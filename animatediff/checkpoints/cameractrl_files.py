@@ -30,8 +30,9 @@ def load_cameractrl(path: str | Path, unet: UNet) -> tuple[CameraCtrl, LoadRepor
     path = Path(path)
     file = read_state_dict(path)
     plain = {WRAPPED.sub("", key): t for key, t in file.tensors.items() if not key.endswith(POSITIONAL_ENDINGS)}
-    if not any(key.startswith("encoder_down_conv_blocks.") for key in plain):
-        raise refusal(identify_tensors(file.tensors, file.metadata, path=path), "a CameraCtrl camera encoder")
+    info = identify_tensors(file.tensors, file.metadata, path=path)
+    if info.kind != "cameractrl":
+        raise refusal(info, "a CameraCtrl camera encoder")
     attentions = merged_attentions(unet)
     if not attentions:
         raise UserError(f"{path}: got CameraCtrl without a motion module, expected v3's: set motion_module")
@@ -48,7 +49,7 @@ def load_cameractrl(path: str | Path, unet: UNet) -> tuple[CameraCtrl, LoadRepor
     sample = next(unet.parameters())
     ready = {key: t.to(sample.device, sample.dtype) for key, t in tensors.items()}
     camera = load_strictly(lambda: CameraCtrl(config), ready, "CameraCtrl", path)
-    report = LoadReport(path, "cameractrl", None, file_sha256(path), applied=len(ready), notes=list(file.notes))
+    report = LoadReport(path, info.kind, None, file_sha256(path), applied=len(ready), notes=list(file.notes))
     return camera, report
 
 

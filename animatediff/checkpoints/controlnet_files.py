@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from animatediff.checkpoints.files import (
     write_state_dict,
 )
 from animatediff.checkpoints.identify import identify_tensors, refusal
-from animatediff.checkpoints.keymaps import MOTION_MARK, Table, inverted, translate, unet_layout, unet_table
+from animatediff.checkpoints.keymaps import Table, inverted, translate, unet_layout, unet_table
 from animatediff.checkpoints.load import LoadReport, load_strictly
 from animatediff.checkpoints.sizes import encoder_config
 from animatediff.config.networks import ControlNetConfig, UNetConfig
@@ -31,7 +30,6 @@ from animatediff.models.vae import VAE
 from animatediff.utils import UserError, naming
 
 PREFIX = "control_model."  # of the original files
-HINT = re.compile(rf"^({re.escape(PREFIX)})?input_hint_block\.|^controlnet_cond_embedding\.")
 DIFFERENCE = "difference"  # an entry of this name: weights that the image model has too are differences to it
 
 
@@ -70,8 +68,9 @@ def load_controlnet(path: str | Path, unet: UNet, vae: VAE) -> tuple[ControlNet,
     if weights is None:
         raise UserError(f"got the folder {path}, expected a ControlNet: it has no {UNET_STEM} file")
     file = read_state_dict(weights)
-    if not any(HINT.match(key) for key in file.tensors) or any(MOTION_MARK in key for key in file.tensors):
-        raise refusal(identify_tensors(file.tensors, file.metadata, path=path), "a ControlNet")
+    info = identify_tensors(file.tensors, file.metadata, path=path)
+    if info.kind != "controlnet":
+        raise refusal(info, "a ControlNet")
     notes = list(file.notes)
     tensors, unused = _named_as_ours(file.tensors)
     if tensors.pop(DIFFERENCE, None) is not None:
@@ -86,7 +85,7 @@ def load_controlnet(path: str | Path, unet: UNet, vae: VAE) -> tuple[ControlNet,
     sample = next(unet.parameters())
     ready = {key: t.to(sample.device, sample.dtype) for key, t in tensors.items()}
     network = load_strictly(lambda: ControlNet(config), ready, "ControlNet", path)
-    report = LoadReport(path, "controlnet", None, file_sha256(weights), applied=len(ready), notes=notes, unused=unused)
+    report = LoadReport(path, info.kind, None, file_sha256(weights), applied=len(ready), notes=notes, unused=unused)
     return network, report
 
 

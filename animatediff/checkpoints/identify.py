@@ -15,7 +15,7 @@ from animatediff.checkpoints.diffusers_json import TEXT_STEMS, UNET_STEM, VAE_ST
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
 from animatediff.checkpoints.keymaps import LDM_TEXT, LDM_UNET, LDM_VAE, MOTION_MARK, motion_to_official
 from animatediff.checkpoints.lora_keys import LORA_STEMS, lora_algorithms, lora_base, lora_targets, unsupported_lora
-from animatediff.config.networks import ANIMATE_LCM, Distillation, lightning
+from animatediff.config.networks import ANIMATE_LCM, ANIMATE_LCM_I2V, Distillation, lightning
 from animatediff.utils import UserError, naming
 
 SD15_WIDTHS = (320, 640, 1280, 1280)
@@ -80,11 +80,33 @@ KINDS: dict[str, Kind] = {
         "pretrained_model_path: {path}   # or on another SDXL base: dreambooth_path: {path}",
     ),
     "dit-checkpoint": Kind("a diffusion transformer (FLUX, SD 3 or the like)"),
-    "pia": Kind("a PIA motion module (its own conv_in with condition channels)"),
-    "animatelcm-i2v": Kind("an AnimateLCM-I2V motion module (with an image encoder)"),
-    "cameractrl": Kind("a CameraCtrl camera encoder"),
-    "controlnet": Kind("a ControlNet"),
-    "ip-adapter": Kind("an IP-Adapter"),
+    "pia": Kind(
+        "a PIA motion module", "an SD 1.x image model and a picture", "motion_module: {path}   # and pia.image: …"
+    ),
+    "animatelcm-i2v": Kind(
+        "an AnimateLCM-I2V motion module",
+        "an SD 1.x image model and a picture",
+        "motion_module: {path}   # and i2v.image: …",
+    ),
+    "cameractrl": Kind(
+        "a CameraCtrl camera encoder", "the v3 motion module", "camera: {{path: {path}, move: zoom_in}}"
+    ),
+    "controlnet": Kind("a ControlNet", "an SD 1.x image model and hints", "controlnet: {{path: {path}, images: …}}"),
+    "ip-adapter": Kind(
+        "an IP-Adapter",
+        "an SD 1.x image model, its image encoder and pictures",
+        "ip_adapter: {{path: {path}, images: …}}   # and image_encoder: …",
+    ),
+    "image-encoder": Kind("a CLIP vision model", "an IP-Adapter that was trained with it", "image_encoder: {path}"),
+    "faceid": Kind("a FaceID adapter", "InsightFace's face recognition network, which is not part of this project"),
+    "sdxl-ip-adapter": Kind("an IP-Adapter for SDXL", "an SDXL base, here it is SD 1.x"),
+    "sd2-controlnet": Kind("a ControlNet for SD 2.x", "an SD 2.x base, here it is SD 1.x"),
+    "sdxl-controlnet": Kind("a ControlNet for SDXL", "an SDXL base, here it is SD 1.x"),
+    "control-lora": Kind("a Control-LoRA (low-rank differences of a ControlNet)"),
+    "controlllite": Kind("a ControlLLLite"),
+    "t2i-adapter": Kind("a T2I-Adapter"),
+    "motionctrl": Kind("a MotionCtrl camera or trajectory file"),
+    "fancyvideo": Kind("a FancyVideo motion module"),
     "sdxl-lora": Kind("a LoRA for SDXL", "an SDXL base, here it is SD 1.x"),
     "unsupported-lora": Kind("a LoRA for another kind of network"),
     "unknown": Kind("no kind of file that is known here"),
@@ -128,6 +150,8 @@ class FileInfo:
     @property
     def distillation(self) -> Distillation | None:
         """How a distilled motion module has to be sampled. Lightning files are v2's network: only their name tells."""
+        if self.kind == "animatelcm-i2v":
+            return ANIMATE_LCM_I2V
         if self.kind not in MOTION_KINDS:
             return None
         if self.version == "animatelcm" or "animatelcm" in self.path.name.lower():
@@ -291,20 +315,44 @@ def _lora(fits: Callable[[set[str]], bool] = bool) -> Callable[[StateDict], bool
     return rule
 
 
+_HINT = _any(r"^(control_model\.)?input_hint_block\.|^controlnet_cond_embedding\.")
+_IMAGE_KEY = r"(ip_adapter|adapter_modules)\.\d+\.to_k_ip\.weight$|attn2\.processor\.to_k_ip\.weight$"
+
+# Before LoRAs: some of these have low-rank layers too.
+CONDITION_RULES: tuple[tuple[str, Callable[[StateDict], bool]], ...] = (
+    ("faceid", _any(r"^image_proj(_model)?\.perceiver_resampler\.|^ip_adapter\.\d+\.to_\w+_lora\.")),
+    ("faceid", _both(_any(r"^image_proj(_model)?\.proj\.0\."), _any(r"^image_proj(_model)?\.norm\."))),
+    ("sdxl-ip-adapter", _shape(_IMAGE_KEY, 1, lambda n: n == 2048)),
+    ("ip-adapter", _any(r"^(image_proj|image_proj_model)\.|" + _IMAGE_KEY)),
+    ("control-lora", _any(r"^lora_controlnet$")),
+    ("controlllite", _any(r"^lllite_")),
+    ("t2i-adapter", _any(r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets)\b|^style_embedding$")),
+    ("sparsectrl", _both(_HINT, _any(r"motion_modules\."))),
+    (
+        "sdxl-controlnet",
+        _both(_HINT, _any(r"^(control_model\.)?(label_emb|add_embedding|task_embedding|control_add_embedding)\b")),
+    ),
+    (
+        "sd2-controlnet",
+        _both(_HINT, _shape(r"^(control_model|mid_block).*attn2\.to_k\.weight$", 1, lambda n: n == 1024)),
+    ),
+    ("controlnet", _any(r"^(input_hint_block|controlnet_cond_embedding|controlnet_down_blocks|control_model)\.")),
+    ("cameractrl", _any(r"^pose_encoder|^encoder_down_conv_blocks\.|qkv_merge\.")),
+    ("motionctrl", _any(r"\.cc_projection\.|^omcm_state_dict\.")),
+    ("fancyvideo", _any(r"^FancyVideo$|^(module\.)?fps_embedding\.")),
+    ("image-encoder", _any(r"^(visual\.class_embedding$|vision_model\.embeddings\.class_embedding$)")),
+)
 RULES: tuple[tuple[str, Callable[[StateDict], bool]], ...] = (
+    *CONDITION_RULES,
     ("unsupported-lora", _both(_any(_LORA), lambda tensors: unsupported_lora(tensors) is not None)),
     ("motion-lora", _lora(lambda targets: all("_motion_modules_" in target for target in targets))),
     ("sdxl-lora", _both(_lora(), lambda tensors: lora_base(tensors) == "SDXL")),
     ("domain-adapter", _both(_lora(lambda targets: not any("_motion_modules_" in t for t in targets)), _any(_ADAPTER))),
     ("lora", _lora()),
     ("unsupported-lora", _any(_LORA)),
-    ("ip-adapter", _any(r"^(image_proj|ip_adapter)\.|\.to_k_ip\.")),
     ("sd2-textual-inversion", _is_embedding(1024)),
     ("sdxl-textual-inversion", _is_embedding(1280)),
     ("textual-inversion", _is_embedding()),
-    ("sparsectrl", _both(_any(r"^controlnet_cond_embedding\."), _any(r"motion_modules\."))),
-    ("controlnet", _any(r"^(controlnet_cond_embedding|controlnet_down_blocks|control_model)\.")),
-    ("cameractrl", _any(r"^pose_encoder|encoder_down_conv_blocks")),
     ("animatelcm-i2v", _both(_any(r"motion_modules\."), _any(r"^(module\.)?img_encoder\."))),
     ("pia", _both(_any(r"motion_modules\."), _shape(r"^conv_in\.weight$", 1, lambda n: n > 4))),
     ("motion-module", _any(r"motion_modules\.\d+\.temporal_transformer\.|temporal_attentions\.\d+\.")),
@@ -323,6 +371,8 @@ RULES: tuple[tuple[str, Callable[[StateDict], bool]], ...] = (
 
 
 def _version(kind: str, tensors: StateDict, metadata: dict[str, str], length: int | None) -> str | None:
+    if kind in CONDITIONED_MOTION:
+        return CONDITIONED_MOTION[kind]
     if kind in MOTION_KINDS:
         motion = motion_part(tensors)
         if kind == "motion-adapter":
@@ -380,7 +430,7 @@ def weight_files(path: str | Path) -> list[Path]:
     parts = [(path / "unet", UNET_STEM, UNET_STEM), (path / "vae", VAE_STEM, VAE_STEM)]
     parts += [(path / "text_encoder", *TEXT_STEMS)]
     if not (path / "unet").is_dir():
-        parts = [(path, stem, stem) for stem in (UNET_STEM, *LORA_STEMS)]
+        parts = [(path, stem, stem) for stem in (UNET_STEM, *LORA_STEMS)] + [(path, *TEXT_STEMS)]
     if found := [weights for part in parts if (weights := find_weights(*part))]:
         return found
     name = read_json(path / "model_index.json").get("_class_name") if (path / "model_index.json").is_file() else None

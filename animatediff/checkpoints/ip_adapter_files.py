@@ -16,7 +16,6 @@ from animatediff.utils import UserError
 OURS = re.compile(r"^(image_proj|ip_adapter)\.")
 SPELLINGS = (("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter."))  # of the training script
 BY_LAYER = re.compile(r"^unet\.(.+\.attn2)\.processor\.(to_[kv]_ip\.weight)$")  # of accelerate
-FACE_ID = re.compile(r"^image_proj\.perceiver_resampler\.|^ip_adapter\.\d+\.to_\w+_lora\.")
 
 
 def load_ip_adapter(path: str | Path, unet: UNet) -> tuple[IPAdapter, LoadReport]:
@@ -30,12 +29,13 @@ def load_ip_adapter(path: str | Path, unet: UNet) -> tuple[IPAdapter, LoadReport
     """
     path = Path(path)
     file = read_state_dict(path)
+    info = identify_tensors(file.tensors, file.metadata, path=path)
+    if info.kind != "ip-adapter":
+        raise refusal(info, "an IP-Adapter for SD 1.x")
     layers = list(cross_attentions(unet).items())
     numbers = {name: 2 * i + 1 for i, (name, _) in enumerate(layers)}
     named = {_renamed(key, numbers): t for key, t in file.tensors.items()}
     tensors = {key: t for key, t in named.items() if OURS.match(key)}
-    if not any(key.startswith("image_proj.") for key in tensors):
-        raise refusal(identify_tensors(file.tensors, file.metadata, path=path), "an IP-Adapter")
     config = ip_adapter_config(tensors, path)
     if config.context_dim != (expected := unet.config.context_dim):
         raise UserError(
@@ -54,26 +54,14 @@ def load_ip_adapter(path: str | Path, unet: UNet) -> tuple[IPAdapter, LoadReport
     unused = [key for key in named if key not in tensors]
     notes = [*file.notes, *(["the file holds more than the adapter"] if unused else [])]
     report = LoadReport(
-        path, "ip-adapter", config.variant, file_sha256(path), applied=len(ready), notes=notes, unused=unused
+        path, info.kind, config.variant, file_sha256(path), applied=len(ready), notes=notes, unused=unused
     )
     return adapter, report
 
 
 def ip_adapter_config(tensors: StateDict, path: Path) -> IPAdapterConfig:
-    """Sizes of an adapter in the released spelling.
-
-    Raises:
-        UserError: it is a FaceID adapter.
-    """
+    """Sizes of an adapter in the released spelling. Raises: UserError for one without its parts."""
     proj = "image_proj.proj"
-    face = any(FACE_ID.match(key) for key in tensors) or (
-        f"{proj}.0.weight" in tensors and f"{proj}.3.weight" not in tensors
-    )
-    if face:
-        raise UserError(
-            f"{path}: got a FaceID adapter, expected base, light, plus, plus-face or full-face: FaceID needs the face "
-            "recognition network of InsightFace, which is not part of this project; choose plus-face or full-face"
-        )
     keys = {int(m[1]): t.shape for k, t in tensors.items() if (m := re.match(r"ip_adapter\.(\d+)\.to_k_ip\.weight", k))}
     if not keys:
         raise UserError(f"{path}: got an IP-Adapter without keys for any layer, expected ip_adapter.1.to_k_ip.weight …")
@@ -87,7 +75,8 @@ def ip_adapter_config(tensors: StateDict, path: Path) -> IPAdapterConfig:
         )
     if (first := tensors.get(f"{proj}.0.weight")) is not None:
         return IPAdapterConfig("full", encoder_width=first.shape[1], **layers)
-    weight = tensors[f"{proj}.weight"]
+    if (weight := tensors.get(f"{proj}.weight")) is None:
+        raise UserError(f"{path}: got an IP-Adapter without image_proj, expected the whole file: choose another")
     return IPAdapterConfig(
         "base", encoder_width=weight.shape[1], tokens=weight.shape[0] // keys[min(keys)][1], **layers
     )

@@ -190,6 +190,7 @@ class ScheduleConfig:
     timestep_spacing: str = "leading"
     set_alpha_to_one: bool = True
     clip_sample: bool = False
+    lcm_timesteps: int = 100  # of which consistency models for video were distilled on, for the spacing lcm
     rescale_betas_zero_snr: bool = False  # the last timestep is pure noise; for v_prediction and sample
 
 
@@ -204,11 +205,30 @@ class Distillation:
     possible_steps: tuple[int, ...]
     guidance_scale: float  # where nobody says
     max_guidance_scale: float = 2.0  # above, the contrast burns out
+    beta_end: float | None = None  # of the noise schedule, where it is another one
+    lcm_timesteps: int | None = None  # the same
 
 
 ANIMATE_LCM = Distillation(  # arXiv 2402.00769; made for 4 to 8 steps, more than 16 only cost time
     "AnimateLCM", "lcm", "lcm", steps=6, possible_steps=tuple(range(1, 17)), guidance_scale=2.0
 )
+
+ANIMATE_LCM_I2V = Distillation(  # of its authors' demo
+    "AnimateLCM-I2V",
+    "lcm",
+    "lcm",
+    steps=6,
+    possible_steps=tuple(range(1, 17)),
+    guidance_scale=1.0,
+    beta_end=0.014,
+    lcm_timesteps=200,
+)
+
+
+def distilled_schedule(schedule: ScheduleConfig, distillation: Distillation | None) -> ScheduleConfig:
+    """The schedule that a distilled motion module was trained with."""
+    own = {"beta_end": distillation.beta_end, "lcm_timesteps": distillation.lcm_timesteps} if distillation else {}
+    return replace(schedule, **{name: value for name, value in own.items() if value is not None})
 
 
 def lightning(steps: int) -> Distillation:

@@ -13,7 +13,6 @@ from animatediff.utils import UserError
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace", "karras", "lcm")
 KARRAS_RHO = 7.0
-LCM_TIMESTEPS = 100  # of which consistency models for video were distilled on
 
 
 class NoiseSchedule:
@@ -63,13 +62,13 @@ class NoiseSchedule:
         """`steps` timesteps from noisy to clean: int64, or float32 with karras spacing.
 
         leading, trailing and linspace: Lin et al. 2023, arXiv 2305.08891, Table 2. karras: Karras et al. 2022, arXiv
-        2206.00364, Eq. 5. lcm: evenly from the 100 timesteps that the model was distilled on, from T - 1.
+        2206.00364, Eq. 5. lcm: evenly from the `lcm_timesteps` that the model was distilled on, from T - 1.
 
         Raises:
             UserError: more or less steps than there are timesteps.
         """
         config, total = self.config, self.config.num_train_timesteps
-        most = min(LCM_TIMESTEPS, total) if config.timestep_spacing == "lcm" else total
+        most = min(config.lcm_timesteps, total) if config.timestep_spacing == "lcm" else total
         if not 1 <= steps <= most:
             raise UserError(f"got {steps} steps, expected 1 to {most}")
         if config.timestep_spacing == "karras":

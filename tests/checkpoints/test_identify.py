@@ -19,6 +19,7 @@ from tests.checkpoints.synthetic import (
     sparsectrl_tensors,
     with_positional,
 )
+from tests.control import TABLES as CONTROL_TABLES
 
 PATH = Path("x.safetensors")
 
@@ -79,6 +80,8 @@ CASES: dict[str, tuple[str, object]] = {
     "controlnet": ("controlnet", lambda: zeros(control_model__input_hint_block__0__weight=(16, 3, 3, 3))),
     "controlnet diffusers": ("controlnet", lambda: zeros(controlnet_cond_embedding__conv_in__weight=(16, 3, 3, 3))),
     "ip adapter": ("ip-adapter", lambda: zeros(image_proj__proj__weight=(4, 4), ip_adapter__1__to_k_ip__weight=(4, 4))),
+    "motionctrl": ("motionctrl", lambda: motion_tensors("v3") | zeros(x__cc_projection__weight=(320, 332))),
+    "fancyvideo": ("fancyvideo", lambda: motion_tensors("v3") | zeros(fps_embedding__linear__weight=(4, 4))),
     "embedding": ("textual-inversion", lambda: zeros(emb_params=(2, 768))),
     "embedding a1111": ("textual-inversion", lambda: TI),
     "embedding diffusers": ("textual-inversion", lambda: {"<cat>": torch.zeros(768)}),
@@ -102,6 +105,37 @@ CASES: dict[str, tuple[str, object]] = {
     "ldm vae": ("vae", lambda: {f"{LDM_VAE}encoder.conv_in.weight": torch.zeros(128, 3, 3, 3)}),
     "text encoder": ("text-encoder", lambda: zeros(text_model__embeddings__token_embedding__weight=(49408, 768))),
     "nothing known": ("unknown", lambda: zeros(layers__0__weight=(3, 3))),
+}
+
+# Files around ControlNet and IP-Adapter by a few of their keys (tests/golden/control) -> kinds.
+CONTROL_KINDS = {
+    "controlnet (original file of v1.0: whole SD inside)": "controlnet",
+    "controlnet (bare)": "controlnet",
+    "controlnet (diffusers)": "controlnet",
+    "controlnet as difference to the base": "controlnet",
+    "control-lora": "control-lora",
+    "sdxl controlnet (original)": "sdxl-controlnet",
+    "sdxl controlnet (diffusers)": "sdxl-controlnet",
+    "sdxl controlnet union": "sdxl-controlnet",
+    "controlnet for SD 2.x": "sd2-controlnet",
+    "t2i-adapter (original)": "t2i-adapter",
+    "t2i-adapter (diffusers)": "t2i-adapter",
+    "t2i-adapter light": "t2i-adapter",
+    "t2i style adapter": "t2i-adapter",
+    "controlllite": "controlllite",
+    "ip-adapter vit-G": "ip-adapter",
+    "ip-adapter faceid": "faceid",
+    "ip-adapter faceid plus": "faceid",
+    "ip-adapter faceid portrait": "faceid",
+    "sdxl ip-adapter": "sdxl-ip-adapter",
+    "sdxl ip-adapter plus": "sdxl-ip-adapter",
+    "ip-adapter as its training script saves it": "ip-adapter",
+    "ip-adapter as accelerate saves it in safetensors": "ip-adapter",
+    "clip vision (OpenCLIP)": "image-encoder",
+}
+CASES |= {
+    name: (CONTROL_KINDS[name], lambda keys=keys: {k: torch.empty(s, device="meta") for k, s in keys.items()})
+    for name, keys in CONTROL_TABLES["recognise"].items()
 }
 
 

@@ -55,12 +55,27 @@ def test_every_spelling_gives_the_same_adapter(tmp_path, base, variant, spelling
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: motion_tensors("v3"), "this is a motion module, not an IP-Adapter: use it as `motion_module"),
+        (
+            lambda: motion_tensors("v3"),
+            "this is a motion module, not an IP-Adapter for SD 1.x: use it as `motion_module",
+        ),
         (ldm_tensors, "this is an SD 1.x image model in one file, not an IP-Adapter"),
-        (lambda: _recognise("ip-adapter faceid"), "got a FaceID adapter, expected .*face recognition network"),
-        (lambda: _recognise("ip-adapter faceid plus"), "got a FaceID adapter, expected .*face recognition network"),
-        (lambda: _recognise("ip-adapter faceid portrait"), "got a FaceID adapter, expected .*face recognition network"),
-        (lambda: _recognise("sdxl ip-adapter"), "of context_dim 2048, expected the base's 40: choose an IP-Adapter"),
+        (
+            lambda: _recognise("ip-adapter faceid"),
+            "a FaceID adapter, not an IP-Adapter.*: it needs InsightFace's face recognition",
+        ),
+        (
+            lambda: _recognise("ip-adapter faceid plus"),
+            "a FaceID adapter, not an IP-Adapter.*: it needs InsightFace's face recognition",
+        ),
+        (
+            lambda: _recognise("ip-adapter faceid portrait"),
+            "a FaceID adapter, not an IP-Adapter.*: it needs InsightFace's face recognition",
+        ),
+        (
+            lambda: _recognise("sdxl ip-adapter"),
+            "an IP-Adapter for SDXL, not an IP-Adapter for SD 1.x: it needs an SDXL base",
+        ),
         (lambda: _cut("ip_adapter.31."), "for cross-attentions of widths .*choose an IP-Adapter made for this base"),
         (lambda: _cut("image_proj.norm.bias"), "1 weights are missing, such as image_proj.norm.bias"),
         (lambda: _cut("ip_adapter."), "an IP-Adapter without keys for any layer"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from animatediff.config.networks import ScheduleConfig
+from animatediff.config.networks import ANIMATE_LCM_I2V, ScheduleConfig, distilled_schedule
 from animatediff.diffusion.samplers import SAMPLERS, Steps, ddim, dpmpp_2m, find_sampler, lcm, pndm
 from animatediff.diffusion.schedule import PREDICTIONS, SPACINGS, NoiseSchedule
 from animatediff.utils import UserError
@@ -116,6 +116,17 @@ def test_pndm():
     x = pndm(video(GOLDEN["input.x"]), Steps(denoise, schedule, timesteps))
     assert seen == GOLDEN["pndm.linear.10.timesteps"].tolist()
     assert_close(video(x), GOLDEN["pndm.linear.10.x"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "timesteps"), [(4, [999, 749, 499, 249]), (6, [999, 834, 669, 499, 334, 169]), (8, range(999, 0, -125))]
+)
+def test_lcm_timesteps_of_animatelcm_i2v(steps, timesteps):
+    """Its authors' demo: from 200 timesteps, of betas that end at 0.014."""
+    config = distilled_schedule(ScheduleConfig(timestep_spacing="lcm"), ANIMATE_LCM_I2V)
+    schedule = NoiseSchedule(config)
+    assert schedule.timesteps(steps).tolist() == list(timesteps)
+    assert schedule.alphas_cumprod[-1].item() == pytest.approx(5.756e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])
