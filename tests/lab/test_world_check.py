@@ -1,0 +1,26 @@
+"""The checks before a motion training see what the bundled image model draws, and what its features hold."""
+
+from importlib.resources import files
+
+import pytest
+
+from animatediff.checkpoints.load import ImageModel, load_base
+from animatediff.lab import world_check
+from animatediff.lab.world_check import direction_in_features, hint_accuracy
+
+
+@pytest.fixture(scope="module")
+def model() -> ImageModel:
+    return load_base(str(files("animatediff") / "assets" / "shapes.safetensors"))
+
+
+def test_hints_are_read_from_drawn_frames(model):
+    found = hint_accuracy(model, version=1, captions=6, motions=("left", "right", "up"), steps=8)
+    assert list(found) == ["all", "left", "right", "up"] and found["all"] >= 100 * 5 / 6 - 0.1, found
+
+
+def test_the_direction_is_in_the_features_of_version_2(model, monkeypatch):
+    """Without noise it can be seen; that it turns with the shape hides it in version 1."""
+    monkeypatch.setattr(world_check, "PROBED_TIMESTEP", 0)
+    first, second = (direction_in_features(model, version=v, clips=16, frames=4, captioned=False) for v in (1, 2))
+    assert second >= 90 and first <= 75, (first, second)
