@@ -20,7 +20,7 @@ from animatediff.config.networks import ScheduleConfig
 from animatediff.diffusion.guidance import classifier_free_guidance
 from animatediff.diffusion.samplers import Steps, ddim
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.models.text import Tokenizer
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.training.latents import encode
 from animatediff.utils import run_main
 from animatediff.world.read_hint import read_hint
