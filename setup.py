@@ -20,8 +20,9 @@ setup(
         "safetensors",
         "omegaconf",
         "pydantic>=2.7",
-        "imageio-ffmpeg",
-        "pillow",
+        "imageio[pyav]>=2.35",
+        "av>=17",
+        "pillow>=10.1",
         "tqdm",
     ],
     extras_require={

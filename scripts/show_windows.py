@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from animatediff.features.windows import FUSIONS, SCHEDULES, Windows
+from animatediff.media.pictures import write_picture
 from animatediff.utils import UserError, run_main
 
 CELL = 8  # pixels of a frame in the picture
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     seen = sum(len(window) for step in range(args.steps) for window in windows.at(step, args.L))
     print(f"the network sees every frame {seen / args.steps / args.L:.2f} times a step")
     if args.png:
-        as_picture(steps).save(args.png, "PNG")
+        write_picture(as_picture(steps), Path(args.png))
         print(args.png)
 
 

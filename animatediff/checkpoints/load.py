@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from animatediff.checkpoints.files import StateDict, file_sha256
 from animatediff.checkpoints.keymaps import MOTION_MARK
@@ -109,7 +108,7 @@ def load_personalised(path: str | Path, base: ImageModel) -> ImageModel:
         base.text_encoder_2 and base.text_encoder_2.config,
         prediction=base.schedule and base.schedule.prediction_type,
     )
-    parts = replace(parts, stated=known | parts.stated)
+    parts = replace(parts, metadata=known | parts.metadata)
     return _build_image_model(parts, dtype=sample.dtype, device=sample.device, base=base)
 
 
@@ -230,18 +229,9 @@ def _build_image_model(
     return ImageModel(unet, vae, texts["text"], schedule, report, texts["text_2"])
 
 
-class _NoInitialization(TorchFunctionMode):
-    """Weights stay as they are made; to draw them on the meta device torch would import its compiler, for seconds."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return (kwargs or {}).get("tensor", *args[:1])
-        return func(*args, **(kwargs or {}))
-
-
 def load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: Path) -> M:
     """Build on the meta device and assign the tensors themselves as weights: nothing is initialised or copied."""
-    with torch.device("meta"), _NoInitialization():
+    with torch.device("meta"):
         module = build()
     expected = {key: tuple(t.shape) for key, t in module.state_dict().items()}
     got = {key: tuple(t.shape) for key, t in tensors.items()}

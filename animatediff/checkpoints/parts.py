@@ -54,7 +54,7 @@ VAE_ATTENTION_MATRIX = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\
 
 @dataclass(frozen=True)
 class ImageParts:
-    """The networks of an image model in our names. `stated`: what the file says that shapes cannot tell (see sizes.py).
+    """The networks of an image model in our names. `metadata` is what shapes cannot tell (see sizes.py).
 
     `text_2` is SDXL's second text encoder, the only one of its refiner.
     """
@@ -65,14 +65,9 @@ class ImageParts:
     vae: StateDict | None
     text: StateDict | None
     text_2: StateDict | None
-    stated: dict[str, str]
+    metadata: dict[str, str]
     notes: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What is stated, and for the rest what is usual in the family."""
-        return (SDXL_METADATA if self.kind == "sdxl-checkpoint" else {}) | self.stated
 
 
 @dataclass(frozen=True)
@@ -225,7 +220,7 @@ def _split_ldm(file: LoadedFile, kind: str) -> ImageParts:
         vae=_squeezed(parts["vae"]) or None,
         text=parts["text"] or None,
         text_2=parts["text_2"] or None,
-        stated=metadata,
+        metadata=(SDXL_METADATA if kind == "sdxl-checkpoint" else {}) | metadata,
         notes=notes,
         unused=unused,
     )
@@ -306,7 +301,7 @@ def _read_diffusers(path: Path) -> ImageParts:
         unet={key: t for key, t in unet_file.tensors.items() if MOTION_MARK not in key},
         vae=_vae_from_diffusers(files["vae"].tensors) if "vae" in files else None,
         **texts,
-        stated=metadata,
+        metadata=(SDXL_METADATA if info.kind == "sdxl-checkpoint" else {}) | metadata,
         notes=notes,
         unused=unused,
     )

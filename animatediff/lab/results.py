@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from animatediff.media.pictures import read_picture, write_picture
 from animatediff.media.video import to_uint8
 from animatediff.metrics.tables import INK, contact_sheet
 from animatediff.utils import UserError
@@ -55,7 +55,7 @@ def keeping_strip(generate: Generate, folder: Path, number: int) -> Generate:
         if number in numbers:
             frames = to_uint8(clips[numbers.index(number)].float().cpu() / 2 + 0.5)
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.concatenate(list(frames), axis=1)).save(folder / STRIP)
+            write_picture(np.concatenate(list(frames), axis=1), folder / STRIP)
         return clips
 
     return watched
@@ -63,9 +63,9 @@ def keeping_strip(generate: Generate, folder: Path, number: int) -> Generate:
 
 def stack_strips(folders: Mapping[str, Path], path: Path) -> bool:
     """One picture of the strips in some folders under their names; False where there is none."""
-    strips = {name: Image.open(folder / STRIP) for name, folder in folders.items() if (folder / STRIP).exists()}
+    strips = {name: read_picture(folder / STRIP) for name, folder in folders.items() if (folder / STRIP).exists()}
     if strips:
-        contact_sheet([([(name, INK)], np.asarray(strip)[None]) for name, strip in strips.items()]).save(path)
+        write_picture(contact_sheet([([(name, INK)], strip[None]) for name, strip in strips.items()]), path)
     return bool(strips)
 
 

@@ -28,7 +28,7 @@ def check_entry(entry: AnimateEntry) -> None:
     if (entry.L, entry.H, entry.W) != (FRAMES, SIZE, SIZE):
         raise UserError(
             f"entry {entry.name}: got L={entry.L} H={entry.H} W={entry.W}, expected L={FRAMES} H={SIZE} W={SIZE}, as "
-            "the clips of Shapes, the toy data set: measure other clips by --videos"
+            "the clips of the built-in world: measure other clips by --videos"
         )
 
 

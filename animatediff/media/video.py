@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence, PngImagePlugin, UnidentifiedImageError
+from PIL import PngImagePlugin
 from torch import Tensor
 
+from animatediff.config.clip_formats import LOOPING, check_fps
+from animatediff.media.comments import as_exif, comment_of, parse_settings
 from animatediff.media.gif import write_gif
+from animatediff.media.mp4 import write_mp4
+from animatediff.media.pictures import WHITE, encode, read_animation, read_info
+from animatediff.media.seek import MAX_BYTES, UnusableVideo, pick, probe, read_clip, times
 from animatediff.utils import UserError, replacing
 
 GRID_PADDING = 2  # black pixels around every clip of a grid
-EXIF_USER_COMMENT = 0x9286
-EXIF_SUB_FOLDER = 0x8769
-ASCII_CODE = b"ASCII\0\0\0"  # how an EXIF user comment starts
-H264_CRF = "12"  # visually lossless
 WEBP_QUALITY = 95
-FFMPEG_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+DEFAULT_FPS = 8.0  # of pictures that say nothing
+MAX_STILL = 1000  # frames that a picture without delays may say it stands for
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class FrameStream:
     source: Iterator[np.ndarray]
 
 
-# ---- public functions -----------------------------------------------------------------------------------------
+# ---- writing --------------------------------------------------------------------------------------------------
 
 
 def save_video(
@@ -46,6 +48,8 @@ def save_video(
     path: str | Path,
     fps: float = 8,
     metadata: Mapping[str, Any] | None = None,
+    *,
+    loop: int = 0,
 ) -> Path:
     """Write one clip; the file appears whole or not at all.
 
@@ -56,30 +60,38 @@ def save_video(
             An MP4 of odd height or width repeats its last row or column: H.264 players want even sizes.
         fps: frames per second. A GIF's delays are multiples of 10 ms, spread so that the clip's length is right.
         metadata: settings that JSON can hold; `read_metadata` gives them back, with `frames` and `fps` added.
+        loop: times that a GIF or WebP is played, 0 for ever.
 
     Returns:
         The path.
 
     Raises:
-        UserError: another shape or ending, values that are not finite, an fps that the format cannot show.
+        UserError: another shape or ending, values that are not finite, an fps or loop that the format cannot hold,
+            what the system refuses.
     """
     path = Path(path)
-    if not fps > 0:
-        raise UserError(f"got fps {fps}, expected a number above 0")
     if (writer := WRITERS.get(path.suffix)) is None:
         raise UserError(
             f"got {path}, expected a name ending in {', '.join(s for s in WRITERS if s)}, or without an ending for a "
             "folder of PNG frames: rename it"
         )
+    form = path.suffix[1:] or "png"
+    check_fps(fps, form)
+    if not 0 <= loop < 2**16 or (loop and form not in LOOPING):
+        raise UserError(f"loop: got {loop} for {form}, expected 0, or for a GIF or WebP the times that it is played")
     streamed = isinstance(video, FrameStream)
     frames = video.source if streamed else to_uint8(video)
     if streamed and path.suffix not in STREAMED:
         frames = np.stack(list(frames))
     count = video.frames if streamed else len(frames)
     comment = json.dumps({**(metadata or {}), "frames": count, "fps": float(fps)}, ensure_ascii=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"got {path} to write to, expected a folder that can be made: {error.strerror}") from None
+    options = {"loop": loop} if form in LOOPING else {}
     with replacing(path) as temporary:
-        writer(frames, temporary, float(fps), comment)
+        writer(frames, temporary, float(fps), comment, **options)
     return path
 
 
@@ -137,72 +149,6 @@ def tile(videos: Sequence[np.ndarray], n_rows: int = 6) -> np.ndarray:
     return grid
 
 
-def read_video(path: str | Path, *, most: int | None = None) -> tuple[Tensor, float]:
-    """Frames (f, H, W, 3) uint8 and frames per second of a file or folder that `save_video` wrote, or of another one.
-
-    Of other files, the frame shown for the shortest time sets the speed, and one shown for longer is repeated; a
-    folder of pictures from elsewhere has 8 frames per second, and a picture is a clip of one frame.
-
-    Args:
-        path: what ffmpeg or Pillow reads, or a folder of pictures, which are taken in the order of their names.
-        most: frames to read, from the first on; by default all.
-
-    Raises:
-        UserError: no such file, one that cannot be read, no frames, or frames of different sizes.
-    """
-    path = Path(path)
-    if path.suffix.lower() in FFMPEG_SUFFIXES:
-        return _read_mp4(path, most)
-    files = list_pictures(path) if path.is_dir() else [path]
-    saved = read_metadata(files[0])
-    frames, delays = [], []
-    for file in files[:most]:
-        with _open_image(file) as image, _decoding(file):
-            for frame in itertools.islice(ImageSequence.Iterator(image), most):
-                frames.append(np.asarray(ImageOps.exif_transpose(frame).convert("RGB")))
-                delays.append(float(frame.info.get("duration", 0)))
-    if len(sizes := {frame.shape[1::-1] for frame in frames}) > 1:
-        raise UserError(f"got {path} with frames of {_listed(sizes)} pixels, expected one size: crop them first")
-    fps = float(saved.get("fps") or (1000 / min(delays) if min(delays) else 8))
-    counts = [max(round(delay * fps / 1000), 1) for delay in delays]
-    counts[-1] += max(int(saved.get("frames", 0)) - sum(counts), 0)  # a WebP that stands still is a single frame
-    return torch.from_numpy(np.repeat(np.stack(frames), counts, axis=0)[:most]), fps
-
-
-def list_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder, in the order of their names.
-
-    Raises:
-        UserError: it holds none.
-    """
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
-    if not files:
-        raise UserError(f"got the folder {folder}, which holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
-    return files
-
-
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The settings in a file or PNG folder that `save_video` wrote; empty where there are none.
-
-    Raises:
-        UserError: no such file, or none of the four formats.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = min(path.glob("*.png"), default=path / "0000.png")
-    if path.suffix == ".mp4":
-        text = _mp4_comment(path)
-    else:
-        with _open_image(path) as image:
-            text = image.info.get("comment") or image.info.get("Comment") or _exif_comment(image)
-    text = text.decode("ascii", errors="replace") if isinstance(text, bytes) else text
-    try:
-        found = json.loads(text) if text else {}
-    except json.JSONDecodeError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
     """A clip as uint8 (f, H, W, 3): floats in [0, 1] are clipped and rounded to the nearest of 256 levels.
 
@@ -226,24 +172,153 @@ def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
     return video.contiguous().numpy()
 
 
+# ---- reading --------------------------------------------------------------------------------------------------
+
+
+def read_video(
+    path: str | Path,
+    *,
+    most: int | None = None,
+    start: int = 0,
+    stride: int = 1,
+    fps: float | None = None,
+    background: int = WHITE,
+) -> tuple[Tensor, float]:
+    """Frames (f, H, W, 3) uint8 and frames per second of a file or folder that `save_video` wrote, or of another one.
+
+    Of other files, the frame shown for the shortest time sets the speed, and one shown for longer is repeated; a
+    folder of pictures from elsewhere has 8 frames per second, and a picture is a clip of one frame.
+
+    Args:
+        path: what libav or Pillow reads, or a folder of pictures, which are taken in the order of their names.
+        most: frames to read; by default all.
+        start: frames at the beginning, at the file's own speed, that are passed over.
+        stride: every how many-th frame is taken; the clip takes as long and has fewer frames per second.
+        fps: frames per second to read the file at, so that its first second stays a second; by default its own.
+        background: gray level, 0 to 255, behind what is transparent.
+
+    Raises:
+        UserError: no such file, one that cannot be read, is cut off or too large, no frames, frames of different sizes.
+    """
+    path = Path(path)
+    chosen = {"fps": fps, "start": start, "stride": stride}
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        with _as_user_error(path):
+            frames, own = read_clip(path, count=most, **chosen)
+    else:
+        shown, own = _read_pictures(path, background, None if fps or most is None else start + most * stride)
+        room = MAX_BYTES // shown[0][2].nbytes
+        found = list(itertools.islice(pick(shown, times(own, **chosen)), room + 1 if most is None else most))
+        if len(found) > room:
+            raise UserError(f"got {path} with more than {room} frames, {MAX_BYTES >> 30} GiB: read fewer of them")
+        frames = torch.from_numpy(np.stack(found)) if found else torch.empty(0)
+    if not len(frames):
+        raise UserError(f"got {path}, in which there are no frames from number {start} on: check the file")
+    return frames, (fps or own) / stride
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The settings in a file or PNG folder that `save_video` wrote; empty where there are none.
+
+    What is of another type than `save_video` and the pipeline write, or out of all range, is left out.
+
+    Raises:
+        UserError: no such file, or none that can be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = min(path.glob("*.png"), default=path / "0000.png")
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        with _as_user_error(path):
+            return parse_settings(probe(path).comment)
+    return parse_settings(comment_of(read_info(path)))
+
+
+def is_complete(path: str | Path) -> bool:
+    """Whether a clip that `save_video` wrote is there, undamaged, with all of its frames."""
+    try:
+        return len(read_video(path)[0]) == read_metadata(path).get("frames")
+    except UserError:
+        return False
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder, in the order of their names.
+
+    Raises:
+        UserError: it holds none.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
+        raise UserError(f"got the folder {folder}, which holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
+    return files
+
+
+def _read_pictures(
+    path: Path, background: int, limit: int | None
+) -> tuple[list[tuple[float, float, np.ndarray]], float]:
+    """At most `limit` frames, each with the times from and until which it is shown, and frames per second."""
+    files = list_pictures(path) if path.is_dir() else [path]
+    animations = itertools.chain.from_iterable(read_animation(file, background=background) for file in files)
+    frames, delays, settings = [], [], {}
+    for frame, info in itertools.islice(animations, limit):
+        settings = settings if frames else parse_settings(comment_of(info))
+        frames.append(frame)
+        delays.append(float(info.get("duration", 0)))  # milliseconds
+        if frame.shape != frames[0].shape:
+            sizes = " and ".join(f"{w}x{h}" for h, w, _ in sorted((frames[0].shape, frame.shape)))
+            raise UserError(f"got {path} with frames of {sizes} pixels, expected one size: crop them first")
+        if len(frames) * frame.nbytes > MAX_BYTES:
+            raise UserError(f"got {path} with more than {len(frames) - 1} frames, {MAX_BYTES >> 30} GiB: read fewer")
+    counts, fps = _durations(delays, settings, still=path.suffix.lower() == ".webp", partial=len(frames) == limit)
+    ends = [count / fps for count in itertools.accumulate(counts)]
+    return list(zip([0.0, *ends], ends, frames, strict=False)), fps
+
+
+def _durations(
+    delays: Sequence[float], settings: Mapping[str, Any], *, still: bool, partial: bool
+) -> tuple[list[int], float]:
+    """For how many frames each picture stands, and frames per second.
+
+    Settings are believed where the delays, in milliseconds, bear them out, and where there are none.
+    """
+    fps, frames = settings.get("fps"), settings.get("frames", 1)
+    if not 0 < min(delays) <= max(delays) < math.inf:
+        alone = still and len(delays) == 1 and frames <= MAX_STILL  # a WebP that stands still is a single picture
+        return [frames] if alone else [1] * len(delays), fps or DEFAULT_FPS
+    for rate in (fps, 1000 / min(delays)):
+        counts = [max(round(delay * rate / 1000), 1) for delay in delays] if rate else []
+        if sum(counts) == frames or (partial and 0 < sum(counts) < frames):
+            break
+    return counts, rate
+
+
+@contextmanager
+def _as_user_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnusableVideo as problem:
+        raise UserError(f"got {path}, expected a video: {problem}") from None
+
+
 # ---- formats --------------------------------------------------------------------------------------------------
 
 
-def _write_webp(frames: np.ndarray, path: Path, fps: float, comment: str) -> None:
-    first, *rest = (Image.fromarray(frame) for frame in frames)
-    exif = Image.Exif()
-    exif.get_ifd(EXIF_SUB_FOLDER)[EXIF_USER_COMMENT] = ASCII_CODE + comment.encode("ascii")
-    ends = np.round(np.arange(1, len(frames) + 1) * 1000 / fps).astype(int)
-    first.save(
-        path,
-        "WEBP",
-        save_all=True,
-        append_images=rest,
-        duration=np.diff(ends, prepend=0).tolist(),
-        loop=0,
-        quality=WEBP_QUALITY,
-        exif=exif,
-    )
+def _delays(frames: np.ndarray, fps: float, unit: int) -> int | list[int]:
+    """Milliseconds, multiples of `unit`, that each frame is shown: spread so that the clip's length is right."""
+    ends = np.round(np.arange(len(frames) + 1) * 1000 / fps / unit).astype(int) * unit
+    delays = np.diff(ends).tolist()
+    return delays if len(delays) > 1 else delays[0]
+
+
+def _write_gif(frames: np.ndarray, path: Path, fps: float, comment: str, loop: int) -> None:
+    again = {} if loop == 1 else {"loop": max(loop - 1, 0)}  # the file says how often it is repeated, 0 for ever
+    write_gif(frames, path, duration=_delays(frames, fps, 10), comment=comment.encode("ascii"), **again)
+
+
+def _write_webp(frames: np.ndarray, path: Path, fps: float, comment: str, loop: int) -> None:
+    options = {"duration": _delays(frames, fps, 1), "loop": loop, "quality": WEBP_QUALITY, "exif": as_exif(comment)}
+    path.write_bytes(encode(frames, ".webp", is_batch=True, **options))
 
 
 def _write_png(frames: Iterable[np.ndarray], path: Path, fps: float, comment: str) -> None:
@@ -251,120 +326,13 @@ def _write_png(frames: Iterable[np.ndarray], path: Path, fps: float, comment: st
     text.add_text("Comment", comment)
     path.mkdir()
     for i, frame in enumerate(frames):
-        Image.fromarray(frame).save(path / f"{i:04d}.png", pnginfo=text)
+        (path / f"{i:04d}.png").write_bytes(encode(frame, ".png", pnginfo=text))
 
 
-def _write_mp4(frames: Iterable[np.ndarray], path: Path, fps: float, comment: str) -> None:
-    ffmpeg = require_ffmpeg()
-    frames = iter(frames)
-    first = next(frames)
-    height, width, _ = first.shape
-    writer = ffmpeg.write_frames(
-        str(path),
-        (width + width % 2, height + height % 2),
-        fps=fps,
-        codec="libx264",
-        quality=None,
-        macro_block_size=1,
-        ffmpeg_log_level="error",
-        output_params=["-metadata", f"comment={comment}", "-crf", H264_CRF, "-movflags", "+faststart", "-f", "mp4"],
-    )
-    try:
-        with closing(writer):
-            writer.send(None)
-            for frame in itertools.chain([first], frames):
-                even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-                writer.send(np.ascontiguousarray(even))
-    except OSError as error:
-        raise UserError(f"ffmpeg could not write the MP4 ({str(error).splitlines()[0]}): use gif or webp") from None
-
-
-def _read_mp4(path: Path, most: int | None = None) -> tuple[Tensor, float]:
-    _require_file(path)
-    try:
-        with closing(require_ffmpeg().read_frames(str(path))) as reader:
-            info = next(reader)
-            width, height = info["size"]
-            frames = [
-                np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in itertools.islice(reader, most)
-            ]
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"got {path}, which ffmpeg cannot read: {str(error).splitlines()[0]}") from None
-    if not frames:
-        raise UserError(f"got {path}, in which ffmpeg finds no frames: check the file")
-    return torch.from_numpy(np.stack(frames)), float(info["fps"])
-
-
-def _mp4_comment(path: Path) -> str:
-    """The comment among ffmpeg's `key=value` lines, its escapes (a backslash before = ; # \\ and newline) undone."""
-    _require_file(path)
-    command = [require_ffmpeg().get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise UserError(f"got {path}, which ffmpeg cannot read: {result.stderr.strip().splitlines()[-1]}")
-    for line in result.stdout.splitlines():
-        if line.startswith("comment="):
-            escaped = iter(line.removeprefix("comment="))
-            return "".join(next(escaped, "") if char == "\\" else char for char in escaped)
-    return ""
-
-
-def require_ffmpeg() -> ModuleType:
-    """imageio-ffmpeg, whose ffmpeg is there to be run.
-
-    Raises:
-        UserError: it is not installed, or has no ffmpeg for this system.
-    """
-    try:
-        import imageio_ffmpeg
-
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError):
-        raise UserError("MP4 needs ffmpeg, which is not here: pip install imageio-ffmpeg, or use gif or webp") from None
-    return imageio_ffmpeg
-
-
-# Written under a temporary name that hides the ending, so every writer names its format.
 STREAMED = (".mp4", "")  # formats that take one frame after the other; a GIF's palette is that of all frames
-WRITERS: dict[str, Callable[[Any, Path, float, str], None]] = {
-    ".gif": write_gif,
-    ".mp4": _write_mp4,
+WRITERS: dict[str, Callable[..., None]] = {
+    ".gif": _write_gif,
+    ".mp4": write_mp4,
     ".webp": _write_webp,
     "": _write_png,
 }
-
-
-def _exif_comment(image: Image.Image) -> bytes:
-    comment = image.getexif().get_ifd(EXIF_SUB_FOLDER).get(EXIF_USER_COMMENT, b"")
-    return comment.removeprefix(ASCII_CODE) if isinstance(comment, bytes) else b""
-
-
-@contextmanager
-def _decoding(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SyntaxError, EOFError) as error:
-        raise _undecodable(path, error) from None
-
-
-def _undecodable(path: Path, error: Exception) -> UserError:
-    return UserError(f"got {path}, which cannot be decoded ({error}): it may be cut off")
-
-
-def _listed(sizes: Iterable[tuple[int, ...]]) -> str:
-    return " and ".join("x".join(map(str, size)) for size in sorted(sizes)[:2])
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"got {path}, which is no file: check the path")
-
-
-def _open_image(path: Path) -> Image.Image:
-    _require_file(path)
-    try:
-        return Image.open(path)
-    except UnidentifiedImageError:
-        raise UserError(f"got {path}, expected a GIF, WebP, MP4 or PNG: it is none") from None
-    except (OSError, SyntaxError) as error:
-        raise _undecodable(path, error) from None

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from animatediff.media.pictures import write_picture
 from animatediff.media.video import read_metadata, read_video
 from animatediff.metrics.clip_metrics import ClipMetrics, Encoder, encode_frames, measure_clip
 from animatediff.metrics.fvd import Extractor, frechet_distance
@@ -102,7 +103,7 @@ def evaluate_videos(
     if folder is not None:
         (folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         write_csv(folder / CSV, [clip.row for clip in clips])
-        contact_sheet([_sheet_row(clip) for clip in clips[:SHEET_CLIPS]]).save(folder / "sheet.png")
+        write_picture(contact_sheet([_sheet_row(clip) for clip in clips[:SHEET_CLIPS]]), folder / "sheet.png")
     return result
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from animatediff.media.video import read_video
@@ -70,14 +67,6 @@ def read_pictures(path: Path) -> Tensor:
     """The picture, or all frames, of a file: (n, 3, H, W) in [-1, 1].
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file cannot be read.
     """
-    try:
-        if path.suffix.lower() in CLIPS:
-            return signed(read_video(path)[0].movedim(-1, 1))
-        with Image.open(path) as image:
-            return signed(torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)[None])
-    except UserError:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
-        raise UserError(f"got reference {path}, which cannot be read ({error}): replace the file") from None
+    return signed(read_video(path)[0].movedim(-1, 1))

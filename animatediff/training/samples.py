@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from animatediff.config.clip_formats import check_fps
 from animatediff.config.sparsectrl_yaml import condition_frames
 from animatediff.features.sparsectrl import read_condition_images
-from animatediff.media.gif import GIF_MAX_FPS
 from animatediff.media.video import save_video
 from animatediff.pipeline.model import Components, seeded
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
@@ -42,8 +42,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if not 0 < self.fps <= GIF_MAX_FPS:
-            raise UserError(f"fps: got {self.fps:g}, expected above 0 and at most {GIF_MAX_FPS}")
+        check_fps(self.fps, "gif")
         for key in ("every", "steps", "L", "H", "W"):
             if (value := getattr(self, key)) < 1:
                 raise UserError(f"{key}: got {value}, expected at least 1")

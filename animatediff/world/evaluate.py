@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from animatediff.media.pictures import write_picture
 from animatediff.metrics.tables import contact_sheet, write_csv
 from animatediff.utils import UserError
 from animatediff.world.camera import CAMERA
@@ -129,4 +130,4 @@ def _write(
     ]
     write_csv(folder / "clips.csv", rows)
     sheet = contact_sheet([captioned(*row) for row in zip(shown, scenes, scores["generated"], strict=False)])
-    sheet.save(folder / "sheet.png")
+    write_picture(sheet, folder / "sheet.png")

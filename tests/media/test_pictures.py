@@ -1,12 +1,24 @@
 """What a user gives as pictures or clips: read from any file, cropped and resized, mistakes named."""
 
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from animatediff.media.pictures import crop_box, fit_frames
-from animatediff.media.video import read_video, save_video
+from animatediff.media.pictures import (
+    EXIF_ORIENTATION,
+    crop_box,
+    fit_frames,
+    fit_pictures,
+    read_mask,
+    read_picture,
+    to_rgb,
+)
+from animatediff.media.video import read_metadata, read_video, save_video
 from animatediff.utils import UserError
 from tests.media.videos import numbered, numbers
 
@@ -76,13 +88,126 @@ def test_mistakes_are_named(tmp_path):
     for name, message in (
         ("sizes", "frames of 8x16 and 9x16 pixels, expected one size"),
         ("none", "holds no pictures"),
-        ("gone.gif", "which is no file"),
-        ("text.gif", "expected a GIF, WebP, MP4 or PNG"),
+        ("gone.gif", "which does not exist"),
+        ("text.gif", "expected a picture .*: it is none"),
         ("cut.webp", "cannot be decoded"),
     ):
         with pytest.raises(UserError, match=message) as error:
             read_video(tmp_path / name)
         assert "\n" not in str(error.value)
-    for frames in ([], ["a.png"]):
+    for frames in ([], [8]):
         with pytest.raises(UserError, match="expected at least one picture"):
             fit_frames(frames, 8, 8)
+
+
+# ---- every mode that Pillow knows: as viewers show it, from whoever asks
+
+RAMP = np.arange(0, 256, 5, dtype=np.uint8)[None].repeat(4, axis=0)  # (4, 52)
+GREEN = np.zeros((4, 6, 4), np.uint8) + np.array([0, 255, 0, 0], np.uint8)  # transparent, but for its left half
+GREEN[:, :3, 3] = 255
+
+
+def as_mode(mode: str) -> tuple[Image.Image, str]:
+    """The ramp in a mode, and the ending of a file that holds it."""
+    gray = Image.fromarray(RAMP)
+    if mode == "I;16":
+        return Image.fromarray(RAMP.astype(np.uint16) * 257), ".png"
+    if mode == "I":
+        return Image.fromarray(RAMP.astype(np.int32) * 257), ".tiff"
+    if mode == "F":
+        return Image.fromarray(RAMP.astype(np.float32) / 255), ".tiff"
+    if mode == "1":
+        return gray.point(lambda value: 255 * (value > 127)).convert("1"), ".png"
+    return gray.convert(mode) if mode == "P" else gray.convert("RGB").convert(mode), ".tiff" if mode in (
+        "CMYK",
+        "YCbCr",
+    ) else ".png"
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "I", "F", "CMYK", "YCbCr"])
+def test_every_mode(tmp_path, mode):
+    if mode == "PA":
+        picture, ending = Image.fromarray(RAMP).convert("PA"), ".png"
+        picture = picture.convert("RGBA")  # no file holds it: Pillow writes and reads it as RGBA
+    else:
+        picture, ending = as_mode(mode)
+    expected = 255 * (RAMP > 127) if mode == "1" else RAMP
+    picture.save(path := tmp_path / f"x{ending}")
+    for pixels in (read_picture(path), fit_pictures([picture], *RAMP.shape)[0].movedim(0, -1).numpy()):
+        assert pixels.dtype == np.uint8 and pixels.shape == (*RAMP.shape, 3)
+        assert np.abs(pixels.astype(int) - expected[..., None]).max() <= 1
+    assert np.abs(read_mask(path, height=4, width=52).numpy() * 255 - expected).max() <= 1.01
+
+
+def test_sixteen_bits(tmp_path):
+    """v / 257: of a ramp of 64 steps, 0, 130 and 255 at 0, 32 and 63; RGB, too, which Pillow cuts to its upper byte."""
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16)[None].repeat(4, axis=0)
+    Image.fromarray(ramp).save(tmp_path / "x.png")
+    assert read_picture(tmp_path / "x.png")[0, [0, 32, 63], 1].tolist() == [0, 130, 255]
+    colored = np.stack([ramp, ramp[:, ::-1], ramp], axis=-1).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in colored)
+    header = struct.pack(">IIBBBBB", 64, 4, 16, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
+    (tmp_path / "rgb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    read = read_picture(tmp_path / "rgb.png").astype(float)
+    assert np.abs(read - colored.astype(float) / 257).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["rgba.png", "palette.png", "gray.png", "still.webp", "x.gif", "x.webp", "x.apng"])
+def test_what_is_transparent_shows_the_background(tmp_path, kind, capfd, recwarn):
+    """Green hides in the right half: white there, black for masks, and not a word on the console."""
+    picture = Image.fromarray(GREEN)
+    if kind == "palette.png":
+        picture = picture.quantize(4)
+    elif kind == "gray.png":
+        picture = Image.merge("LA", [Image.fromarray(GREEN[..., 1]), Image.fromarray(GREEN[..., 3])])
+    more = {"save_all": True, "append_images": [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]}
+    options = {"lossless": True} if kind.endswith("webp") else {"format": "PNG"} if kind.endswith("png") else {}
+    more |= {"disposal": 2} if kind == "x.gif" else {}
+    picture.save(path := tmp_path / kind, **options, **(more if kind.startswith("x.") else {}))
+    for background in (0, 255):
+        frames, _ = read_video(path, background=background)
+        assert len(frames) == 2 if kind.startswith("x.") else 1
+        shown = frames[0].numpy()
+        assert (shown[:, 3:] == background).all() and (shown[:, :3, 1] == 255).all()
+        if len(frames) > 1:
+            assert (frames[1].numpy()[:, :3] == background).all() and (frames[1].numpy()[:, 3:, 1] == 255).all()
+    for pictures in ([path], [picture]):
+        fitted = fit_pictures(pictures, 4, 6)
+        assert (fitted[0, :, :, 3:] == 255).all() and (fitted[0, 1, :, :3] == 255).all()
+        assert (fit_frames(pictures, 4, 6, mode="L")[..., 3:] == -1).all()
+    assert (read_mask(path, height=4, width=6)[:, 3:] == 0).all()
+    assert not [w for w in recwarn if "PIL" in w.filename] and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_camera_s_orientation(tmp_path, mode, orientation):
+    """As Pillow turns it; also where imageio would turn the colours of gray and palettes."""
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    picture = as_mode(mode)[0].crop((10, 0, 20, 4))
+    picture.save(path := tmp_path / "x.png", exif=exif)
+    with Image.open(path) as opened:
+        expected = (
+            to_rgb(np.asarray(ImageOps.exif_transpose(opened).convert(mode)))
+            if mode == "I;16"
+            else np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+        )
+        assert np.array_equal(fit_pictures([opened], *expected.shape[:2])[0].movedim(0, -1).numpy(), expected)
+    assert np.array_equal(read_picture(path), expected)
+    assert np.array_equal(read_video(path)[0][0].numpy(), expected)
+    assert read_mask(path, height=expected.shape[0], width=expected.shape[1]).shape == expected.shape[:2]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+@pytest.mark.parametrize("name", ["x.png", "x.gif", "x.mp4", "x"])
+def test_a_named_pipe_is_refused(tmp_path, name):
+    """Nobody writes to it: opened, it would hang for ever."""
+    os.mkfifo(path := tmp_path / name)
+    for read in (read_video, read_metadata, read_picture, lambda p: read_mask(p, height=4, width=4)):
+        with pytest.raises(UserError, match="x.*, which is no file|missing"):
+            read(path)
+    with pytest.raises(UserError, match="which is no file"):
+        fit_pictures([path], 4, 4)

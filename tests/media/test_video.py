@@ -1,15 +1,22 @@
 """Clips survive their files: frames, length, settings; palettes do not flicker; a failed write leaves no trace."""
 
+import json
+
+import av
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from animatediff.media import gif
+from animatediff.config.clip_formats import FPS_LIMITS, check_fps
 from animatediff.media import video as video_io
+from animatediff.media.comments import as_exif, parse_settings
+from animatediff.media.mp4 import write_mp4
 from animatediff.media.video import (
     FrameStream,
+    is_complete,
     read_metadata,
     read_video,
     save_video,
@@ -18,6 +25,7 @@ from animatediff.media.video import (
     to_uint8,
 )
 from animatediff.utils import UserError
+from tests.disk import nearly_full
 
 ENDINGS = (".gif", ".mp4", ".webp", "")
 SETTINGS = {"prompt": 'a "fox" = ; # \\ ü\n', "seed": 18368660165286593270, "text": "long " * 200}
@@ -122,13 +130,47 @@ def test_refused_videos(tmp_path, video, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "fps", "message"),
-    [("x.avi", 8, "ending in .gif, .mp4, .webp"), ("x.gif", 0, "fps 0"), ("x.gif", 60, "at most 50")],
+    ("name", "options", "message"),
+    [
+        ("x.avi", {}, "ending in .gif, .mp4, .webp"),
+        ("x.gif", {"fps": 0}, "fps: got 0 for gif, expected 0.002 to 50"),
+        ("x.gif", {"fps": 60}, "expected 0.002 to 50: use mp4 or webp"),
+        ("x.gif", {"fps": 0.001}, "fps: got 0.001"),
+        ("x.mp4", {"fps": 1e-9}, "fps: got 1e-09 for mp4"),
+        ("x", {"fps": float("nan")}, "fps: got nan for png"),
+        ("x.webp", {"fps": float("inf")}, "fps: got inf for webp"),
+        ("x.gif", {"loop": -1}, "loop: got -1"),
+        ("x.webp", {"loop": 2**16}, "loop: got 65536"),
+        ("x.mp4", {"loop": 1}, "loop: got 1 for mp4"),
+    ],
 )
-def test_refused_files(tmp_path, name, fps, message):
+def test_refused_files(tmp_path, name, options, message):
     with pytest.raises(UserError, match=message):
-        save_video(smooth(2), tmp_path / name, fps=fps)
+        save_video(smooth(2), tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", FPS_LIMITS)
+def test_what_a_format_holds_is_told_before(tmp_path, form):
+    """At both ends of the range a clip keeps its frames; beyond, `check_fps` refuses."""
+    name = tmp_path / ("clip" if form == "png" else f"clip.{form}")
+    for fps in FPS_LIMITS[form]:
+        frames, found = read_video(save_video(smooth(3), name, fps=fps))
+        assert len(frames) == 3 and found == pytest.approx(fps, rel=0.01)
+    least, most = FPS_LIMITS[form]
+    for fps in (least / 2, most * 2, 0, -1, float("nan")):
+        with pytest.raises(UserError, match=f"fps: got .* for {form}"):
+            check_fps(fps, form)
+
+
+@pytest.mark.parametrize("plays", [0, 1, 2, 5])
+def test_how_often_it_is_played(tmp_path, plays):
+    """A GIF says how often it is repeated, a WebP how often it is played."""
+    gif, webp = (save_video(smooth(3), tmp_path / f"x.{form}", loop=plays) for form in ("gif", "webp"))
+    with Image.open(gif) as image:
+        assert image.info.get("loop") == {0: 0, 1: None}.get(plays, plays - 1)
+    with Image.open(webp) as image:
+        assert image.info["loop"] == plays
 
 
 # ---- GIF
@@ -149,13 +191,24 @@ def test_what_stands_still_does_not_flicker(tmp_path):
     assert (frames[:, :20] == frames[:1, :20]).all() and (frames[:, 30:] == frames[:1, 30:]).all()
 
 
-def test_palette_bands_less_than_median_cut():
+def test_palette_bands_less_than_median_cut(tmp_path):
     frames = to_uint8(smooth())
-    palette, indices = gif.global_palette(frames)
-    assert indices.shape == frames.shape[:3] and indices.dtype == np.uint8
     tall = Image.fromarray(frames.reshape(-1, frames.shape[2], 3))
     cut = np.asarray(tall.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).convert("RGB"))
-    assert psnr(palette[indices], frames) > psnr(cut.reshape(frames.shape), frames) + 1
+    written = read_video(save_video(frames, tmp_path / "x.gif"))[0]
+    assert psnr(written, frames) > psnr(cut.reshape(frames.shape), frames) + 1
+
+
+def test_one_palette_for_all_frames(tmp_path):
+    """A GIF's image descriptors say whether a colour table of the frame's own follows."""
+    path = save_video(smooth(4), tmp_path / "x.gif")
+    with Image.open(path) as image:
+        for frame in range(4):
+            image.seek(frame)
+            assert image.global_palette.palette == image.palette.palette or image.mode != "P"
+    data = path.read_bytes()
+    descriptor = b"\0," + bytes(4)  # of the first frame, which covers the whole picture
+    assert data[data.index(descriptor) + 10] & 0x80 == 0
 
 
 @pytest.mark.parametrize("fps", [7, 8, 12, 30, 50])
@@ -212,7 +265,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, ending):
     path = save_video(smooth(2), tmp_path / f"clip{ending}")
     before = read_video(path)[0]
 
-    def fails(frames, temporary, fps, comment):
+    def fails(frames, temporary, *rest, **options):
         (temporary if ending else temporary / "0000.png").parent.mkdir(exist_ok=True)
         (temporary if ending else temporary / "0000.png").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -247,3 +300,112 @@ def test_foreign_files(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty"):
         read_video(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("size", [(48, 64), (720, 1280)])
+@pytest.mark.parametrize("color", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 100, 50), (255, 255, 255), (0, 0, 0)])
+def test_colours_of_an_mp4_are_those_of_hd(tmp_path, size, color):
+    """BT.709 in video range, and the file says so: by the formulas, and as it is read back."""
+    video = np.tile(np.array(color, np.uint8), (1, *size, 1))
+    path = save_video(video, tmp_path / "x.mp4")
+    with av.open(str(path)) as file:
+        frame = next(file.decode(video=0))
+        assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == (1, 1, 1, 1)
+        y, u, v = (float(np.frombuffer(plane, np.uint8)[0]) for plane in frame.planes)
+    assert b"colrnclx\0\1\0\1\0\1" in path.read_bytes()
+    luma, blue, red = (y - 16) / 219, (u - 128) / 224, (v - 128) / 224
+    r, b = luma + 1.5748 * red, luma + 1.8556 * blue
+    g = (luma - 0.2126 * r - 0.0722 * b) / 0.7152
+    assert np.abs(np.array([r, g, b]) * 255 - color).max() <= 3
+    assert np.abs(read_video(path)[0].numpy()[0, 0, 0].astype(int) - color).max() <= 3
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.99])
+def test_a_full_disk(tmp_path, ending, fraction):
+    """Wherever the file ends: the clip is named, the old one stays, and nothing else is left."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    old = save_video(smooth(2), tmp_path / f"x{ending}")
+    new = save_video(noise, tmp_path / f"y{ending}")
+    size = max(file.stat().st_size for file in [new, *new.rglob("*")] if file.is_file())
+    before = read_video(old)[0]
+    with nearly_full(int(fraction * size)), pytest.raises(UserError, match=f"x{ending} to write to, expected .* room"):
+        save_video(noise, old)
+    assert torch.equal(read_video(old)[0], before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [old.name, new.name]
+
+
+# ---- what a file says of itself is a stranger's text
+
+
+STRANGE = {
+    "fps": ["NaN", "Infinity", "-1", "0", "1e7", '"8"', "null", "[8]", "{}", "true", "1" * 5000, "1e400"],
+    "frames": ["1000000000000", "null", "[3]", '"3"', "-1", "0", "2.5", "1e9", "true", "1" * 5000],
+    "prompt": ["5", "[]", "null", '{"0": 1}', "true"],
+    "seed": ["-1", '"0"', "1.5", "1e30", "null"],
+}
+TEXTS = [f'{{"{key}": {value}}}' for key, values in STRANGE.items() for value in values]
+TEXTS += [
+    "",
+    "null",
+    "[1]",
+    "text",
+    "[" * 100_000,
+    '{"a":' * 5000,
+    '{"frames": 4, "fps": 8',
+    "\x1b[31m",
+    '{"fps": 1000}',
+]
+TEXTS += ['{"frames": 1000000, "fps": 1000}', '{"frames": 3, "fps": 1000}', '{"frames": 900, "fps": 0.01}']
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "png", "mp4"])
+def test_comments_of_strangers(tmp_path, form):
+    """They change neither which frames there are nor how fast, unless the file bears them out."""
+    frames = list(to_uint8(smooth(3, 8, 8)))
+    for text in TEXTS:
+        path = tmp_path / f"x.{form}"
+        if form == "mp4":
+            write_mp4(frames, path, 8, text)
+        else:
+            first, *rest = map(Image.fromarray, frames)
+            comment = PngInfo()
+            comment.add_text("Comment", text)
+            options = {"gif": {"comment": text.encode()}, "png": {"pnginfo": comment}, "webp": {"exif": as_exif(text)}}
+            first.save(path, save_all=True, append_images=rest, duration=125, **options[form])
+        found, fps = read_video(path)
+        assert len(found) == 3 and fps == pytest.approx(8, abs=0.4), text[:80]  # a GIF's delay is 120 ms
+        settings = read_metadata(path)
+        for key in STRANGE:
+            assert not settings.get(key) or parse_settings(json.dumps({key: settings[key]})), text[:80]
+        assert settings.get("frames", 1) < 2**20 and 0 < settings.get("fps", 8) <= 1000
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "apng"])
+def test_a_frame_that_is_shown_for_hours(tmp_path, form):
+    """2 frames, one of 10 ms and one of 9 minutes or more: 54,000 frames are told, `most` are read."""
+    a, b = (Image.fromarray(np.full((128, 128, 3), value, np.uint8)) for value in (0, 255))
+    options = {"format": "PNG"} if form == "apng" else {}
+    a.save(path := tmp_path / f"x.{form}", save_all=True, append_images=[b], duration=[10, 540_000], **options)
+    with pytest.raises(UserError, match="with more than .* frames, 2 GiB"):
+        read_video(path)
+    frames, fps = read_video(path, most=5)
+    assert fps == 100 and (frames.numpy()[:, 0, 0, 0] > 128).tolist() == [False, True, True, True, True]
+
+
+def test_a_still_picture_of_a_folder_is_one_frame(tmp_path):
+    folder = save_video(smooth(5), tmp_path / "clip")
+    assert len(read_video(folder / "0003.png")[0]) == 1
+    (folder / "0004.png").unlink()
+    assert len(read_video(folder)[0]) == 4 and not is_complete(folder)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_complete_clips(tmp_path, ending):
+    path = save_video(smooth(4), tmp_path / f"x{ending}")
+    assert is_complete(path) and not is_complete(tmp_path / f"none{ending}")
+    file = path if ending else path / "0002.png"
+    for content in (file.read_bytes()[:-40], b""):
+        file.write_bytes(content)
+        assert not is_complete(path)

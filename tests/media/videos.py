@@ -1,14 +1,16 @@
 """Small video files that tests encode themselves: the number of every frame can be read from its pixels."""
 
-import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
+import av
 import numpy as np
 from torch import Tensor
 
-from animatediff.media.video import require_ffmpeg, save_video
+from animatediff.media.video import save_video
 
 HEIGHT, WIDTH = 48, 64
+RATE = 44_100  # of sound
 
 
 def numbered(frames: int) -> np.ndarray:
@@ -30,9 +32,35 @@ def write(path: Path, *, frames: int = 40, fps: float = 25, caption: str | None 
     return path
 
 
-def ffmpeg(*arguments: str) -> None:
-    command = [require_ffmpeg().get_ffmpeg_exe(), "-v", "error", "-nostdin", "-y", "-threads", "1", *arguments]
-    subprocess.run(command, check=True)
+def encode(path: Path, shown: Iterable[int] = (), *, fps: int = 25, sound: float = 0, turned: int = 0) -> Path:
+    """A video whose frame i is shown from i / fps on, for each i in `shown`, and a tone of so many seconds.
+
+    Args:
+        turned: degrees, counterclockwise, that players are told to turn it by.
+    """
+    with av.open(str(path), "w") as file:
+        streams = []
+        if shown := list(shown):
+            video = file.add_stream("libx264", fps, {"crf": "12"})
+            video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            if turned:
+                video.set_display_rotation(turned)
+            streams.append(video)
+        if sound:
+            tone = file.add_stream("aac", RATE, layout="mono")
+            streams.append(tone)
+        for number, pixels in zip(shown, numbered(max(shown, default=0) + 1)[shown], strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = number
+            file.mux(video.encode(frame))
+        for start in range(0, round(sound * RATE), 1024):
+            wave = 0.1 * np.sin(np.arange(start, start + 1024) * 0.05).astype(np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = RATE, start
+            file.mux(tone.encode(frame))
+        for stream in streams:
+            file.mux(stream.encode())
+    return path
 
 
 def write_broken(folder: Path) -> dict[str, str]:
@@ -52,16 +80,15 @@ def write_broken(folder: Path) -> dict[str, str]:
     for name, data in content.items():
         (folder / name).write_bytes(data)
         (folder / name).with_suffix(".txt").write_text("a caption")
-    ffmpeg("-f", "lavfi", "-i", "sine=duration=3", str(folder / "sound.mp4"))
+    encode(folder / "sound.mp4", sound=3)
     (folder / "sound.txt").write_text("a tone")
     write(folder / "short.mp4", frames=12)
-    gap = ["-vf", "select='not(between(n,10,12))'", "-fps_mode", "vfr"]
-    ffmpeg("-i", str(folder / "whole.mp4"), *gap, str(folder / "uneven.mp4"))
+    encode(folder / "uneven.mp4", [*range(10), *range(13, 40)])
     (folder / "uneven.txt").write_text("a gray wall")
     write(folder / "mute.mp4", caption=None)
     return {
         "empty.mp4": "zero length",
-        "few_pictures.mp4": "unreadable",
+        "few_pictures.mp4": "damaged",
         "half_an_index.mp4": "unreadable",
         "mute.mp4": "no caption",
         "no_index.mp4": "unreadable",

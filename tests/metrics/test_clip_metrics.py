@@ -1,4 +1,4 @@
-"""CLIP metrics: known vectors, a local CLIP against transformers itself, and the toy data set's own encoder."""
+"""CLIP metrics: known vectors, a local CLIP against transformers itself, and the built-in world's own encoder."""
 
 import json
 from pathlib import Path
@@ -122,7 +122,7 @@ def test_reference_pictures(tmp_path):
     assert [tuple(read_pictures(path).shape) for path in found] == [(1, 3, 5, 5), (1, 3, 4, 6), (1, 3, 3, 3)]
     assert torch.equal(read_pictures(tmp_path / "b.png")[0, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
     (tmp_path / "broken.png").write_text("hello")
-    with pytest.raises(UserError, match="broken.png, which cannot be read"):
+    with pytest.raises(UserError, match="broken.png, expected a picture .*: it is none"):
         read_pictures(tmp_path / "broken.png")
     with pytest.raises(UserError, match=r"notes\.txt, expected a picture \(\.png"):
         find_pictures([tmp_path / "notes.txt"])

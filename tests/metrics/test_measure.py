@@ -23,7 +23,7 @@ def gray(*levels: float) -> Tensor:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip of Shapes, the toy data set, as it is, with its frames shuffled, and with its first frame held."""
+    """A clip of the built-in world as it is, with its frames shuffled, and with its first frame held."""
     folder = tmp_path_factory.mktemp("world")
     clip = render([make_scene(3, seed=1, motion="right")])
     for name, video in {
@@ -112,7 +112,7 @@ def test_mistakes(tmp_path):
         find_clips([tmp_path / "notes.txt"])
     with pytest.raises(UserError, match="empty, which has no clip in it"):
         find_clips([tmp_path / "empty"])
-    with pytest.raises(UserError, match=r"broken\.gif, expected a GIF"):
+    with pytest.raises(UserError, match=r"broken\.gif, expected a picture \(GIF.*: it is none"):
         evaluate_videos([tmp_path / "broken.gif"])
     with pytest.raises(UserError, match=r"cannot make the folder .*notes\.txt.* choose another --output-dir"):
         evaluate_videos([tmp_path / "broken.gif"], output_dir=tmp_path / "notes.txt")

@@ -8,7 +8,7 @@ import torch
 
 from animatediff.training.data.clips import ClipConfig, Clips, list_videos
 from animatediff.utils import UserError
-from tests.media.videos import ffmpeg, numbers, write, write_broken
+from tests.media.videos import encode, numbers, write, write_broken
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +183,7 @@ def test_nothing_but_bad_videos(tmp_path):
 
 def test_sound_that_outlasts_the_pictures(tmp_path):
     """The header counts the longest stream; a start behind the last picture falls back to the first."""
-    path, long = write(tmp_path / "a.mp4", frames=16), tmp_path / "long.mp4"
-    ffmpeg("-i", str(path), "-f", "lavfi", "-i", "sine=duration=3", "-c:v", "copy", str(long))
-    path.unlink()
-    long.with_suffix(".txt").write_text("gray")
+    encode(tmp_path / "long.mkv", range(16), sound=3)
+    (tmp_path / "long.txt").write_text("gray")
     pixels, _ = Clips(config(tmp_path), seed=0).clip(0)
     assert frame_numbers(pixels) == list(range(0, 16, 2))

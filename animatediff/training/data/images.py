@@ -12,6 +12,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from animatediff.media.pictures import read_picture
 from animatediff.media.seek import UnusableVideo
 from animatediff.training.data.clips import CaptionedVideo, Log, Series
 from animatediff.utils import UserError
@@ -74,7 +75,7 @@ class Images(Series):
 
 
 def open_image(file: CaptionedVideo) -> Image.Image:
-    """A picture in RGB, turned as its camera was held.
+    """A captioned picture.
 
     Raises:
         UnusableVideo: it has no caption, or cannot be read.
@@ -82,9 +83,8 @@ def open_image(file: CaptionedVideo) -> Image.Image:
     if file.caption is None:
         raise UnusableVideo("no caption")
     try:
-        with Image.open(file.path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return Image.fromarray(read_picture(file.path))
+    except UserError as error:
         raise UnusableVideo("unreadable", str(error)) from None
 
 
