@@ -39,6 +39,13 @@ def describe(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
 
 
+def printed(value: object) -> str:
+    """Text as the console can show it: what its encoding lacks, and control characters, as escapes."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
+
+
 def unknown_key(key: Any, known: Sequence[str], *, what: str = "key") -> str:
     """The message for a name that is not known, with the nearest one that is, if any is near."""
     key, lowered = str(key), {name.lower(): name for name in known}

@@ -7,62 +7,96 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from animatediff.config.dataclass_io import parse_overrides
-from animatediff.config.prompt_yaml import AnimateEntry, config_of, load_config
+from animatediff.config.help import explain_options
+from animatediff.config.prompt_yaml import RunConfig, config_from, config_of, load_config
+from animatediff.config.spellings import all_options, flat_names, parse_assignments
 from animatediff.utils import Parser, UserError, run_main
 
 BUNDLED = Path(__file__).resolve().parents[1] / "configs" / "animate" / "shapes.yaml"
-FLAGS = (  # command-line spelling, key of a config's entry, type, help
-    ("--prompt", "prompt", str, "what to animate; may be given several times"),
-    ("--n-prompt", "n_prompt", str, "what to avoid"),
-    ("--seed", "seed", int, "0 to 2^64 - 1; -1 draws one and records it"),
-    ("--L", "L", int, "frames"),
-    ("--W", "W", int, "width in pixels"),
-    ("--H", "H", int, "height in pixels"),
-    ("--pretrained-model-path", "pretrained_model_path", str, "base model: diffusers folder or single file"),
-    ("--inference-config", "inference_config", str, "YAML that describes motion module and noise schedule"),
-    ("--format", "format", str, "gif, mp4, webp, or png (a folder of lossless frames)"),
-    ("--fps", "fps", float, "frames per second"),
-)
+CLIPS = (".gif", ".webp", ".png", ".mp4")
+# Options of the official script and the most used ones; every option has `key=value`.
+FLAGS = {
+    "--prompt": ("prompt", str),
+    "--n-prompt": ("n_prompt", str),
+    "--seed": ("seed", int),
+    "--steps": ("steps", int),
+    "--guidance-scale": ("guidance_scale", float),
+    "--L": ("L", int),
+    "--W": ("W", int),
+    "--H": ("H", int),
+    "--pretrained-model-path": ("pretrained_model_path", str),
+    "--inference-config": ("inference_config", str),
+    "--format": ("format", str),
+    "--fps": ("fps", float),
+}
+
+
+class Help(argparse.Action):
+    """`--help` alone lists everything; `--help KEY` or `--help GROUP` explains one option or group."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        print(explain_options(values) if values else f"{parser.format_help()}\n{explain_options()}")
+        parser.exit()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. What it sets goes before what the config says, for every entry of the config."""
-    parser = Parser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", help="prompt config (YAML); without it the bundled model, or the base given")
-    for flag, key, kind, text in FLAGS:
+    parser = Parser(description=__doc__, allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action=Help, nargs="?", metavar="KEY", help="this, or what one key means")
+    parser.add_argument(
+        "--config", help="prompt config (YAML), or a clip made by us; without it the bundled model, or the base given"
+    )
+    for flag, (key, kind) in FLAGS.items():
         action = "append" if key in ("prompt", "n_prompt", "seed") else "store"
-        parser.add_argument(flag, dest=key, type=kind, action=action, help=text)
+        parser.add_argument(flag, dest=key, type=kind, action=action, help=flat_names()[key].help.replace("%", "%%"))
     parser.add_argument("--output-dir", help="by default samples/<config>-<time>; of an unfinished run: goes on there")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default float16 on CUDA, else float32")
     parser.add_argument("--without-xformers", action="store_true", help="no effect: xformers is never used")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of an entry, e.g. steps=10")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option, flat or grouped")
     return parser.parse_intermixed_args(argv)
 
 
 def collect_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """Raw values for keys of every entry.
+    """Raw values for options of every entry.
 
     Raises:
-        UserError: a key is given both as an option and as key=value.
+        UserError: an option is given both as a flag and as key=value.
     """
-    flags = {key: getattr(args, key) for _, key, *_ in FLAGS if getattr(args, key) is not None}
-    pairs = parse_overrides(AnimateEntry, args.overrides)
-    if both := flags.keys() & pairs.keys():
-        raise UserError(f"got {min(both)} both as an option and as key=value, expected it once")
+    flags = {key: getattr(args, key) for key, _ in FLAGS.values() if getattr(args, key) is not None}
+    pairs = parse_assignments(args.overrides)
+    canonical = {key: (all_options().get(key) or flat_names().get(key)) for key in (*flags, *pairs)}
+    for key in flags:
+        if any(canonical[pair] is not None and canonical[pair] is canonical[key] for pair in pairs):
+            raise UserError(f"got {key} both as an option and as key=value, expected it once")
     return flags | pairs
+
+
+def read_config(args: argparse.Namespace, overrides: dict[str, Any]) -> RunConfig:
+    """The config of the command line: a YAML, a clip's own settings, or what it says alone."""
+    if args.config is not None and not args.config.strip():
+        raise UserError("got --config '', expected a file")
+    if args.config is None and {"pretrained_model_path", "model.base"} & set(overrides):
+        return config_of(overrides, name="sample")  # nothing of the bundled model fits another one
+    if args.config is not None and args.config.lower().endswith(CLIPS):
+        from animatediff.media.video import read_metadata
+        from animatediff.pipeline.run_folder import settings_request
+
+        settings = read_metadata(args.config)
+        if not settings:
+            raise UserError(
+                f"got --config {args.config}, which holds no settings, expected a clip made by us, or a YAML"
+            )
+        return config_from([settings_request(settings)], args.config, name=Path(args.config).stem, overrides=overrides)
+    return load_config(args.config or BUNDLED, overrides)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.config is None and args.prompt is None and not any(a.startswith("prompt=") for a in args.overrides):
+    said = any(a.startswith(("prompt=", "prompts.prompt=")) for a in args.overrides)
+    if args.config is None and args.prompt is None and not said:
         raise UserError('got nothing to animate, expected --prompt "…" or --config FILE (--help lists all options)')
-    overrides = collect_overrides(args)
-    if args.config is None and "pretrained_model_path" in overrides:  # nothing of the bundled model fits another one
-        config = config_of(overrides, name="sample")
-    else:
-        config = load_config(args.config or BUNDLED, overrides)
+    config = read_config(args, collect_overrides(args))
     if args.without_xformers:
         print("--without-xformers has no effect: xformers is never used here", file=sys.stderr)
     from animatediff.pipeline.run import animate  # here, because it imports torch: mistakes above are told at once

@@ -111,7 +111,7 @@ def measure_videos(args: argparse.Namespace, folder: Path) -> str:
     # Here, because these import torch: mistakes above are told at once.
     from animatediff.metrics.fvd import EncoderFeatures, TorchScriptFeatures
     from animatediff.metrics.measure import evaluate_videos, format_table
-    from animatediff.pipeline.model import pick_device
+    from animatediff.pipeline.device import pick_device
     from animatediff.world.encoder import WORLD, load_encoder
 
     device, encoder, extractor = pick_device(args.device), None, None
@@ -145,12 +145,15 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         )
     entry = entries[args.entry]
     if len(entries) > 1:
-        print(f"entry {args.entry} ({entry.name}) of 0 to {len(entries) - 1}; --entry takes another", file=sys.stderr)
+        print(
+            f"entry {args.entry} ({entry.output.name}) of 0 to {len(entries) - 1}; --entry takes another",
+            file=sys.stderr,
+        )
 
     # Here, because these import torch: mistakes above are told at once.
     from animatediff.lab.run_model import check_entry, clip_maker
+    from animatediff.pipeline.headers import check_requests
     from animatediff.pipeline.pipeline import AnimateDiffPipeline
-    from animatediff.pipeline.weights import check_entries
     from animatediff.world.evaluate import evaluate_shapes
     from animatediff.world.report import format_table
     from animatediff.world.series import World
@@ -162,15 +165,15 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
     pipeline = AnimateDiffPipeline.from_config(
         args.config, entry=args.entry, device=args.device, dtype=args.dtype, **overrides
     )
-    for line in pipeline.components.reports:
+    for line in pipeline.model.reports:
         print(line, file=sys.stderr)
-    sampling = check_entries([entry])[0].sampling
+    sampling = check_requests([entry])[0].request.sampling
     settings = {
         "config": str(args.config),
-        "entry": entry.name,
+        "entry": entry.output.name,
         "motions": motions,
-        "model": entry.pretrained_model_path,
-        "motion_module": entry.motion_module or "none",
+        "model": entry.model.base,
+        "motion_module": entry.model.motion_module or "none",
         "sampler": sampling.sampler,
         "steps": sampling.steps,
         "guidance_scale": sampling.guidance_scale,

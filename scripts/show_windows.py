@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from animatediff.features.windows import FUSIONS, SCHEDULES, Windows
+from animatediff.config.refusals import window_refusals
+from animatediff.config.request import Request, Windows
+from animatediff.features.windows import FUSIONS, SCHEDULES, window_weights, windows_of_step
 from animatediff.media.pictures import write_picture
 from animatediff.utils import UserError, run_main
 
@@ -25,10 +27,10 @@ FULL, SHARED, NONE = (38, 70, 120), (216, 226, 240), (255, 255, 255)
 
 def shares(windows: Windows, step: int, frames: int) -> Tensor:
     """The part that each window of a step has in each frame, float32 (windows, frames); columns sum to 1."""
-    cut = windows.at(step, frames)
+    cut = windows_of_step(windows, step, frames)
     weights = torch.zeros(len(cut), frames)
     for row, window in zip(weights, cut, strict=True):
-        row[list(window)] = windows.weights(window, frames)
+        row[list(window)] = window_weights(windows, window, frames)
     return weights / weights.sum(0)
 
 
@@ -63,9 +65,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"got --L {args.L} --steps {args.steps}, expected at least 1 of each")
     overlap = args.length // 4 if args.overlap is None else args.overlap
     windows = Windows(args.schedule, args.length, overlap, args.fuse, args.stride)
+    if mistake := next(window_refusals(Request(windows=windows)), None):
+        raise UserError(mistake.replace("{", "").replace("}", ""))
     steps = [shares(windows, step, args.L) for step in range(args.steps)]
     print("\n".join(as_text(step, parts) for step, parts in enumerate(steps)))
-    seen = sum(len(window) for step in range(args.steps) for window in windows.at(step, args.L))
+    seen = sum(len(window) for step in range(args.steps) for window in windows_of_step(windows, step, args.L))
     print(f"the network sees every frame {seen / args.steps / args.L:.2f} times a step")
     if args.png:
         write_picture(as_picture(steps), Path(args.png))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 
+from animatediff.config.spellings import all_options, group_classes, usual
 from tests.checkpoints.synthetic import METADATA, TABLES, ldm_tensors, motion_tensors, tensors_of, write
 
 SMALL = {"steps": 2, "L": 2, "H": 16, "W": 16}  # a clip in a fraction of a second
@@ -41,3 +42,17 @@ def entry(folder: Path, **values: object) -> dict[str, object]:
 def write_config(path: Path, *entries: dict[str, object]) -> Path:
     path.write_text(yaml.safe_dump(list(entries)), encoding="utf-8")
     return path
+
+
+def flat(settings: dict) -> dict:
+    """A clip's own settings by the usual flat names; files as {"path": …, "sha256": …} under theirs."""
+    options, found = all_options(), {}
+    for group, values in settings.items():
+        for name, value in values.items() if isinstance(values, dict) and group in group_classes() else ():
+            option = options[f"{group}.{name}"]
+            one = isinstance(value, list) and len(value) == 1 and option.dotted.startswith(("prompts.", "sampling."))
+            found[usual(option.dotted)] = value[0] if one else value
+    for option, file in settings.get("files", {}).items():
+        dotted, bracket, rest = option.partition("[")
+        found[usual(dotted) + bracket + rest] = file
+    return found | {key: value for key, value in settings.items() if key not in group_classes() and key != "files"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import fields
@@ -13,7 +14,17 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, Strict, StrictBool, TypeAdapter, ValidationError
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    Strict,
+    StrictBool,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 from typing_extensions import dataclass_transform
 
@@ -34,6 +45,8 @@ def _plain_number(value: Any) -> Any:
 
 
 def _as_tuple(value: Any) -> Any:
+    if hasattr(value, "tolist") and getattr(value, "ndim", 0):  # numpy, torch
+        value = value.tolist()
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
@@ -41,6 +54,8 @@ def _existing(value: Any) -> Any:
     """A tuple without the empty texts by which YAMLs say that there is none."""
     return tuple(v for v in _as_tuple(value) if v is not None and v != "")
 
+
+before, read_by, limits = BeforeValidator, PlainValidator, Field  # a field's own reading, and its range
 
 # As strict as YAML is: 1 is no text, "1" no number, true no 1, 1.5 no whole number. An integer is a float.
 Int = Annotated[int, BeforeValidator(_plain_number), Strict()]
@@ -62,7 +77,17 @@ class FileKind:
 def options(cls: type[T]) -> type[T]:
     """A frozen dataclass that checks the type and the range of every field, whoever builds it: a YAML or a call."""
     config = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True, arbitrary_types_allowed=True)
-    return dataclass(cls, frozen=True, config=config)
+    made = dataclass(cls, frozen=True, config=config)
+    checked_init = made.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            checked_init(self, *args, **kwargs)
+        except ValidationError as errors:
+            raise UserError(listed(f"{cls.__name__}: {line}" for line in explain(errors, made, dotted))) from None
+
+    made.__init__ = init  # type: ignore[method-assign]
+    return made
 
 
 def opt(default: Any, help: str, *spellings: str, **limits: Any) -> Any:
@@ -195,11 +220,12 @@ def explain(errors: ValidationError, cls: type, name: Callable[[tuple[Any, ...]]
     for error in errors.errors(include_url=False):
         path = tuple(p for p in error["loc"] if isinstance(p, int) or "[" not in p and "-" not in p)
         if error["type"] == "unexpected_keyword_argument":
-            lines[path] = _unknown(cls, path) if len(lines) < MAX_MISTAKES else f"unknown key {path[-1]!r}"
+            lines[path] = _unknown(cls, path, name) if len(lines) < MAX_MISTAKES else f"unknown key {path[-1]!r}"
         elif error["type"] == "value_error":
-            lines[path] = ": ".join(filter(None, (name(path), str(error["ctx"]["error"]))))
+            message = str(error["ctx"]["error"])
+            lines[path] = name(path) + ("" if message.startswith("[") else ": ") + message
         elif error["type"] == "missing":
-            lines[path] = f"{name(path)} is missing, expected {_expected(error)}: add it"
+            lines[path] = f"{name(path)} is missing, expected a value: add it"
         else:
             lines[path] = f"{name(path)}: got {describe(error['input'])}, expected {_expected(error)}"
     return list(lines.values())
@@ -210,13 +236,22 @@ def dotted(path: Sequence[Any]) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).removeprefix(".")
 
 
-def _unknown(cls: type, path: tuple[Any, ...]) -> str:
+def canonical(cls: type, name: str) -> str:
+    """The name of a field of `options` that goes by any of its spellings."""
+    for own, info in getattr(cls, "__pydantic_fields__", {}).items():
+        if name == own or (info.validation_alias and name in info.validation_alias.choices):
+            return own
+    return name
+
+
+def _unknown(cls: type, path: tuple[Any, ...], name: Callable[[tuple[Any, ...]], str]) -> str:
     for step in path[:-1]:
-        hint = None if isinstance(step, int) else next((f.type for f in fields(cls) if f.name == step), None)
-        cls = next((c for c in _dataclasses_of(hint)), cls) if hint is not None else cls
-    known = [f.name for f in fields(cls)]
-    inside = f"{dotted(path[:-1])}: " if len(path) > 1 else ""
-    return inside + unknown_key(path[-1], known)
+        if isinstance(step, str) and (hint := typing.get_type_hints(cls).get(canonical(cls, step))):
+            cls = next(iter(_dataclasses_of(hint)), cls)
+    inside = f"{name(path[:-1])}: " if len(path) > 1 else ""
+    infos = getattr(cls, "__pydantic_fields__", {}).items()
+    spellings = [s for n, i in infos for s in (n, *(i.validation_alias.choices if i.validation_alias else ()))]
+    return inside + unknown_key(path[-1], spellings or [f.name for f in fields(cls)])
 
 
 def _dataclasses_of(hint: Any) -> Iterable[type]:
@@ -232,7 +267,8 @@ def _expected(error: Any) -> str:
         step, value = ctx["multiple_of"], error["input"]
         return f"a multiple of {step:g}: use {max(int(value - value % step), int(step))}"
     if kind == "literal_error":
-        return ctx["expected"].replace("'", "").replace(", ", " or ")
+        choices = [c for c in ctx["expected"].replace("'", "").replace(" or ", ", ").split(", ") if c]
+        return f"one of {', '.join(choices)}" if len(choices) > 4 else " or ".join(choices)
     texts = {
         "greater_than_equal": "at least {ge:g}",
         "greater_than": "more than {gt:g}",

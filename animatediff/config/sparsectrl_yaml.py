@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,32 +15,6 @@ CONFIGS = {  # kind of encoder -> its official config
     "rgb": "configs/inference/sparsectrl/latent_condition.yaml",
     "scribble": "configs/inference/sparsectrl/image_condition.yaml",
 }
-
-
-def condition_frames(indices: Sequence[int], *, images: int, frames: int) -> tuple[int, ...]:
-    """The frames of a clip that images are given for, counted from 0; in `indices` -1 is the last frame.
-
-    Raises:
-        UserError: no image, not one index for each, one outside the clip, or one twice.
-    """
-    if not 1 <= images <= frames:
-        raise UserError(f"got {images} condition images, expected 1 to {frames}, the frames of the clip")
-    if len(indices) != images:
-        raise UserError(f"got {len(indices)} frame numbers for {images} condition images, expected one for each")
-    if outside := [i for i in indices if not -frames <= i < frames]:
-        raise UserError(f"got frame {outside[0]}, expected 0 to {frames - 1}, or -1 (the last) to {-frames}")
-    counted = tuple(i % frames for i in indices)
-    if twice := [i for i in counted if counted.count(i) > 1]:
-        raise UserError(f"got frame {twice[0]} twice, expected another frame for each image")
-    return counted
-
-
-def check_scales(scales: Sequence[float], *, frames: int) -> None:
-    """Raises: UserError unless there is one scale for all frames or one for each, all 0 or more."""
-    if len(scales) not in (1, frames):
-        raise UserError(f"got {len(scales)} scales, expected one for all frames, or one for each of the {frames}")
-    if wrong := [s for s in scales if not s >= 0]:
-        raise UserError(f"got {wrong[0]:g}, expected 0 (no effect) or more (1 is as trained)")
 
 
 @dataclass(frozen=True)

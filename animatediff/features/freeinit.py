@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from animatediff.config.steering import FreeInit
+from animatediff.config.request import FreeInit
 from animatediff.diffusion.schedule import NoiseSchedule
 
 Sample = Callable[[Tensor, int], Tensor]  # start latents, iteration -> clean latents

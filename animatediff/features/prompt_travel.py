@@ -9,65 +9,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from animatediff.utils import UserError, unknown_key
+from animatediff.config.request import Travel
 
-INTERPOLATIONS = ("lerp", "slerp")
 PARALLEL = 0.9995  # |cosine| above which slerp is lerp: the angle is lost in rounding
 
 
-@dataclass(frozen=True)
-class Travel:
-    """How a prompt gets from one keyframe's text to the next one's.
+def travel_context(
+    travel: Travel, texts: Tensor, keyframes: Sequence[int], frames: int, *, loop: bool = False
+) -> FrameContext:
+    """The context of one clip. Every frame is a mixture of the two texts around it, never of other mixtures.
 
-    Attributes:
-        interpolation: `lerp` mixes two embeddings in proportion; `slerp` turns the one into the other.
-        loop: whether the last keyframe goes on to the first, over the end of the clip; else the first text holds
-            before its keyframe and the last one after it. None: loop where the clip's windows do.
-        fixed_ratio: the part of every interval, from its beginning, in which the text stays; 0 to below 1.
-
-    Raises:
-        UserError: an unknown name or a value out of range.
+    Args:
+        travel: how.
+        texts: embeddings (k, l, d), one for each keyframe.
+        keyframes: their frames, rising, each within 0 … frames - 1.
+        frames: of the clip.
+        loop: where `travel.loop` does not say.
     """
+    before, after, r = _course(travel, keyframes, frames, loop=loop if travel.loop is None else travel.loop)
+    a, b = 1 - r, r
+    if travel.interpolation == "slerp":
+        flat = F.normalize(texts.flatten(1).cpu().double(), dim=1)
+        cosine = (flat @ flat.mT)[before, after]
+        angle = cosine.clamp(-1, 1).acos()
+        turned = cosine.abs() <= PARALLEL
+        a, b = (torch.where(turned, (part * angle).sin() / angle.sin(), part) for part in (a, b))
+    index = torch.arange(len(keyframes))
+    weights = a[:, None] * (before[:, None] == index) + b[:, None] * (after[:, None] == index)
+    return FrameContext(texts, weights[None].float())
 
-    interpolation: str = "lerp"
-    loop: bool | None = None
-    fixed_ratio: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.interpolation not in INTERPOLATIONS:
-            raise UserError(unknown_key(self.interpolation, list(INTERPOLATIONS), what="prompt interpolation"))
-        if not 0 <= self.fixed_ratio < 1:
-            raise UserError(f"prompt fixed_ratio: got {self.fixed_ratio:g}, expected 0 to below 1")
-
-    def mix(self, texts: Tensor, keyframes: Sequence[int], frames: int, *, loop: bool = False) -> FrameContext:
-        """The context of one clip. Every frame is a mixture of the two texts around it, never of other mixtures.
-
-        Args:
-            texts: embeddings (k, l, d), one for each keyframe.
-            keyframes: their frames, rising, each within 0 … frames - 1.
-            frames: of the clip.
-            loop: where `self.loop` does not say.
-        """
-        before, after, r = self._course(keyframes, frames, loop=loop if self.loop is None else self.loop)
-        a, b = 1 - r, r
-        if self.interpolation == "slerp":
-            flat = F.normalize(texts.flatten(1).cpu().double(), dim=1)
-            cosine = (flat @ flat.mT)[before, after]
-            angle = cosine.clamp(-1, 1).acos()
-            turned = cosine.abs() <= PARALLEL
-            a, b = (torch.where(turned, (part * angle).sin() / angle.sin(), part) for part in (a, b))
-        index = torch.arange(len(keyframes))
-        weights = a[:, None] * (before[:, None] == index) + b[:, None] * (after[:, None] == index)
-        return FrameContext(texts, weights[None].float())
-
-    def _course(self, keyframes: Sequence[int], frames: int, *, loop: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every frame (frames,): the keyframes before and after it, and how far it is from the one to the other."""
-        at, frame, last = torch.tensor(keyframes), torch.arange(frames), len(keyframes) - 1
-        before = torch.searchsorted(at, frame, right=True) - 1
-        before, after = (i % (last + 1) if loop else i.clamp(0, last) for i in (before, before + 1))
-        gap, gone = ((f - at[before]) % frames for f in (at[after], frame))
-        r = torch.where(gap > 0, gone.double() / gap, 0.0)
-        return before, after, ((r - self.fixed_ratio) / (1 - self.fixed_ratio)).clamp(min=0)
+def _course(travel: Travel, keyframes: Sequence[int], frames: int, *, loop: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every frame (frames,): the keyframes before and after it, and how far it is from the one to the other."""
+    at, frame, last = torch.tensor(keyframes), torch.arange(frames), len(keyframes) - 1
+    before = torch.searchsorted(at, frame, right=True) - 1
+    before, after = (i % (last + 1) if loop else i.clamp(0, last) for i in (before, before + 1))
+    gap, gone = ((f - at[before]) % frames for f in (at[after], frame))
+    r = torch.where(gap > 0, gone.double() / gap, 0.0)
+    return before, after, ((r - travel.fixed_ratio) / (1 - travel.fixed_ratio)).clamp(min=0)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""Images of some frames of a clip, and what a SparseCtrl encoder (arXiv 2311.16933) adds to the network for them."""
+"""SparseCtrl (arXiv 2311.16933): pictures of some frames of a clip, and what its encoder makes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,68 @@ from einops import rearrange
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from animatediff.config.sparsectrl_yaml import check_scales, condition_frames
+from animatediff.checkpoints.known_files import find_file, missing_file
+from animatediff.checkpoints.load import ImageModel
+from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
+from animatediff.config.refusals import condition_frames
+from animatediff.config.request import Request
+from animatediff.config.request import SparseCtrl as Options
+from animatediff.features.inputs import as_picture
+from animatediff.features.run import FrameDenoise, Run
 from animatediff.models.sparsectrl_encoder import SparseCtrl
-from animatediff.pipeline.model import Components
 from animatediff.utils import UserError, naming
 
-ConditionImage = str | Path | Image.Image
-ConditionImages = ConditionImage | Sequence[ConditionImage] | Tensor
-KEPT_BYTES = 2**28  # of residuals: enough for small models; one guided window of SD 1.5 takes more, see `Control`
+CACHE_BYTES = 2**28  # of residuals: enough for small models; one guided window of SD 1.5 takes more, see `Control`
+
+
+@contextmanager
+def sparsectrl(denoise: FrameDenoise, run: Run) -> Iterator[FrameDenoise]:
+    """`sparsectrl`: pictures of some frames, as residuals of the network's skip connections."""
+    if not len(run.request.sparsectrl.images):
+        yield denoise
+        return
+    control = run.once("sparsectrl", lambda: make_control(run))
+
+    def controlled(x: Tensor, t: Tensor, frames: Tensor, **inputs: Any) -> Tensor:
+        return denoise(x, t, frames, **inputs, **control(t, run.text(frames), frames))
+
+    yield controlled
+
+
+def load(request: Request, headers: Any, image: ImageModel) -> tuple[SparseCtrl, str]:
+    """The encoder of `sparsectrl.path`, and a line about it.
+
+    Args:
+        headers: `pipeline.headers.Headers`.
+
+    Raises:
+        UserError: it does not fit the image model, or contradicts its official config.
+    """
+    assert image.vae is not None
+    encoder, report = load_sparsectrl(headers.paths["sparsectrl.path"], image.unet, image.vae)
+    config, motion = encoder.config, encoder.config.unet.motion
+    assert motion is not None
+    if headers.control is not None:
+        with naming(headers.paths["sparsectrl.config"]):
+            headers.control.check(config)
+    longest = max(motion.max_frames, request.model.max_frames)
+    encoder.config = replace(config, unet=config.unet.with_motion(replace(motion, max_frames=longest)))
+    return encoder, str(report)
+
+
+def make_control(run: Run) -> Control:
+    """The control of a clip, from its pictures.
+
+    Raises:
+        UserError: a picture cannot be read, or tensors are not of the clip's size.
+    """
+    options, size, model = run.request.sparsectrl, run.request.size, run.model
+    encoder, shape = model.networks["sparsectrl"], (size.height, size.width)
+    pixels = condition_pixels(options, shape).to(model.device)
+    if encoder.config.kind == "rgb":
+        pixels = model.vae.encode_video(pixels[None] * 2 - 1)[0]
+    given = condition_frames(options.frames, images=len(pixels), frames=size.num_frames)
+    return Control(encoder, pixels.to(model.dtype), given, frames=size.num_frames, scales=options.scale)
 
 
 class Control:
@@ -27,7 +83,7 @@ class Control:
 
     It depends on the timestep, the text and the window alone, so that it is computed once for each of them: clips of
     one prompt share it, the last one is remembered, and others for when a timestep comes again, while they fit into
-    `KEPT_BYTES` (16 guided frames of SD 1.5 at 512x512 take 430 MB in half precision).
+    `CACHE_BYTES` (16 guided frames of SD 1.5 at 512x512 take 430 MB in half precision).
 
     Args:
         encoder: on its device, in its dtype.
@@ -46,9 +102,9 @@ class Control:
         self.row = torch.full((frames,), len(condition))
         self.row[list(given)] = torch.arange(len(condition))
         self.scales = None if set(scales) == {1.0} else torch.tensor(scales, dtype=torch.float32).expand(frames)
-        self._kept: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+        self._cache: dict[Any, tuple[Tensor, list[Tensor]]] = {}
         self._last: dict[Any, tuple[Tensor, list[Tensor]]] = {}
-        self._room = KEPT_BYTES
+        self._budget = CACHE_BYTES
 
     def __call__(self, t: Tensor, text: Tensor, frames: Tensor) -> dict[str, Any]:
         """Keyword arguments of `UNet.forward`.
@@ -59,7 +115,7 @@ class Control:
             frames: numbers (w,) of the window's frames in the clip.
         """
         firsts, which = _distinct(text)
-        residuals = self._remembered(t, text[firsts], frames)
+        residuals = self._cached(t, text[firsts], frames)
         if len(firsts) < len(text):
             residuals = [
                 rearrange(rearrange(r, "(b f) ... -> b f ...", f=len(frames))[which], "b f ... -> (b f) ...")
@@ -67,17 +123,17 @@ class Control:
             ]
         return {"down_residuals": residuals[:-1], "mid_residual": residuals[-1]}
 
-    def _remembered(self, t: Tensor, text: Tensor, frames: Tensor) -> list[Tensor]:
+    def _cached(self, t: Tensor, text: Tensor, frames: Tensor) -> list[Tensor]:
         key = (float(t[0]), tuple(frames.tolist()))
-        known = self._kept.get(key) or self._last.get(key)
+        known = self._cache.get(key) or self._last.get(key)
         if known and torch.equal(known[0], text):
             return known[1]
         residuals = self._compute(t[: len(text)], text, frames)
         self._last = {key: (text, residuals)}
-        size = sum(r.nbytes for r in residuals) if key not in self._kept else 0
-        if size <= self._room:
-            self._kept |= self._last
-            self._room -= size
+        size = sum(r.nbytes for r in residuals) if key not in self._cache else 0
+        if size <= self._budget:
+            self._cache |= self._last
+            self._budget -= size
         return residuals
 
     def _compute(self, t: Tensor, text: Tensor, frames: Tensor) -> list[Tensor]:
@@ -89,86 +145,47 @@ class Control:
         return [residual * scale for residual in (*down, mid)]
 
 
-def make_control(
-    c: Components,
-    images: ConditionImages | None,
-    indices: Sequence[int],
-    scale: float | Sequence[float],
-    *,
-    frames: int,
-    window: int,
-    size: tuple[int, int],
-) -> Control | None:
-    """The control of a call, None where no images are given.
+def condition_pixels(options: Options, size: tuple[int, int]) -> Tensor:
+    """The pictures of `sparsectrl.images`, float32 (n, 3, *size) in [0, 1].
 
-    Args:
-        images: one or n files, PIL images, or a tensor (n, 3, H, W) in [0, 1] of the clip's size.
-        indices: the frame of each image; negative ones count from the end.
-        scale: one for all frames, or one for each.
-        frames: of the clip.
-        window: frames that the network sees at a time.
-        size: (height, width) of the clip in pixels.
+    Files and PIL images are cut to the shape of the clip around their centre and resized (bilinear); tensors
+    (n, 3, H, W) have to be of its size.
 
     Raises:
-        UserError: no encoder is loaded, or it was not trained on so long windows; images, indices and scales do not fit
-            the clip; an image cannot be read.
+        UserError: a file that is no picture, or a tensor of another shape.
     """
-    if images is None:
-        return None
-    if isinstance(images, ConditionImage):
-        images = [images]
-    encoder = c.sparsectrl
-    if encoder is None:
-        raise UserError(
-            "got conditioning_frames without a SparseCtrl encoder, expected one: set controlnet_path in the config"
-        )
-    motion = encoder.config.unet.motion
-    if motion and window > motion.max_frames:
-        raise UserError(
-            f"got {window} frames at a time, expected at most {motion.max_frames}, the longest clip the SparseCtrl "
-            "encoder was trained on: animate in shorter windows, or set max_frames in the config"
-        )
-    scales = (scale,) if isinstance(scale, (int, float)) else tuple(scale)
-    with naming("controlnet_frame_indices"):
-        given = condition_frames(indices, images=len(images), frames=frames)
-    with naming("controlnet_conditioning_scale"):
-        check_scales(scales, frames=frames)
-    pixels = images if isinstance(images, Tensor) else read_condition_images(images, size)
-    if tuple(pixels.shape) != (len(images), 3, *size):
-        expected = (len(images), 3, *size)
-        raise UserError(f"conditioning_frames: got a tensor of shape {tuple(pixels.shape)}, expected {expected}")
-    condition = pixels.to(c.device)
-    if encoder.config.kind == "rgb":
-        condition = c.vae.encode_video(condition[None] * 2 - 1)[0]
-    return Control(encoder, condition.to(c.dtype), given, frames=frames, scales=scales)
+    images = options.images
+    if isinstance(images, Tensor):
+        pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+        if pixels.shape[1:] != (3, *size):
+            expected = (len(images), 3, *size)
+            raise UserError(f"conditioning_frames: got a tensor of shape {tuple(pixels.shape)}, expected {expected}")
+        return pixels
+    fitted = []
+    for i, image in enumerate(images):
+        with naming(f"controlnet_images[{i}]"):
+            if isinstance(image, Tensor):
+                image = rearrange(image, "c h w -> h w c").cpu().numpy() if image.ndim == 3 else image
+            fitted.append(_fitted(_opened(image), size, options.normalize))
+    return torch.stack(fitted)
 
 
-def read_condition_images(
-    images: Sequence[ConditionImage], size: tuple[int, int], *, normalize: bool = False
-) -> Tensor:
-    """Images cut to the shape of the clip around their centre and resized (bilinear), float32 (n, 3, *size) in [0, 1].
-
-    Args:
-        size: (height, width).
-        normalize: make them grey, and stretch each from black to white; for scribbles on other grounds.
-
-    Raises:
-        UserError: a file that is no image.
-    """
-    return torch.stack([_fitted(_opened(image), size, normalize) for image in images])
+def _opened(image: Any) -> Image.Image:
+    if isinstance(image, (str, Path)):
+        path = find_file(str(image))
+        if path is None:
+            raise UserError(missing_file(str(image)))
+        return open_image(path)
+    return as_picture(image).convert("RGB")
 
 
-def _opened(image: ConditionImage) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
+def open_image(path: Path) -> Image.Image:
     try:
-        with Image.open(image) as file:
+        with Image.open(path) as file:
             return ImageOps.exif_transpose(file).convert("RGB")  # as viewers turn it
-    except FileNotFoundError:
-        raise UserError(f"got {image}, expected an image: there is no such file") from None
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"got {image}, expected an image: it cannot be read ({reason})") from None
+        raise UserError(f"got {path}, expected an image: it cannot be read ({reason})") from None
 
 
 def _fitted(image: Image.Image, size: tuple[int, int], normalize: bool) -> Tensor:

@@ -7,92 +7,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from animatediff.config.request import Windows
 from animatediff.diffusion.guidance import Denoise
 from animatediff.diffusion.schedule import step_of
-from animatediff.utils import UserError, unknown_key
+from animatediff.features.run import FrameDenoise
+
+DEFAULT_LENGTH = 16  # frames: what all motion modules were trained on
 
 Window = tuple[int, ...]  # frame numbers, in the order in which the network sees them
-FrameDenoise = Callable[[Tensor, Tensor, Tensor], Tensor]  # x (b, w, c, h, w), t (b,), frame numbers (w,) -> like x
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Which windows a clip is cut into at every step, and how much each of their frames counts.
-
-    Attributes:
-        schedule: a key of SCHEDULES. `open` has a beginning and an end, `closed` is a loop; `static` is open with the
-            same windows at every step; `uniform` is what other implementations call so, a loop in practice.
-        length: frames of a window.
-        overlap: frames that neighbouring windows share, at least.
-        fuse: a key of FUSIONS.
-        stride: of `uniform` only: how many levels of windows of every 1st, 2nd, 4th … frame.
-
-    Raises:
-        UserError: an unknown name or a value out of range.
-    """
-
-    schedule: str = "open"
-    length: int = 16
-    overlap: int = 4
-    fuse: str = "pyramid"
-    stride: int = 1
-
-    def __post_init__(self) -> None:
-        for key, known in (("schedule", SCHEDULES), ("fuse", FUSIONS)):
-            if (name := getattr(self, key)) not in known:
-                raise UserError(f"{unknown_key(name, list(known), what=f'window {key}')} (all: {', '.join(known)})")
-        if self.length < 1:
-            raise UserError(f"window length: got {self.length}, expected at least 1")
-        if not 0 <= self.overlap < self.length:
-            raise UserError(
-                f"window overlap: got {self.overlap}, expected 0 to {self.length - 1}, less than the length"
-            )
-        if self.stride < 1 or (self.stride > 1 and self.schedule != "uniform"):
-            raise UserError(f"window stride: got {self.stride}, expected 1, or more with the uniform schedule")
-
-    @property
-    def loops(self) -> bool:
-        """Whether the last frame is followed by the first."""
-        return self.schedule in ("closed", "uniform")
-
-    def at(self, step: int, frames: int) -> list[Window]:
-        """The windows of a step (from 0) of a clip; together they hold every frame, each one no frame twice."""
-        return SCHEDULES[self.schedule](self, step, frames)
-
-    def weights(self, window: Window, frames: int) -> Tensor:
-        """How much each frame of a window counts, float32 (len(window),), all above 0."""
-        first, last = (not self.loops and frame in window for frame in (0, frames - 1))
-        return FUSIONS[self.fuse](len(window), min(self.overlap, len(window) - 1), not first, not last)
+def window_length(windows: Windows) -> int:
+    return windows.length or DEFAULT_LENGTH
 
 
-def whole(denoise: FrameDenoise, first: int = 0) -> Denoise:
+def window_overlap(windows: Windows) -> int:
+    return window_length(windows) // 4 if windows.overlap is None else windows.overlap
+
+
+def windows_of_step(windows: Windows, step: int, frames: int) -> list[Window]:
+    """The windows of a step (from 0) of a clip; together they hold every frame, each one no frame twice."""
+    return SCHEDULES[windows.schedule](windows, step, frames)
+
+
+def window_weights(windows: Windows, window: Window, frames: int) -> Tensor:
+    """How much each frame of a window counts, float32 (len(window),), all above 0."""
+    first, last = (not windows.loops and frame in window for frame in (0, frames - 1))
+    overlap = min(window_overlap(windows), len(window) - 1)
+    return FUSIONS[windows.fuse](len(window), overlap, not first, not last)
+
+
+def full_clip(denoise: FrameDenoise, first: int = 0) -> Denoise:
     """A denoiser of whole clips, all of whose frames go through the network together; `first` is the first's number."""
     return lambda x, t: denoise(x, t, torch.arange(first, first + x.shape[1]))
 
 
-def rotated(denoise: FrameDenoise, timesteps: Tensor) -> Denoise:
-    """A denoiser of clips that loop: all frames together, beginning with another one at every step.
-
-    So the borders of the clip, which positional encodings make differ, never stay in one place.
-
-    Args:
-        timesteps: (steps,), those of the sampler.
-    """
-
-    def denoise_loop(x: Tensor, t: Tensor) -> Tensor:
-        turn = round(x.shape[1] * halving(step_of(timesteps, t)))
-        frames = torch.arange(x.shape[1]).roll(-turn)
-        return denoise(x.roll(-turn, dims=1), t, frames).roll(turn, dims=1)
-
-    return denoise_loop
-
-
-def windowed(denoise: FrameDenoise, windows: Windows, timesteps: Tensor) -> Denoise:
+def sliding_windows(denoise: FrameDenoise, windows: Windows, timesteps: Tensor) -> Denoise:
     """A denoiser of whole clips from one of windows; only one window at a time goes through the network.
 
     Every frame's prediction is the mean of those its windows make, weighted by its place in them. It goes around a
@@ -109,10 +63,10 @@ def windowed(denoise: FrameDenoise, windows: Windows, timesteps: Tensor) -> Deno
     def denoise_clip(x: Tensor, t: Tensor) -> Tensor:
         step = step_of(timesteps, t)
         out, total = torch.zeros_like(x), x.new_zeros(x.shape[1], 1, 1, 1)
-        for window in windows.at(step, x.shape[1]):
+        for window in windows_of_step(windows, step, x.shape[1]):
             frames = torch.tensor(window)
             index = frames.to(x.device)
-            weight = windows.weights(window, x.shape[1]).to(x).reshape(-1, 1, 1, 1)
+            weight = window_weights(windows, window, x.shape[1]).to(x).reshape(-1, 1, 1, 1)
             out.index_add_(1, index, weight * denoise(x[:, index], t, frames))
             total.index_add_(0, index, weight)
         return out / total
@@ -123,7 +77,7 @@ def windowed(denoise: FrameDenoise, windows: Windows, timesteps: Tensor) -> Deno
 # ---- schedules: (windows, step, frames) -> the windows of a step ------------------------------------------------
 
 
-def halving(step: int) -> float:
+def van_der_corput(step: int) -> float:
     """0, 1/2, 1/4, 3/4, 1/8 …: van der Corput's sequence in base 2, within [0, 1)."""
     return int(f"{step:b}"[::-1], 2) / 2 ** max(step.bit_length(), 1)
 
@@ -136,10 +90,10 @@ def _runs(starts: list[int], length: int, frames: int, *, stride: int = 1) -> li
 
 def _open(w: Windows, step: int, frames: int) -> list[Window]:
     """At places `length - overlap` apart, shifted by a phase and pushed inside the clip, and at its two ends."""
-    apart, last = w.length - w.overlap, max(frames - w.length, 0)
-    phase = round(apart * halving(step))
-    shifted = range(-phase, frames - w.overlap, apart)
-    return _runs(sorted({0, last, *(min(max(start, 0), last) for start in shifted)}), w.length, frames)
+    apart, last = window_length(w) - window_overlap(w), max(frames - window_length(w), 0)
+    phase = round(apart * van_der_corput(step))
+    shifted = range(-phase, frames - window_overlap(w), apart)
+    return _runs(sorted({0, last, *(min(max(start, 0), last) for start in shifted)}), window_length(w), frames)
 
 
 def _static(w: Windows, step: int, frames: int) -> list[Window]:
@@ -149,10 +103,10 @@ def _static(w: Windows, step: int, frames: int) -> list[Window]:
 
 def _closed(w: Windows, step: int, frames: int) -> list[Window]:
     """At least two windows, evenly around the loop, turned by a part of the way from one to the next."""
-    count = max(2, math.ceil(frames / (w.length - w.overlap)))
-    phase = round(frames / count * halving(step))
+    count = max(2, math.ceil(frames / (window_length(w) - window_overlap(w))))
+    phase = round(frames / count * van_der_corput(step))
     starts = {(round(i * frames / count) + phase) % frames for i in range(count)}
-    return _runs(sorted(starts), w.length, frames)
+    return _runs(sorted(starts), window_length(w), frames)
 
 
 def _uniform(w: Windows, step: int, frames: int) -> list[Window]:
@@ -160,14 +114,14 @@ def _uniform(w: Windows, step: int, frames: int) -> list[Window]:
 
     Its phase is a part of the whole clip: where windows divide the clip evenly, a turn can bring them back in place.
     """
-    if frames <= w.length:
-        return _runs([0], w.length, frames)
-    phase, found = halving(step), []
+    if frames <= window_length(w):
+        return _runs([0], window_length(w), frames)
+    phase, found = van_der_corput(step), []
     turn = round(frames * phase)
-    for level in range(min(w.stride, math.ceil(math.log2(frames / w.length)) + 1)):
+    for level in range(min(w.stride, math.ceil(math.log2(frames / window_length(w))) + 1)):
         stride = 2**level
-        starts = range(int(phase * stride) + turn, frames + turn, w.length * stride - w.overlap)
-        found += _runs(list(starts), w.length, frames, stride=stride)
+        starts = range(int(phase * stride) + turn, frames + turn, window_length(w) * stride - window_overlap(w))
+        found += _runs(list(starts), window_length(w), frames, stride=stride)
     return [window for window in found if len(set(window)) == len(window)]
 
 

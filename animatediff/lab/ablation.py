@@ -25,7 +25,7 @@ from animatediff.lab.results import (
 from animatediff.lab.run_model import clip_maker
 from animatediff.lab.stages import build_stage
 from animatediff.metrics.tables import align, write_csv
-from animatediff.pipeline.model import pick_device
+from animatediff.pipeline.device import pick_device
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.training.sources import existing
 from animatediff.training.stages import MotionModule
@@ -172,7 +172,7 @@ def measure(grid: Grid, stage: MotionModule, device: str) -> dict[str, Any]:
         "motion_module": str(folder / "motion.safetensors"),
     }
     pipeline = AnimateDiffPipeline.from_config(config, device=device, **overrides)
-    parts = pipeline.components
+    parts = pipeline.model
     parts.schedule = replace(parts.schedule, beta_schedule=stage.beta_schedule)
     make = clip_maker(pipeline, load_config(config, overrides).entries[0])
     generate = keeping_strip(make, folder, min(SHOWN, grid.captions - 1))

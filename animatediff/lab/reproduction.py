@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from animatediff.config.dataclass_io import build_dataclass, read_yaml
-from animatediff.config.prompt_yaml import AnimateEntry, load_config
+from animatediff.config.prompt_yaml import load_config
+from animatediff.config.request import Request
 from animatediff.lab.ablation import Grid, load_grid, merged, run_grid
 from animatediff.lab.results import (
     device_name,
@@ -29,7 +30,7 @@ from animatediff.lab.results import (
 from animatediff.lab.run_model import clip_maker, controlled_clip_maker
 from animatediff.lab.stages import build_stage
 from animatediff.lab.zero_shot import MOTION, text2video_zero
-from animatediff.pipeline.model import pick_device
+from animatediff.pipeline.device import pick_device
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.training.sources import existing
 from animatediff.training.stages import Training
@@ -134,7 +135,7 @@ class Reproduction:
         with naming(f"training {training!r}"):
             return build_stage(values, where=recipe.train)
 
-    def entry(self, row: Row) -> AnimateEntry:
+    def entry(self, row: Row) -> Request:
         return load_config(existing(self.animate), self.overrides(row)).entries[0]
 
     def overrides(self, row: Row) -> dict[str, Any]:
@@ -316,9 +317,9 @@ def make_generator(plan: Reproduction, row: Row, world: World, device: str) -> G
         return clip_maker(pipeline, entry)
 
     def generate(captions: list[str], seeds: list[int]) -> Tensor:
-        steps, scale = entry.steps, entry.guidance_scale
+        steps, scale = entry.sampling.steps, entry.sampling.guidance_scale
         return text2video_zero(
-            pipeline, captions, seeds, frames=entry.L, steps=steps, guidance_scale=scale, **ZERO_SHOT
+            pipeline, captions, seeds, frames=entry.size.num_frames, steps=steps, guidance_scale=scale, **ZERO_SHOT
         )
 
     return generate
@@ -344,10 +345,10 @@ def table_text(plan: Reproduction, name: str) -> str:
     strips = {row: cell_folder(plan, name, row, first, plan.seeds[0]) for row in table.rows}
     if stack_strips(strips, Path(plan.output_dir) / f"{name}.png"):
         text += f"\n\n![a clip of each row, frame by frame]({name}.png)"
-    entry, where = plan.entry(Row()), "; ".join(sorted(devices))
+    s, where = plan.entry(Row()).sampling, "; ".join(sorted(devices))
     return (
         f"{text}\n\nMean ± standard deviation over {len(plan.seeds)} series of {plan.captions} held-out captions; "
-        f"{entry.sampler or 'ddim'}, {entry.steps} steps, guidance {entry.guidance_scale:g}; {where}."
+        f"{s.sampler or 'ddim'}, {s.steps} steps, guidance {s.guidance_scale:g}; {where}."
     )
 
 

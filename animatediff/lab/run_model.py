@@ -9,30 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from animatediff.config.prompt_yaml import AnimateEntry
+from animatediff.config.request import Request
+from animatediff.config.spellings import files
+from animatediff.features.noise import seeded
 from animatediff.media.scribble import draw_scribbles
-from animatediff.pipeline.model import seeded
+from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
-from animatediff.pipeline.weights import check_entries
 from animatediff.utils import UserError
 from animatediff.world.evaluate import Generate
 from animatediff.world.series import World
 from animatediff.world.shapes import FRAMES, SIZE
 
 
-def check_entry(entry: AnimateEntry) -> None:
+def check_entry(entry: Request) -> None:
     """Raises: UserError where an entry makes clips of something else than captions, or not of the world's size."""
-    given = [*entry.input_paths(), *(["controlnet_images"] if entry.controlnet_images else [])]
+    name, size = entry.output.name, entry.size
+    given = [
+        file.called for option, file in files(entry).items() if option.startswith(("inputs.", "sparsectrl.images"))
+    ]
     if given:
-        raise UserError(f"entry {entry.name}: got {given[0]}, expected none: clips are made from captions alone")
-    if (entry.L, entry.H, entry.W) != (FRAMES, SIZE, SIZE):
+        raise UserError(f"entry {name}: got {given[0]}, expected none: clips are made from captions alone")
+    if (size.num_frames, size.height, size.width) != (FRAMES, SIZE, SIZE):
         raise UserError(
-            f"entry {entry.name}: got L={entry.L} H={entry.H} W={entry.W}, expected L={FRAMES} H={SIZE} W={SIZE}, as "
-            "the clips of the built-in world: measure other clips by --videos"
+            f"entry {name}: got L={size.num_frames} H={size.height} W={size.width}, expected L={FRAMES} H={SIZE} "
+            f"W={SIZE}, as the clips of Shapes, the toy data set: measure other clips by --videos"
         )
 
 
-def clip_maker(pipeline: AnimateDiffPipeline, entry: AnimateEntry) -> Callable[..., Tensor]:
+def clip_maker(pipeline: AnimateDiffPipeline, entry: Request) -> Callable[..., Tensor]:
     """What animates captions as an entry of a prompt config says.
 
     Args:
@@ -46,21 +50,22 @@ def clip_maker(pipeline: AnimateDiffPipeline, entry: AnimateEntry) -> Callable[.
         UserError: the entry asks for what cannot be, or `check_entry` refuses it.
     """
     check_entry(entry)
-    (checked,) = check_entries([entry])
-    sampling = checked.sampling
+    (checked,) = check_requests([entry])
+    sampling, prompts = checked.request.sampling, entry.prompts
 
     def generate(captions: list[str], seeds: list[int], **more: Any) -> Tensor:
-        asked = replace(entry, prompt=tuple(captions), n_prompt=entry.n_prompt[:1], seed=(0,), random_seed=())
+        said = replace(prompts, prompt=tuple(captions), negative_prompt=prompts.negative_prompt[:1])
+        framed = replace(entry, prompts=said, sampling=replace(entry.sampling, seed=(0,), random_seed=()))
         clips = pipeline(
-            [prompt for prompt, _, _ in asked.per_prompt()],
-            num_frames=entry.L,
+            [prompt for prompt, _, _ in framed.per_prompt()],
+            num_frames=entry.size.num_frames,
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
             eta=sampling.eta,
             sampler=sampling.sampler,
             timestep_spacing=sampling.timestep_spacing,
-            timesteps=sampling.timesteps,
-            negative_prompt=entry.n_prompt[0],
+            timesteps=sampling.timesteps or None,
+            negative_prompt=prompts.negative_prompt[0],
             generator=[seeded(seed) for seed in seeds],
             output_type="pt",
             **more,
@@ -71,7 +76,7 @@ def clip_maker(pipeline: AnimateDiffPipeline, entry: AnimateEntry) -> Callable[.
 
 
 def controlled_clip_maker(
-    pipeline: AnimateDiffPipeline, entry: AnimateEntry, world: World, given: Sequence[int]
+    pipeline: AnimateDiffPipeline, entry: Request, world: World, given: Sequence[int]
 ) -> Generate:
     """The same for a pipeline with a SparseCtrl encoder, which sees frames of the scenes that the captions describe.
 
@@ -83,7 +88,7 @@ def controlled_clip_maker(
         UserError: as above, or no encoder is there.
     """
     make = clip_maker(pipeline, entry)
-    encoder = pipeline.components.sparsectrl
+    encoder = pipeline.model.sparsectrl
     if encoder is None:
         raise UserError("got frames that are given without a SparseCtrl encoder, expected one: set controlnet_path")
 

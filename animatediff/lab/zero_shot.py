@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from animatediff.diffusion.samplers import Steps, ddim
-from animatediff.features.interventions import cross_frame_attention
-from animatediff.pipeline.call_checks import check_call
-from animatediff.pipeline.denoiser import make_denoiser
-from animatediff.pipeline.model import draw_noise, seeded
+from animatediff.features.noise import draw_noise, seeded
+from animatediff.features.prompt_travel import text_of_frames
+from animatediff.features.run import Run
+from animatediff.lab.cross_frame import cross_frame_attention
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.prompts import encode_prompts
+from animatediff.pipeline.resolve import plan_steps
+from animatediff.pipeline.sample import guided_denoiser
 from animatediff.utils import UserError
 
 MOTION = 12 / 512  # of the picture's sides per frame: the paper's 12 pixels of 512 (lambda = 12, delta = 1)
@@ -57,19 +59,19 @@ def text2video_zero(
         UserError: the pipeline has a motion module, there are more or fewer seeds than prompts, or a value is out of
             range.
     """
-    c, (height, width) = pipeline.components, pipeline.default_size
+    c, (height, width) = pipeline.model, pipeline.default_size
     if c.unet.config.motion is not None:
         raise UserError("text2video_zero: got a motion module, expected an image model: load it with motion_module=''")
     if len(seeds) != len(prompts):
         raise UserError(f"got {len(seeds)} seeds for {len(prompts)} prompts, expected one for each")
-    sampling = pipeline.complete_sampling(sampler="ddim", steps=steps, guidance_scale=guidance_scale)
-    size = {"num_frames": frames, "height": height, "width": width, "num_videos_per_prompt": 1}
-    check_call(c, sampling, **size, windows=None, stretch=1.0, output_type="tensor")
-    schedule, timesteps = sampling.plan(c.schedule)
+    options = {"num_frames": frames, "sampler": "ddim", "steps": steps, "guidance_scale": guidance_scale}
+    request = pipeline.request_for({"prompt": list(prompts), "negative_prompt": negative_prompt, **options})
+    schedule, timesteps = plan_steps(request.sampling, c.schedule)
     high, low = schedule.custom_timesteps(levels)
-    scale = sampling.guidance_scale
-    context, negative = encode_prompts(c, prompts, negative_prompt, guided=scale > 1, num_frames=frames)
-    denoise = make_denoiser(c.unet, context, negative_context=negative, guidance_scale=scale)
+    context, negative = encode_prompts(c, request)
+    contexts = {"conditional": context} if negative is None else {"unconditional": negative, "conditional": context}
+    text = text_of_frames(list(contexts.values()), like=c.unet.conv_in.weight)
+    run = Run(c, request, schedule, timesteps, text, tuple(contexts))
     generators = [seeded(seed) for seed in seeds]
     cells = (height // c.vae.config.downsampling, width // c.vae.config.downsampling)
 
@@ -84,7 +86,7 @@ def text2video_zero(
         return ddim(x, Steps(denoise, part, visited)) if len(visited) else x
 
     from_high = torch.cat([high[None], timesteps[timesteps < high]])
-    with cross_frame_attention(c.unet):
+    with cross_frame_attention(c.unet), guided_denoiser(run) as denoise:
         first = sample(draw(1), timesteps[timesteps > high], high)
         calm = sample(first, from_high[from_high > low], low)
         moved = torch.cat([calm[:, :0], *(move(calm, k * motion[0], k * motion[1]) for k in range(1, frames))], dim=1)

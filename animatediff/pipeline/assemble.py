@@ -1,4 +1,4 @@
-"""One entry of a prompt config to the networks that run it."""
+"""One request to the networks that run it."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised, load_vae
 from animatediff.checkpoints.lora_files import read_lora
-from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
 from animatediff.checkpoints.textual_inversion import load_textual_inversion
-from animatediff.config.steering import Steering
+from animatediff.config.request import Request
+from animatediff.config.spellings import called
+from animatediff.features.registry import NETWORKS
 from animatediff.models.lora import LoRAStack
 from animatediff.models.lora_layers import AlphaRule
-from animatediff.models.sparsectrl_encoder import SparseCtrl
 from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.unet import UNet
-from animatediff.models.vae import VAE
-from animatediff.pipeline.model import Components, place, share_weights
-from animatediff.pipeline.weights import CheckedEntry
+from animatediff.pipeline.device import share_weights, to_device
+from animatediff.pipeline.headers import Checked, Headers
+from animatediff.pipeline.model import Model
 from animatediff.utils import UserError, naming
 
 
 class Assembler:
-    """Loads entries one after the other. Every entry starts from the clean base; nothing of one reaches the next.
+    """Loads requests one after the other. Every one starts from the clean base; nothing of one reaches the next.
 
-    Image models are read into float32 on the CPU and kept until another one is asked for. An entry's networks are
+    Image models are read into float32 on the CPU and kept until another one is asked for. A request's networks are
     twins on the same storage: LoRAs give theirs new weights, and moving to a device makes copies.
 
     The order is the official one: motion module, DreamBooth (these two touch different weights), kohya LoRA, domain
@@ -38,74 +39,57 @@ class Assembler:
         self._base: tuple[Path | None, ImageModel | None] = (None, None)
         self._personal: tuple[tuple[Path, Path] | None, ImageModel | None] = (None, None)
 
-    def assemble(self, checked: CheckedEntry) -> Components:
-        """Load what an entry names.
+    def assemble(self, checked: Checked) -> Model:
+        """Load what a request names.
 
         Raises:
             UserError: a file is incomplete, does not fit the others, or contradicts the inference config.
         """
-        entry, files = checked.entry, checked.files
-        image = self._image_model(files["pretrained_model_path"], files.get("dreambooth_path"))
+        request, headers = checked.request, checked.headers
+        paths = headers.paths
+        image = self._image_model(paths["model.base"], paths.get("model.personalised"))
         reports = [str(image.report)]
-        if "vae_path" in files:
-            vae, vae_report = load_vae(files["vae_path"], image)
+        if "model.vae" in paths:
+            vae, vae_report = load_vae(paths["model.vae"], image)
             image = replace(image, vae=vae)
             reports.append(str(vae_report))
-        if image.vae is None:
-            raise UserError(
-                f"got {image.report.path} without a VAE, expected one in it or in the base model: "
-                "give a base with a VAE by --pretrained-model-path, or a VAE by vae_path"
-            )
-        if side := next((s for s in (entry.H, entry.W) if s % image.vae.config.downsampling), None):
-            raise UserError(
-                f"entry {entry.name}: got a side of {side} pixels, expected multiples of "
-                f"{image.vae.config.downsampling}: change H or W"
-            )
-        with naming(f"entry {entry.name}"):
-            image.text_encoder.check_clip_skip(entry.clip_skip)
-        tokenizer = self._tokenizer(files)
-        if tokenizer.vocab_size > (known := image.text_encoder.config.vocab_size):
-            raise UserError(
-                f"got {image.report.path} whose text encoder knows {known} tokens, expected the tokenizer's "
-                f"{tokenizer.vocab_size}: use a model folder with its own tokenizer/"
-            )
+        tokenizer = self._tokenizer(paths)
+        _check_image_model(image, request, tokenizer)
+        assert image.vae is not None
         unet, text_encoder = share_weights(image.unet), share_weights(image.text_encoder)
-        if "motion_module" in files:
-            unet, report = self._with_motion(checked, unet)
+        if "model.motion_module" in paths:
+            unet, report = self._with_motion(request, headers, unet)
             reports.append(report)
-        loras = LoRAStack(unet, text_encoder)
-        lora_keys = {}
-        for key, path, scale, rule in self._loras(checked):
+        loras, roles = LoRAStack(unet, text_encoder), {}
+        for role, path, scale, rule in _loras(request, paths):
             lora = read_lora(path, name=_unused_name(path, loras))
-            lora_keys[lora.name] = key.partition("[")[0]
+            roles[lora.name] = role
             reports.append(str(loras.add(lora, scale, alpha_rule=rule)))
         loras.merge()
-        sparsectrl = None
-        if "controlnet_path" in files:
-            sparsectrl, report = self._sparsectrl(checked, image.unet, image.vae)
-            reports.append(report)
-        for i, embedding in enumerate(entry.embeddings):
-            path = files[f"embeddings[{i}].path"]
+        networks: dict[str, nn.Module] = {}
+        for group, load in NETWORKS.items():
+            if any(option.startswith(f"{group}.path") for option in paths):
+                networks[group], report = load(request, headers, image)
+                reports.append(report)
+        for i, embedding in enumerate(request.model.embeddings):
+            path = paths[f"model.embeddings[{i}].path"]
             reports.append(str(load_textual_inversion(path, text_encoder, tokenizer, name=embedding.name)))
-        schedule = checked.inference.build_schedule(image.schedule.prediction_type if image.schedule else None)
-        return Components(
-            unet=place(unet, self.device, self.dtype),
-            vae=place(share_weights(image.vae), self.device, self.dtype),
-            text_encoder=place(text_encoder, self.device, self.dtype),
+        schedule = headers.inference.build_schedule(image.schedule.prediction_type if image.schedule else None)
+        return Model(
+            unet=self._placed(unet),
+            vae=self._placed(share_weights(image.vae)),
+            text_encoder=self._placed(text_encoder),
             tokenizer=tokenizer,
-            schedule=replace(schedule, timestep_spacing=checked.sampling.timestep_spacing),
+            schedule=schedule,
             loras=loras,
+            lora_roles=roles,
+            networks={group: self._placed(network) for group, network in networks.items()},
+            distillation=headers.distillation(request),
             reports=tuple(reports),
-            sampler=checked.sampling.sampler,
-            windows=checked.windows,
-            lora_keys=lora_keys,
-            steering=Steering().changed(**entry.said()),
-            travel=checked.travel,
-            prompt_weighting=entry.prompt_weighting,
-            clip_skip=entry.clip_skip,
-            distillation=checked.distillation,
-            sparsectrl=place(sparsectrl, self.device, self.dtype) if sparsectrl else None,
         )
+
+    def _placed(self, network):
+        return to_device(network, self.device, self.dtype)
 
     def _image_model(self, base_path: Path, personal_path: Path | None) -> ImageModel:
         if self._base[0] != base_path:
@@ -121,50 +105,63 @@ class Assembler:
         assert self._personal[1] is not None
         return self._personal[1]
 
-    def _with_motion(self, checked: CheckedEntry, unet: UNet) -> tuple[UNet, str]:
-        entry = checked.entry
+    @staticmethod
+    def _with_motion(request: Request, headers: Headers, unet: UNet) -> tuple[UNet, str]:
         unet, report = load_motion_module(
             unet,
-            checked.files["motion_module"],
-            version=checked.version,
-            norm_over_frames=entry.norm_over_frames,
+            headers.paths["model.motion_module"],
+            version=headers.version(request),
+            norm_over_frames=request.model.norm_over_frames,
         )
         motion = unet.config.motion
         assert motion is not None
-        checked.inference.check(motion)
-        unet.config = unet.config.with_motion(replace(motion, max_frames=checked.max_frames or motion.max_frames))
+        headers.inference.check(motion)
+        longest = headers.max_frames(request) or motion.max_frames
+        unet.config = unet.config.with_motion(replace(motion, max_frames=longest))
         return unet, str(report)
 
     @staticmethod
-    def _sparsectrl(checked: CheckedEntry, unet: UNet, vae: VAE) -> tuple[SparseCtrl, str]:
-        encoder, report = load_sparsectrl(checked.files["controlnet_path"], unet, vae)
-        config, motion = encoder.config, encoder.config.unet.motion
-        assert motion is not None
-        if checked.control is not None:
-            with naming(checked.files["controlnet_config"]):
-                checked.control.check(config)
-        longest = max(motion.max_frames, checked.entry.max_frames)
-        encoder.config = replace(config, unet=config.unet.with_motion(replace(motion, max_frames=longest)))
-        return encoder, str(report)
-
-    @staticmethod
-    def _loras(checked: CheckedEntry) -> list[tuple[str, Path, float, AlphaRule]]:
-        entry, files = checked.entry, checked.files
-        scales = {"lora_model_path": entry.lora_alpha, "adapter_lora_path": entry.adapter_lora_scale}
-        scales |= {
-            f"motion_module_lora_configs[{i}].path": lora.alpha
-            for i, lora in enumerate(entry.motion_module_lora_configs)
-        }
-        rules: dict[str, AlphaRule] = {"lora_model_path": entry.lora_alpha_rule}
-        return [(key, files[key], scale, rules.get(key, "standard")) for key, scale in scales.items() if key in files]
-
-    @staticmethod
-    def _tokenizer(files: dict[str, Path]) -> Tokenizer:
+    def _tokenizer(paths: dict[str, Path]) -> Tokenizer:
         """A model folder's own tokenizer, of the personalised model before the base; else the bundled CLIP table."""
-        for key in ("dreambooth_path", "pretrained_model_path"):
-            if key in files and (folder := files[key] / "tokenizer").is_dir():
+        for option in ("model.personalised", "model.base"):
+            if option in paths and (folder := paths[option] / "tokenizer").is_dir():
                 return Tokenizer.from_folder(folder)
         return Tokenizer()
+
+
+def _check_image_model(image: ImageModel, request: Request, tokenizer: Tokenizer) -> None:
+    """Raises: UserError where it lacks what the request needs."""
+    if image.vae is None:
+        raise UserError(
+            f"got {image.report.path} without a VAE, expected one in it or in the base model: "
+            "give a base with a VAE by --pretrained-model-path, or a VAE by vae_path"
+        )
+    where = f"entry {request.output.name}"
+    for name in ("height", "width"):
+        if (side := getattr(request.size, name)) % (multiple := image.vae.config.downsampling):
+            option = called(request, f"size.{name}")
+            raise UserError(f"{where}: {option}: got a side of {side} pixels, expected multiples of {multiple}")
+    with naming(where):
+        image.text_encoder.check_clip_skip(request.prompts.clip_skip)
+    if tokenizer.vocab_size > (known := image.text_encoder.config.vocab_size):
+        raise UserError(
+            f"got {image.report.path} whose text encoder knows {known} tokens, expected the tokenizer's "
+            f"{tokenizer.vocab_size}: use a model folder with its own tokenizer/"
+        )
+
+
+def _loras(request: Request, paths: dict[str, Path]) -> list[tuple[str, Path, float, AlphaRule]]:
+    """(option of `Request.model`, file, scale, rule of alpha) of every LoRA, in the official order."""
+    m = request.model
+    found: list[tuple[str, Path, float, AlphaRule]] = []
+    for i, lora in enumerate(m.loras):
+        scale = m.lora_scale if lora.scale is None else lora.scale
+        found.append(("loras", paths[f"model.loras[{i}].path"], scale, m.lora_alpha_rule))
+    if m.adapter:
+        found.append(("adapter", paths["model.adapter"], m.adapter_scale, "standard"))
+    for i, lora in enumerate(m.motion_loras):
+        found.append(("motion_loras", paths[f"model.motion_loras[{i}].path"], lora.scale, "standard"))
+    return found
 
 
 def _unused_name(path: Path, loras: LoRAStack) -> str:

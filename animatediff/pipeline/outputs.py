@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from animatediff.media.video import to_uint8
 from animatediff.models.vae import VAE
+from animatediff.utils import UserError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tensor", "latent")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's error, Python's, or what torch's allocator on the CPU raises."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
+def decode_video(vae: VAE, latents: Tensor, *, chunk_frames: int) -> Tensor:
+    """Pixels (b, f, 3, H, W) in [0, 1], float32 on the CPU, of latents (b, f, c, h, w).
+
+    What is out of memory is tried again with half as many frames at a time, what overflowed in float32: latents that
+    took minutes are not lost to the last second.
+    """
+    while True:
+        try:
+            video = vae.decode_video(latents, chunk_frames=chunk_frames).float().cpu()
+            break
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or chunk_frames == 1:
+                raise
+            chunk_frames = max(min(chunk_frames, latents.shape[1]) // 2, 1)
+    weight = next(vae.parameters())
+    if not bool(video.isfinite().all()) and bool(latents.isfinite().all()) and weight.dtype != torch.float32:
+        dtype = weight.dtype
+        try:
+            video = vae.float().decode_video(latents, chunk_frames=chunk_frames).float().cpu()
+        finally:
+            vae.to(dtype)
+    return (video / 2 + 0.5).clamp(0, 1)
 
 
 def decode(vae: VAE, latents: Tensor, output_type: str, *, chunk_frames: int) -> Any:
     """Clips of latents (b, f, c, h, w), in one of OUTPUT_TYPES (see `AnimateDiffPipeline.__call__`)."""
     if output_type == "latent":
         return rearrange(latents, "b f c h w -> b c f h w")
-    video = vae.decode_video(latents, chunk_frames=chunk_frames).float().cpu()
-    video = (video / 2 + 0.5).clamp(0, 1)
+    check_finite(latents)
+    video = decode_video(vae, latents, chunk_frames=chunk_frames)
     if output_type == "pt":
         return video
     if output_type == "tensor":
@@ -27,3 +61,19 @@ def decode(vae: VAE, latents: Tensor, output_type: str, *, chunk_frames: int) ->
     if output_type == "np":
         return rearrange(video, "b f c h w -> b f h w c").numpy()
     return [[Image.fromarray(frame) for frame in to_uint8(clip)] for clip in video]
+
+
+def decode_frames(vae: VAE, latents: Tensor, *, chunk: int = 8) -> Iterator[Any]:
+    """The frames of one clip (1, f, c, h, w), uint8 (H, W, 3), one by one: only `chunk` are there at a time."""
+    check_finite(latents)
+    for part in latents.split(chunk, dim=1):
+        yield from to_uint8(decode_video(vae, part, chunk_frames=chunk)[0])
+
+
+def check_finite(latents: Tensor) -> None:
+    """Raises: UserError for latents that overflowed while they were sampled."""
+    if not bool(latents.isfinite().all()):
+        raise UserError(
+            "got latents that are not finite: the network overflowed, or a weight file holds values that are not "
+            "numbers: try --dtype float32"
+        )

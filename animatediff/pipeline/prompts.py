@@ -2,128 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from animatediff.config.prompt_yaml import Prompt, check_keyframes
-from animatediff.features.prompt_travel import Context, Travel, join
+from animatediff.config.request import Prompts, Request
+from animatediff.features.prompt_travel import Context, join, travel_context
 from animatediff.models.prompt_weighting import parse_prompt
-from animatediff.pipeline.model import Components
+from animatediff.pipeline.model import Model
 from animatediff.utils import UserError
 
-Prompts = Prompt | Sequence[Prompt] | None
 Clip = tuple[list[int], Tensor]  # keyframes and their embeddings (k, l, d)
 
 
 def encode_prompts(
-    components: Components,
-    prompt: Prompts,
-    negative_prompt: Prompts,
-    embeds: Tensor | None = None,
-    negative_embeds: Tensor | None = None,
+    model: Model,
+    request: Request,
     *,
-    guided: bool,
-    num_frames: int,
+    prompt_embeds: Tensor | None = None,
+    negative_prompt_embeds: Tensor | None = None,
     videos: int = 1,
-    loop: bool = False,
-    travel: Travel | None = None,
-    prompt_weighting: bool | None = None,
-    clip_skip: int | None = None,
 ) -> tuple[Context, Context | None]:
     """The contexts of b prompts and, where guidance needs them, of as many negative prompts, alike in kind and size.
 
     Args:
-        prompt: one or several, each a text or keyframes {frame: text}.
-        negative_prompt: one for all prompts, or one for each.
-        embeds: (b, l, d), instead of `prompt`.
-        negative_embeds: (b, l, d), instead of `negative_prompt`.
+        request: nothing left open.
+        prompt_embeds: (b, l, d), instead of the request's prompts.
+        negative_prompt_embeds: (b, l, d), instead of its negative prompts; else these are encoded to l tokens.
         videos: clips of every prompt, one after the other.
-        loop: whether the clips do, where `travel` does not say.
-        travel: between keyframes; by default the config's, as of the next two.
-        prompt_weighting: read brackets and BREAK, see `prompt_weighting.parse_prompt`.
-        clip_skip: as of `TextEncoder.forward`.
 
     Raises:
-        UserError: two arguments do not fit together, or a keyframe is outside the clip.
+        UserError: embeddings do not fit together.
     """
-    if (prompt is None) == (embeds is None):
-        raise UserError("got both or neither of prompt and prompt_embeds, expected one of them")
-    if negative_prompt is not None and negative_embeds is not None:
-        raise UserError("got both negative_prompt and negative_prompt_embeds, expected one of them")
-    prompts = _listed(prompt)
-    count = len(prompts) if embeds is None else len(embeds)
-    if not count:
-        raise UserError("prompt: got an empty list, expected at least one prompt")
-    negatives = _listed(negative_prompt) or [""]
-    negatives = negatives * count if len(negatives) == 1 else negatives
-    if len(negatives) != count:
-        raise UserError(f"got {len(negatives)} negative prompts for {count} prompts, expected one, or one for each")
-    negatives = negatives if guided and negative_embeds is None else []
+    guided = request.sampling.guidance_scale > 1
+    if prompt_embeds is None:
+        every = request.per_prompt()
+        prompts = [prompt for prompt, *_ in every]
+        negatives = [negative for _, negative, _ in every]
+    else:
+        prompts = []
+        negatives = list(request.prompts.negative_prompt) or [""]
+        negatives = negatives * len(prompt_embeds) if len(negatives) == 1 else negatives
+    count = len(prompts) if prompt_embeds is None else len(prompt_embeds)
+    negatives = negatives if guided and negative_prompt_embeds is None else []
     # Together, so that prompts and negative prompts come out equally long.
-    clips = _embed(
-        components,
-        [_keyframes(p, num_frames) for p in prompts + negatives],
-        weighting=components.prompt_weighting if prompt_weighting is None else prompt_weighting,
-        clip_skip=components.clip_skip if clip_skip is None else clip_skip,
-    )
-    positive = clips[: len(prompts)] if embeds is None else _held(embeds)
-    negative = clips[len(prompts) :] if negative_embeds is None else _held(negative_embeds) if guided else []
+    clips = embed(model, [*prompts, *negatives], request.prompts)
+    positive = clips[: len(prompts)] if prompt_embeds is None else _constant(prompt_embeds)
+    negative = clips[len(prompts) :] if negative_prompt_embeds is None else _constant(negative_prompt_embeds)
+    if prompt_embeds is not None and negative_prompt_embeds is None and negative:
+        negative = [(keys, _of_length(states, prompt_embeds.shape[1])) for keys, states in negative]
+    negative = negative if guided else []
     if negative and (len(negative), *negative[0][1].shape[1:]) != (count, *positive[0][1].shape[1:]):
         shapes = [(len(side), *side[0][1].shape[1:]) for side in (positive, negative)]
         raise UserError(
             f"got text embeddings {shapes[0]} and negative ones {shapes[1]}, expected equal shapes: encode both with "
             "as many tokens"
         )
-    mix = partial((travel or components.travel).mix, frames=num_frames, loop=loop)
     travels, like = any(len(keys) > 1 for keys, _ in positive + negative), positive[0][1]
 
     def context(side: list[Clip]) -> Context:
-        clips = [(keys, states.to(like)) for keys, states in side for _ in range(videos)]
-        return join([mix(states, keys) for keys, states in clips]) if travels else torch.cat([e for _, e in clips])
+        repeated = [(keys, states.to(like)) for keys, states in side for _ in range(videos)]
+        if not travels:
+            return torch.cat([states for _, states in repeated])
+        frames = request.size.num_frames
+        mixed = [travel_context(request.travel, states, keys, frames, loop=request.loops) for keys, states in repeated]
+        return join(mixed)
 
     return context(positive), context(negative) if negative else None
 
 
-def first_text(prompt: Prompt) -> str:
+def first_text(prompt: str | dict[int, str]) -> str:
     """What a prompt says at its beginning."""
     return prompt if isinstance(prompt, str) else prompt[min(prompt)]
 
 
-def _listed(prompts: Prompts) -> list[Prompt]:
-    if prompts is None:
-        return []
-    return [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-
-
-def _keyframes(prompt: Prompt, frames: int) -> dict[int, str]:
-    """Frame -> text, in order."""
-    if not isinstance(prompt, Mapping):
-        return {0: prompt}
-    if wrong := [frame for frame in prompt if not isinstance(frame, int)]:
-        raise UserError(f"prompt: got a keyframe at {wrong[0]!r}, expected the number of a frame, such as 0")
-    check_keyframes("prompt", prompt, frames)
-    return dict(sorted(prompt.items()))
-
-
-def _embed(c: Components, keyframes: Sequence[dict[int, str]], *, weighting: bool, clip_skip: int) -> list[Clip]:
+def embed(model: Model, prompts: Sequence[str | dict[int, str]], options: Prompts) -> list[Clip]:
     """Every prompt's embeddings (k, l, d), all of one length."""
+    keyframes = [{0: prompt} if isinstance(prompt, str) else prompt for prompt in prompts]
     texts = [text for keys in keyframes for text in keys.values()]
     if not texts:
         return []
-    longest, weights = c.text_encoder.config.max_length, None
-    if weighting:
-        ids, weights = c.tokenizer.weighted([parse_prompt(text) for text in texts], max_length=longest)
-        weights = weights.to(c.device)
+    longest, weights = model.text_encoder.config.max_length, None
+    if options.weighting:
+        ids, weights = model.tokenizer.weighted([parse_prompt(text) for text in texts], max_length=longest)
+        weights = weights.to(model.device)
     else:
-        ids = c.tokenizer(texts, max_length=longest)
-    states = c.text_encoder.encode(ids.to(c.device), weights=weights, clip_skip=clip_skip)
+        ids = model.tokenizer(texts, max_length=longest)
+    states = model.text_encoder.encode(ids.to(model.device), weights=weights, clip_skip=options.clip_skip)
     parts = states.split([len(keys) for keys in keyframes])
     return [(list(keys), part) for keys, part in zip(keyframes, parts, strict=True)]
 
 
-def _held(embeds: Tensor) -> list[Clip]:
+def _constant(embeds: Tensor) -> list[Clip]:
     """Embeddings of a caller, (b, l, d), each for all frames."""
     return [([0], row) for row in embeds.split(1)]
+
+
+def _of_length(states: Tensor, length: int) -> Tensor:
+    """Embeddings (k, l, d) cut to `length` tokens, or with the last one, which is padding, repeated."""
+    missing = length - states.shape[1]
+    return states[:, :length] if missing <= 0 else torch.cat([states, states[:, -1:].expand(-1, missing, -1)], dim=1)

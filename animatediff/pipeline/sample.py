@@ -1,134 +1,209 @@
-"""From a call of the pipeline, everything in it decided, to clean latents."""
+"""From a request, contexts and noise to clean latents: the network, features, windows, guidance, a sampler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from animatediff.config.steering import Steering
-from animatediff.diffusion.guidance import Denoise
-from animatediff.diffusion.samplers import Steps, find_sampler
+from animatediff.config.keyframes import Keyframes
+from animatediff.config.request import Request
+from animatediff.diffusion.guidance import Denoise, classifier_free_guidance
+from animatediff.diffusion.samplers import Callback, Steps, find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
+from animatediff.features.extend import chain_window, extend_video, extension_windows
 from animatediff.features.freeinit import free_init
-from animatediff.features.noise import arrange_noise
-from animatediff.features.prompt_travel import Context
-from animatediff.features.sparsectrl import Control
-from animatediff.features.windows import Windows
-from animatediff.pipeline.denoiser import make_denoiser
-from animatediff.pipeline.model import Components, draw_noise
-from animatediff.pipeline.prompts import encode_prompts
-from animatediff.pipeline.sampling import Sampling
-from animatediff.pipeline.start import Given, Start, encode_start, go_on
-from animatediff.pipeline.steered import steer
+from animatediff.features.inputs import PixelInputs, steps_taken
+from animatediff.features.known_frames import KnownFrames, encode_known
+from animatediff.features.loop import pingpong, rotate_loop
+from animatediff.features.noise import arrange_noise, draw_noise
+from animatediff.features.prompt_travel import Context, text_of_frames
+from animatediff.features.registry import FEATURES
+from animatediff.features.run import Feature, FrameDenoise, Run
+from animatediff.features.windows import full_clip, sliding_windows
+from animatediff.pipeline.model import Model
+from animatediff.pipeline.resolve import plan_steps
 
 
 @dataclass(frozen=True)
 class ClipSampler:
-    """What b clips of f frames are sampled by.
+    """What b clips are sampled by.
 
     Attributes:
+        request: nothing left open.
         context, negative: of all clips; `negative` where guidance needs it.
         generators: of each clip's noise.
-        latent_size: (c, h, w).
-        windows: that every step is cut into.
-        window: frames of each window of a clip that goes on, without `windows`.
-        control: what the network is told of given frames (SparseCtrl).
-        given: pictures and video to start from.
-        inversion_prompt: what the given video shows.
-        callback: called after every step with its timestep and the new latents.
+        inputs: pictures and video to start from.
+        inversion_context: of what the video shows, for DDIM inversion.
+        callback: called after every step with its number, its timestep and the new latents.
+        features: what reaches into the network.
+        cache: of this clip's features.
     """
 
-    components: Components
-    sampling: Sampling
-    steering: Steering
+    model: Model
+    request: Request
     context: Context
     negative: Context | None
     generators: Sequence[torch.Generator]
-    latent_size: tuple[int, int, int]
-    windows: Windows | None
-    window: int
-    control: Control | None
-    given: Given | None
-    inversion_prompt: str
-    callback: Callable[[int, Tensor], None]
+    inputs: PixelInputs | None = None
+    inversion_context: Context | None = None
+    callback: Callback | None = None
+    features: Sequence[Feature] = FEATURES
+    cache: dict[str, Any] = field(default_factory=dict)
 
     def draw(self, frames: int) -> Tensor:
         """Noise (b, f, c, h, w) of each clip's own generator."""
-        c, *size = self.latent_size
-        w = self.windows
-        apart = {"length": w.length, "stride": w.length - w.overlap} if w else {}
-        noise = draw_noise(self.generators, (c, frames, *size))
-        return arrange_noise(noise, self.steering.noise_type, self.generators, **apart).to(self.components.device)
+        m, r, w = self.model, self.request, self.request.windows
+        side = m.vae.config.downsampling
+        noise = draw_noise(self.generators, (m.vae.config.latent_channels, frames, r.size.height // side,
+                                             r.size.width // side))  # fmt: skip
+        apart = {"length": w.length, "stride": w.length - w.overlap} if w else {}  # type: ignore[operator]
+        return arrange_noise(noise, r.noise.type, self.generators, **apart).to(m.device)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Clean latents (b, f, c, h, w) from start noise of that shape; of more frames with `loop="pingpong"`."""
-        c, given, frames = self.components, self.given, noise.shape[1]
-        if given is None:
+        """Clean latents (b, f, c, h, w) from start noise of that shape; of more frames with `loop: pingpong`."""
+        m, r, inputs = self.model, self.request, self.inputs
+        if inputs is None:
             x = self._iterated(noise)
         else:
-            start = encode_start(given, c.vae, frames=frames, clips=len(noise), device=c.device)
-            if given.extend:
-                window = frames if self.windows else self.window
-                ramp = given.image_ramp
-                x = go_on(self._iterated, start.clean, noise, window=window, overlap=given.extend, ramp=ramp)
+            known = encode_known(inputs, m.vae, frames=noise.shape[1], clips=len(noise), device=m.device)
+            if inputs.extend:
+                window = noise.shape[1] if r.windows else chain_window(max_frames(m))
+                x = extend_video(
+                    self._iterated, known.clean, noise, window=window, overlap=inputs.extend, ramp=inputs.image_ramp
+                )
             else:
-                x = self._iterated(noise, start)
-        return torch.cat([x, x[:, 1:-1].flip(1)], dim=1) if self.steering.loop == "pingpong" else x
+                x = self._iterated(noise, known)
+        return pingpong(x) if r.loop.mode == "pingpong" else x
 
-    def _iterated(self, noise: Tensor, start: Start | None = None, first_frame: int = 0) -> Tensor:
+    def _iterated(self, noise: Tensor, known: KnownFrames | None = None, first_frame: int = 0) -> Tensor:
         """Once, or as often as FreeInit wants it; `first_frame` is the number of the first frame in its clip."""
 
         def once(noise: Tensor, iteration: int = 0) -> Tensor:
-            return self._once(noise, start, first_frame, iteration)
+            return self._once(noise, known, first_frame, iteration)
 
-        if (freeinit := self.steering.freeinit) is None:
+        if (freeinit := self.request.freeinit) is None:
             return once(noise)
-        schedule = NoiseSchedule(self.components.schedule)
+        schedule = NoiseSchedule(self.model.schedule)
         return free_init(once, noise, freeinit, schedule=schedule, noise=lambda: self.draw(noise.shape[1]))
 
-    def _once(self, noise: Tensor, start: Start | None, first_frame: int, iteration: int) -> Tensor:
-        c, sampling, given, said = self.components, self.sampling, self.given, self.steering
-        schedule, timesteps = sampling.part(said.freeinit, iteration).plan(c.schedule)
-        levels = timesteps[len(timesteps) - given.steps(len(timesteps)) :] if given else timesteps
-        windows = (self.windows, levels) if self.windows else None
-        x, put_back = noise, None
-        if start and given:
-            x, put_back = start.begin(
+    def _once(self, noise: Tensor, known: KnownFrames | None, first_frame: int, iteration: int) -> Tensor:
+        r, s = self.request, self.request.sampling
+        steps = r.freeinit.steps(iteration, s.steps) if r.freeinit else s.steps
+        schedule, every = plan_steps(s, self.model.schedule, steps)
+        timesteps = every[len(every) - steps_taken(len(every), self.inputs.strength) :] if self.inputs else every
+        run = self._run(schedule, timesteps, first_frame)
+        x, restore = noise, None
+        if known and self.inputs:
+            x, restore = known.begin(
                 noise,
                 schedule=schedule,
-                timesteps=levels,
-                all_steps=len(levels) == len(timesteps),
-                unguided=self._unguided(windows, first_frame, frames=noise.shape[1]) if given.inversion else None,
+                timesteps=timesteps,
+                all_steps=len(timesteps) == len(every),
+                unguided=self._unguided(run) if self.inputs.inversion else None,
             )
-        if not len(levels):
+        if not len(timesteps):
             return x
 
         def after_step(step: int, timestep: int, x: Tensor) -> None:
-            if put_back:
-                put_back(step, timestep, x)
-            self.callback(timestep, x)
+            for told in (restore, self.callback):
+                if told:
+                    told(step, timestep, x)
 
-        scale = sampling.guidance_scale
-        height, width = (side * c.vae.config.downsampling for side in self.latent_size[1:])
-        with steer(c, said, levels, guided=scale > 1, size=(height, width)) as steered:
-            denoise = make_denoiser(
-                c.unet,
-                self.context,
-                negative_context=self.negative,
-                guidance_scale=scale,
-                windows=windows,
-                first_frame=first_frame,
-                control=self.control,
-                steered=steered,
-            )
-            steps = Steps(denoise, schedule, levels, noise=lambda: self.draw(x.shape[1]), callback=after_step)
-            return find_sampler(sampling.sampler, eta=sampling.eta)(x, steps)
+        with guided_denoiser(run, self.features) as denoise:
+            draw = lambda: self.draw(x.shape[1])  # noqa: E731
+            return find_sampler(s.sampler, eta=s.eta)(x, Steps(denoise, schedule, timesteps, draw, after_step))
 
-    def _unguided(self, windows: tuple[Windows, Tensor] | None, first_frame: int, *, frames: int) -> Denoise:
-        """The network's own prediction for the inversion's prompt."""
-        c, prompts = self.components, [self.inversion_prompt] * len(self.context)
-        context, _ = encode_prompts(c, prompts, None, guided=False, num_frames=frames)
-        return make_denoiser(c.unet, context, windows=windows, first_frame=first_frame)
+    def _run(self, schedule: NoiseSchedule, timesteps: Tensor, first_frame: int) -> Run:
+        parts = {"unconditional": self.negative, "conditional": self.context}
+        if self.request.sampling.guidance_scale <= 1:
+            del parts["unconditional"]
+        if self.request.pag.scale:
+            parts["perturbed"] = self.context
+        text = text_of_frames([p for p in parts.values() if p is not None], like=self.model.unet.conv_in.weight)
+        return Run(self.model, self.request, schedule, timesteps, text, tuple(parts), first_frame, self.cache)
+
+    def _unguided(self, run: Run) -> Denoise:
+        """The network's own prediction for the inversion's prompt, with windows and without any feature."""
+        assert self.inversion_context is not None
+        text = text_of_frames([self.inversion_context], like=self.model.unet.conv_in.weight)
+        straight = replace(run.request, loop=replace(run.request.loop, mode=""))
+        return over_frames(network(replace(run, text=text)), replace(run, request=straight))
+
+
+@contextmanager
+def guided_denoiser(run: Run, features: Sequence[Feature] = FEATURES) -> Iterator[Denoise]:
+    """The network, features around it, windows of frames around these, guidance around all."""
+    with ExitStack() as stack:
+        denoise = network(run)
+        for feature in features:
+            denoise = stack.enter_context(feature(denoise, run))
+        yield guided(over_frames(denoise, run), run)
+
+
+def network(run: Run) -> FrameDenoise:
+    """The UNet; latents stay in the caller's dtype (float32 in all pipelines), only the network sees its own."""
+    unet, weight = run.model.unet, run.model.unet.conv_in.weight
+
+    def predict(x: Tensor, t: Tensor, frames: Tensor, **inputs: Any) -> Tensor:
+        return unet(x.to(weight.dtype), t, run.text(frames), **inputs).to(x.dtype)
+
+    return predict
+
+
+def over_frames(denoise: FrameDenoise, run: Run) -> Denoise:
+    """A denoiser of whole clips: all frames at once, in windows, or rotated."""
+    if run.request.loop.mode == "rotate":
+        return rotate_loop(denoise, run.timesteps)
+    if run.request.windows:
+        return sliding_windows(denoise, run.request.windows, run.timesteps)
+    return full_clip(denoise, run.first_frame)
+
+
+def guided(denoise: Denoise, run: Run) -> Denoise:
+    """A guided denoiser from one of all parts of the batch."""
+    options, scale = run.request.guidance, run.request.sampling.guidance_scale
+    if run.parts == ("conditional",):
+        return denoise
+    schedule = None if options.schedule is None else Keyframes.read(options.schedule)
+
+    def factor(x: Tensor, t: Tensor) -> Tensor:
+        assert schedule is not None
+        frames = range(run.first_frame, run.first_frame + x.shape[1])
+        return x.new_tensor([schedule.at(frame, run.progress(t)) for frame in frames])[:, None, None, None]
+
+    return classifier_free_guidance(
+        denoise,
+        scale,
+        factor=factor if schedule else None,
+        perturbed_scale=run.request.pag.scale,
+        rescaled=options.rescale,
+    )
+
+
+def max_frames(model: Model) -> int | None:
+    """The longest clip its motion module takes; None without one."""
+    motion = model.unet.config.motion
+    return motion.max_frames if motion else None
+
+
+def count_steps(request: Request, *, longest: int | None, known: int = 0) -> int:
+    """Steps that a sampler takes for one clip of a resolved request, in all iterations and windows.
+
+    Args:
+        longest: the longest clip that the motion module takes.
+        known: frames of the video that is extended.
+    """
+    s, free = request.sampling, request.freeinit
+    steps = [free.steps(i, s.steps) if free else s.steps for i in range(free.iterations if free else 1)]
+    if (strength := request.inputs.strength) is not None:
+        steps = [steps_taken(count, strength) for count in steps]
+    windows = 1
+    if known and not request.windows:
+        chain = {"window": chain_window(longest), "overlap": request.inputs.extend}
+        windows = len(extension_windows(known, request.size.num_frames, **chain))
+    return sum(steps) * windows

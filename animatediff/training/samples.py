@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from animatediff.config.clip_formats import check_fps
-from animatediff.config.sparsectrl_yaml import condition_frames
-from animatediff.features.sparsectrl import read_condition_images
+from animatediff.config.refusals import condition_frames
+from animatediff.config.request import Request, Size, SparseCtrl
+from animatediff.features.noise import seeded
+from animatediff.features.sparsectrl import condition_pixels
 from animatediff.media.video import save_video
-from animatediff.pipeline.model import Components, seeded
+from animatediff.pipeline.model import Model
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.training.limits import check_numbers
 from animatediff.training.sources import existing
@@ -57,9 +59,9 @@ class SampleClips:
         UserError: the networks make no clips of that size or length, or take no such images.
     """
 
-    def __init__(self, config: SampleConfig, components: Components, log: Callable[[str], None]):
+    def __init__(self, config: SampleConfig, components: Model, log: Callable[[str], None]):
         self.config, self.log, self.every = config, log, config.every
-        self.pipeline = AnimateDiffPipeline(components, default_size=(config.H, config.W))
+        self.pipeline = AnimateDiffPipeline(components, Request(size=Size(height=config.H, width=config.W)))
         cell, motion = components.vae.config.downsampling, components.unet.config.motion
         if side := next((s for s in (config.H, config.W) if s % cell), None):
             raise UserError(f"samples: got a side of {side} pixels, expected multiples of {cell}: change H or W")
@@ -71,7 +73,7 @@ class SampleClips:
         if self.images:
             with naming("samples"):
                 condition_frames(config.controlnet_image_indexs, images=len(self.images), frames=config.L)
-                read_condition_images(self.images, (config.H, config.W))
+                condition_pixels(SparseCtrl(images=tuple(self.images)), (config.H, config.W))
 
     def __call__(self, folder: Path, step: int) -> None:
         """Write `folder`/<step>-<number>.gif, or a PNG folder of that name for a single frame."""

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from animatediff.checkpoints.known_files import find_file
 from animatediff.checkpoints.load import ImageModel, load_base
 from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.vae import VAE
-from animatediff.pipeline.weights import find_file
 from animatediff.training.data.clips import ClipConfig, Clips, Series
 from animatediff.training.data.images import ImageConfig, Images
 from animatediff.training.diffusion_stages import ClipSource

@@ -17,13 +17,14 @@ from animatediff.checkpoints.load import ImageModel, load_motion_module
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl, save_sparsectrl
 from animatediff.config.networks import MOTION_VERSIONS, MotionConfig, ScheduleConfig
-from animatediff.config.prompt_yaml import SD15_FOLDER
+from animatediff.config.request import SD15_FOLDER
 from animatediff.models.lora import LoRAStack
 from animatediff.models.sparsectrl_encoder import SparseCtrl, build_sparsectrl
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
-from animatediff.pipeline.model import Components, place
+from animatediff.pipeline.device import to_device
+from animatediff.pipeline.model import Model
 from animatediff.training.data.clips import ClipConfig
 from animatediff.training.data.images import ImageConfig
 from animatediff.training.diffusion_stages import (
@@ -101,9 +102,9 @@ class Training(ABC):
         self.check_fit(data, unet, base)
         base = replace(
             base,
-            unet=place(unet, device, torch.float32),
-            vae=place(base.vae, device, torch.float32),
-            text_encoder=place(base.text_encoder, device, torch.float32),
+            unet=to_device(unet, device, torch.float32),
+            vae=to_device(base.vae, device, torch.float32),
+            text_encoder=to_device(base.text_encoder, device, torch.float32),
             schedule=replace(base.schedule or ScheduleConfig(), beta_schedule=self.beta_schedule),
         )
         freeze(base.unet, base.vae, base.text_encoder)
@@ -141,14 +142,14 @@ class Training(ABC):
     def _sampler(self, base: ImageModel, base_path: Path, learns: nn.Module, log: Log) -> SampleClips | None:
         if self.samples is None:
             return None
-        parts = Components(
+        parts = Model(
             unet=base.unet,
             vae=base.vae,
             text_encoder=base.text_encoder,
             tokenizer=own_tokenizer(base_path),
             schedule=base.schedule,
             loras=LoRAStack(base.unet, base.text_encoder),
-            sparsectrl=learns if isinstance(learns, SparseCtrl) else None,
+            networks={"sparsectrl": learns} if isinstance(learns, SparseCtrl) else {},
         )
         return SampleClips(self.samples, parts, log)
 
@@ -298,7 +299,7 @@ class SparseCtrlTraining(ClipTraining):
         return self.with_module(self.adapted(base.unet, log), self.motion_module, log)
 
     def learner(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
-        encoder = place(self.encoder(unet, base.vae), unet.conv_in.weight.device, torch.float32)
+        encoder = to_device(self.encoder(unet, base.vae), unet.conv_in.weight.device, torch.float32)
         most = encoder.config.unet.motion.max_frames
         if self.train_data and (frames := self.train_data.sample_n_frames) > most:
             raise UserError(

@@ -7,7 +7,7 @@ from animatediff.checkpoints.identify import identify
 from animatediff.checkpoints.textual_inversion import load_textual_inversion
 from animatediff.models.prompt_weighting import parse_prompt
 from animatediff.models.tokenizer import Tokenizer
-from animatediff.pipeline.model import share_weights
+from animatediff.pipeline.device import share_weights
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import ldm_tensors, write
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from animatediff.config.dataclass_io import parse_overrides
 from animatediff.config.inference_yaml import load_inference_config
 from animatediff.config.networks import MOTION_VERSIONS, ScheduleConfig
-from animatediff.config.prompt_yaml import AnimateEntry, EmbeddingEntry, MotionLoRAEntry, dump_config, load_config
+from animatediff.config.prompt_yaml import dump_config, load_config
+from animatediff.config.request import Embedding, MotionLoRA
+from animatediff.config.spellings import parse_assignments
 from animatediff.utils import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -90,41 +91,46 @@ def read(tmp_path: Path):
 def test_official_list(read):
     config = read(OFFICIAL_2024)
     first, second = config.entries
-    assert config.name == "run" and first.name == "1"
-    assert first.motion_module_lora_configs == (MotionLoRAEntry("models/MotionLoRA/zoom.ckpt", 1.0),)
-    assert first.adapter_lora_scale == 1.0 and isinstance(first.adapter_lora_scale, float)
-    assert first.controlnet_images == ("a.png",) and first.controlnet_image_indexs == (-1,)
+    assert config.name == "run" and first.output.name == "1"
+    assert first.model.motion_loras == (MotionLoRA("models/MotionLoRA/zoom.ckpt", 1.0),)
+    assert first.model.adapter_scale == 1.0 and isinstance(first.model.adapter_scale, float)
+    assert first.sparsectrl.images == ("a.png",) and first.sparsectrl.frames == (-1,)
     assert first.per_prompt() == [
         ("one", "worst quality", 18446744073709551615),
         ("two, with: a colon", "worst quality", 18368660165286593270),
     ]
-    assert (first.H, first.W, first.L, first.steps) == (256, 384, 16, 25)
+    assert (first.size.height, first.size.width, first.size.num_frames, first.sampling.steps) == (256, 384, 16, 25)
     assert second.per_prompt() == [("three", "", 5)]  # the recorded seed replaces -1
-    assert (second.H, second.W, second.L) == (512, 512, 16)
+    assert (second.size.height, second.size.width, second.size.num_frames) == (512, 512, 16)
 
 
 def test_official_mapping_of_2023(read):
     v14, v15, cartoon = read(OFFICIAL_2023).entries
-    assert v14.name == v15.name == "Tiger"
-    assert (v14.motion_module[-7:], v15.motion_module[-7:]) == ("14.ckpt", "15.ckpt")
-    assert v14.dreambooth_path.endswith("base.safetensors") and v14.lora_model_path.endswith("lora.safetensors")
-    assert cartoon.dreambooth_path.endswith("model.safetensors") and cartoon.lora_model_path == ""
+    assert v14.output.name == v15.output.name == "Tiger"
+    assert (v14.model.motion_module[-7:], v15.model.motion_module[-7:]) == ("14.ckpt", "15.ckpt")
+    assert v14.model.personalised.endswith("base.safetensors") and v14.model.loras.endswith("lora.safetensors")
+    assert cartoon.model.personalised.endswith("model.safetensors") and cartoon.model.loras == ""
     assert v15.per_prompt() == [("a", "x", 1), ("b", "y", 2)]
 
 
 def test_the_first_v3_configs(read):
     (entry,) = read("- domain_lora_scale: 0.5\n  adapter_lora_path: v3_sd15_adapter.ckpt\n  prompt: [a]\n").entries
-    assert entry.adapter_lora_scale == 0.5
+    assert entry.model.adapter_scale == 0.5
 
 
 def test_single_entry_and_empty_values(read):
     (entry,) = read("prompt: just one\nlora_model_path:\nn_prompt: bad\n").entries
-    assert entry.prompt == ("just one",) and entry.lora_model_path == "" and entry.n_prompt == ("bad",)
+    assert (
+        entry.prompts.prompt == ("just one",) and entry.model.loras == "" and entry.prompts.negative_prompt == ("bad",)
+    )
 
 
 def test_entries_that_share_values_by_anchor(read):
     first, second = read("- &all\n  prompt: [a]\n  steps: 3\n- <<: *all\n  prompt: [b]\n").entries
-    assert (first.prompt, second.prompt) == (("a",), ("b",)) and first.steps == second.steps == 3
+    assert (first.prompts.prompt, second.prompts.prompt) == (
+        ("a",),
+        ("b",),
+    ) and first.sampling.steps == second.sampling.steps == 3
 
 
 def test_resolved_config_reads_back(read, tmp_path):
@@ -201,8 +207,7 @@ def test_missing_file(tmp_path):
 
 
 def test_overrides_are_typed(read):
-    pairs = parse_overrides(
-        AnimateEntry,
+    pairs = parse_assignments(
         [
             "steps=10",
             "prompt=a fox: running, [fast] = yes",
@@ -215,11 +220,11 @@ def test_overrides_are_typed(read):
         ],
     )
     entry, _ = read(OFFICIAL_2024, **pairs).entries
-    assert entry.steps == 10 and entry.prompt == ("a fox: running, [fast] = yes",)
-    assert entry.guidance_scale == 10.0 and entry.seed == (18446744073709551615,)
-    assert entry.motion_module_lora_configs == (MotionLoRAEntry("a.ckpt", -0.5),)
-    assert entry.norm_over_frames is True and entry.format == "webp" and entry.lora_model_path == "12"
-    assert parse_overrides(AnimateEntry, ["prompt=[a, b]"]) == {"prompt": ["a", "b"]}
+    assert entry.sampling.steps == 10 and entry.prompts.prompt == ("a fox: running, [fast] = yes",)
+    assert entry.sampling.guidance_scale == 10.0 and entry.sampling.seed == (18446744073709551615,)
+    assert entry.model.motion_loras == (MotionLoRA("a.ckpt", -0.5),)
+    assert entry.model.norm_over_frames is True and entry.output.format == "webp" and entry.model.loras == "12"
+    assert parse_assignments(["prompt=[a, b]"]) == {"prompt": ["a", "b"]}
 
 
 def test_a_new_prompt_takes_the_first_of_the_old_lists(read):
@@ -239,29 +244,32 @@ def test_a_new_prompt_takes_the_first_of_the_old_lists(read):
 )
 def test_bad_overrides(item, message):
     with pytest.raises(UserError, match=message):
-        parse_overrides(AnimateEntry, [item])
+        parse_assignments([item])
 
 
 def test_prompts_with_keyframes(read):
     """Frames may be written as text, and the frame around every text is added where prompts are taken one by one."""
     text = "prompt:\n- {0: red, '12': blue}\n- still\nhead_prompt: a\ntail_prompt: b\nn_prompt: {0: x, 15: y}"
     (entry,) = read(text).entries
-    assert entry.prompt == ({0: "red", 12: "blue"}, "still") and (entry.prompt_loop, entry.L) == (None, 16)
+    assert entry.prompts.prompt == ({0: "red", 12: "blue"}, "still") and (entry.travel.loop, entry.size.num_frames) == (
+        None,
+        16,
+    )
     travel, still = entry.per_prompt()
     assert travel == ({0: "a, red, b", 12: "a, blue, b"}, {0: "x", 15: "y"}, -1) and still[0] == "a, still, b"
     (entry,) = read("prompt: {0: red, 16: blue}", L=17).entries
-    assert entry.prompt == ({0: "red", 16: "blue"},)
+    assert entry.prompts.prompt == ({0: "red", 16: "blue"},)
     assert read("prompt_map: {'0': red, '8': blue}").entries[0].prompt == ({0: "red", 8: "blue"},)
     for written, value in (("[{0: a, 8: b}]", [{0: "a", 8: "b"}]), ("{0: a, 8: b}", {0: "a", 8: "b"}), ("{a", "{a")):
-        assert parse_overrides(AnimateEntry, [f"prompt={written}"]) == {"prompt": value}
+        assert parse_assignments([f"prompt={written}"]) == {"prompt": value}
 
 
 def test_embeddings(read):
     (entry,) = read("prompt: a\nembeddings: [a.pt, {path: b.pt, name: bad}]").entries
-    assert entry.embeddings == (EmbeddingEntry("a.pt"), EmbeddingEntry("b.pt", "bad"))
+    assert entry.model.embeddings == (Embedding("a.pt"), Embedding("b.pt", "bad"))
     assert entry.weight_paths()["embeddings[1].path"] == "b.pt"
-    (entry,) = read("prompt: a", **parse_overrides(AnimateEntry, ["embeddings=a.pt"])).entries
-    assert entry.embeddings == (EmbeddingEntry("a.pt"),)
+    (entry,) = read("prompt: a", **parse_assignments(["embeddings=a.pt"])).entries
+    assert entry.model.embeddings == (Embedding("a.pt"),)
 
 
 def test_override_of_a_wrong_type(read):
@@ -279,8 +287,8 @@ def test_shipped_configs(path):
     for entry in config.entries:
         for name in entry.weight_paths().values():
             assert name in header[0] or (ROOT / "animatediff/assets" / Path(name).name == ROOT / name)
-        if entry.inference_config:
-            load_inference_config(ROOT / entry.inference_config)
+        if entry.model.inference_config:
+            load_inference_config(ROOT / entry.model.inference_config)
 
 
 def test_shipped_set_is_complete():
@@ -296,7 +304,7 @@ def test_shipped_set_is_complete():
     ):
         assert model in names
     assert "filmvelvia" in names and "tusun" in names
-    moves = [entry.name for entry in load_config(ROOT / "configs/animate/motion-lora.yaml").entries]
+    moves = [entry.output.name for entry in load_config(ROOT / "configs/animate/motion-lora.yaml").entries]
     assert moves == "ZoomIn ZoomOut PanLeft PanRight TiltUp TiltDown RollingClockwise RollingAnticlockwise".split()
 
 

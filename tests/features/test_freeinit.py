@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from animatediff.config.networks import ScheduleConfig
-from animatediff.config.steering import FreeInit
+from animatediff.config.request import FreeInit
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.freeinit import free_init, low_pass, mix_frequencies
 from animatediff.utils import UserError
@@ -79,7 +79,7 @@ def test_settings():
     assert [FreeInit(iterations=3, fast=True).steps(i, 25) for i in range(3)] == [8, 16, 25]
     assert [FreeInit(iterations=5, fast=True).steps(i, 2) for i in range(5)] == [1, 1, 1, 1, 2]
     assert FreeInit().steps(0, 25) == 25
-    with pytest.raises(UserError, match="freeinit iterations: got 0"):
+    with pytest.raises(UserError, match="FreeInit: iterations: got 0"):
         FreeInit(iterations=0)
-    with pytest.raises(UserError, match="freeinit temporal_stop: got 1.5, expected 0 to 1"):
+    with pytest.raises(UserError, match="FreeInit: temporal_stop: got 1.5, expected at most 1"):
         FreeInit(temporal_stop=1.5)

@@ -6,7 +6,7 @@ import torch
 from animatediff.config.networks import ScheduleConfig
 from animatediff.diffusion.samplers import SAMPLERS, Steps, ddim
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.features.known_frames import hold, noised
+from animatediff.features.known_frames import noised, restore_known
 
 CONFIGS = {
     "epsilon": {},
@@ -31,15 +31,15 @@ def knowing(schedule, clean):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_what_is_put_back_is_on_ddims_own_path(config):
-    """DDIM that knows the clip comes by itself, at every step, where `hold` puts it."""
+    """DDIM that knows the clip comes by itself, at every step, where `restore_known` puts it."""
     schedule = NoiseSchedule(ScheduleConfig(**config))
     timesteps, clean, noise = schedule.timesteps(10), draw(0), draw(1)
-    put_back = hold(clean, noise, torch.tensor(True), schedule=schedule, timesteps=timesteps)
+    restore = restore_known(clean, noise, torch.tensor(True), schedule=schedule, timesteps=timesteps)
     errors = []
 
     def compare(step, t, x):
         own = x.clone()
-        put_back(step, t, x)
+        restore(step, t, x)
         errors.append(float((x - own).abs().max()))
 
     x = noised(clean, noise, float(schedule.alpha_at(timesteps[0])))
@@ -52,15 +52,15 @@ def test_what_is_put_back_is_on_ddims_own_path(config):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_rest_is_the_sampler_s(name):
-    """Where nothing is held nothing changes, bit for bit; where something is, it is exact at the end."""
+    """Where nothing is known nothing changes, bit for bit; where something is, it is exact at the end."""
     schedule = NoiseSchedule(ScheduleConfig())
     timesteps, clean, noise, start = schedule.timesteps(5), draw(0), draw(1), draw(2)
-    held = torch.zeros(1, 3, 1, 8, 8, dtype=torch.bool)
-    held[:, 1:, :, :4] = True
+    known = torch.zeros(1, 3, 1, 8, 8, dtype=torch.bool)
+    known[:, 1:, :, :4] = True
 
     def run(**callback):
         steps = Steps(knowing(schedule, draw(4)), schedule, timesteps, noise=lambda: draw(3), **callback)
         return SAMPLERS[name](start, steps)
 
-    free, both = run(), run(callback=hold(clean, noise, held, schedule=schedule, timesteps=timesteps))
-    assert torch.equal(both, torch.where(held, clean, free))
+    free, both = run(), run(callback=restore_known(clean, noise, known, schedule=schedule, timesteps=timesteps))
+    assert torch.equal(both, torch.where(known, clean, free))

@@ -1,6 +1,7 @@
 """SparseCtrl in the pipeline: images in, the right frames to the right window, nothing computed twice."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,23 +9,29 @@ import torch
 import yaml
 from PIL import Image
 
+from animatediff.checkpoints.known_files import REPOSITORY, find_file
 from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
 from animatediff.config.prompt_yaml import load_config
+from animatediff.config.request import Request, Sampling, Windows
+from animatediff.config.request import SparseCtrl as Options
+from animatediff.config.spellings import files as files_of
 from animatediff.features import sparsectrl as module
-from animatediff.features.sparsectrl import Control, read_condition_images
-from animatediff.features.windows import Windows
+from animatediff.features.noise import seeded
+from animatediff.features.prompt_travel import text_of_frames
+from animatediff.features.run import Run
+from animatediff.features.sparsectrl import Control, condition_pixels
+from animatediff.features.windows import windows_of_step
 from animatediff.media.video import read_metadata
 from animatediff.models.sparsectrl_encoder import build_sparsectrl
-from animatediff.pipeline.denoiser import make_denoiser
-from animatediff.pipeline.model import seeded
+from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.run import animate
-from animatediff.pipeline.weights import REPOSITORY, check_entries, find_file
+from animatediff.pipeline.sample import guided_denoiser
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import sparsectrl_tensors, write
 from tests.models.test_golden import GOLDEN, assert_close, golden
-from tests.nano import entry, write_config
+from tests.nano import entry, flat, write_config
 
 CALL = {"num_frames": 4, "height": 64, "width": 64, "num_inference_steps": 1, "output_type": "latent"}
 TEXT = GOLDEN["text.last_hidden_state"]
@@ -53,10 +60,32 @@ def controlled(files) -> AnimateDiffPipeline:
 def encoder_calls(controlled):
     """(videos, frames) of every call of the encoder."""
     seen = []
-    encoder = controlled.components.sparsectrl
+    encoder = controlled.model.sparsectrl
     hook = encoder.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[:2])))
     yield seen
     hook.remove()
+
+
+def predict(unet, control, x, scale=1.0):
+    """The guided prediction of a network with such a control, for one text."""
+    parts = ("conditional",) if scale <= 1 else ("unconditional", "conditional")
+    request = Request(sampling=Sampling(guidance_scale=scale), sparsectrl=Options(images=("given",)))
+    text = text_of_frames([TEXT[:1]] * len(parts), like=unet.conv_in.weight)
+    model = SimpleNamespace(unet=unet, loras=None, lora_roles={})
+    with guided_denoiser(Run(model, request, None, T, text, parts, cache={"sparsectrl": control})) as denoise:
+        return denoise(x, T)
+
+
+def control_of(pipe, pictures, frames=4):
+    """The control of a call with pictures of the first frames."""
+    given = {"conditioning_frames": pictures, "controlnet_frame_indices": list(range(len(pictures)))}
+    call = {name: value for name, value in CALL.items() if name != "output_type"}
+    request = pipe.request_for({"prompt": "fox", **call, **given, "num_frames": frames})
+    return module.make_control(Run(pipe.model, request, None, T, lambda frames: None))
+
+
+def pixels_of(pictures, size, **options):
+    return condition_pixels(Options(images=tuple(pictures), **options), size)
 
 
 def images(files) -> list[str]:
@@ -76,10 +105,9 @@ def test_official_prediction(files, kind):
     given = golden(f"input.sparsectrl_{kind}")[0]
     control = Control(encoder, given, (0, 4), frames=5, scales=(0.8,))
     x = golden("input.latents")[:1]
-    assert_close(make_denoiser(unet, TEXT[:1], control=control)(x, T), golden(f"sparsectrl.{kind}.unet_v3"))
+    assert_close(predict(unet, control, x), golden(f"sparsectrl.{kind}.unet_v3"))
     # Both halves of guidance get it: guided towards itself, the prediction stays.
-    guided = make_denoiser(unet, TEXT[:1], negative_context=TEXT[:1], guidance_scale=3.0, control=control)
-    assert_close(guided(x, T), golden(f"sparsectrl.{kind}.unet_v3"))
+    assert_close(predict(unet, control, x, 3.0), golden(f"sparsectrl.{kind}.unet_v3"))
     uneven = Control(encoder, given, (0, 4), frames=5, scales=(0.8, 0.0, 0.8, 2.0, 0.8))(T, TEXT[:1], torch.arange(5))
     even = control(T, TEXT[:1], torch.arange(5))
     for a, b in zip(uneven["down_residuals"], even["down_residuals"], strict=True):
@@ -90,9 +118,9 @@ def test_official_prediction(files, kind):
 def test_rgb_latents_are_the_posteriors_mean(files):
     pipe_entry = entry(files, controlnet_path=str(files / "sparsectrl_rgb.safetensors"))
     pipe_entry["controlnet_images"] = [str(files / "a.png")]
-    c = AnimateDiffPipeline.from_config(write_config(files / "x.yaml", pipe_entry), device="cpu").components
-    control = module.make_control(c, [files / "a.png"], [0], 1.0, frames=2, window=2, size=(64, 64))
-    pixels = read_condition_images([files / "a.png"], (64, 64))
+    pipe = AnimateDiffPipeline.from_config(write_config(files / "x.yaml", pipe_entry), device="cpu")
+    c, control = pipe.model, control_of(pipe, [files / "a.png"])
+    pixels = pixels_of([files / "a.png"], (64, 64))
     latents = c.vae.encode(pixels * 2 - 1)[0] * c.vae.config.scaling_factor
     assert_close(control.embedded[:1], c.sparsectrl.embed(latents, torch.ones(1)))
 
@@ -107,16 +135,15 @@ def test_images_steer_and_a_fresh_encoder_does_not(controlled, files):
     plain = run()
     steered = run(conditioning_frames=images(files), controlnet_frame_indices=[0, -1])
     assert not torch.allclose(steered, plain, atol=1e-2)
-    pixels = read_condition_images(images(files), (64, 64))
+    pixels = pixels_of(images(files), (64, 64))
     assert torch.equal(run(conditioning_frames=pixels, controlnet_frame_indices=[0, 3]), steered)
     off = run(conditioning_frames=pixels[:1], controlnet_conditioning_scale=0.0)
     assert torch.equal(off, plain)
-    c = controlled.components
-    kept, c.sparsectrl = c.sparsectrl, build_sparsectrl(c.unet, "scribble")
-    try:
+    c = controlled.model
+    fresh = {"sparsectrl": build_sparsectrl(c.unet, "scribble")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c, "networks", fresh)
         assert torch.equal(run(conditioning_frames=pixels[:1]), plain)
-    finally:
-        c.sparsectrl = kept
 
 
 def test_nothing_is_computed_twice(controlled, files, encoder_calls):
@@ -145,7 +172,7 @@ def test_clips_of_one_prompt_are_those_made_alone(controlled, files):
 
 def test_windows_see_their_own_frames(controlled, files, encoder_calls):
     """A window is told of an image when the image's frame is in it, at its place there."""
-    encoder, windows = controlled.components.sparsectrl, Windows("static", length=4, overlap=1)
+    encoder, windows = controlled.model.sparsectrl, Windows("static", length=4, overlap=1)
     seen = []
     hook = encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
     try:
@@ -157,7 +184,7 @@ def test_windows_see_their_own_frames(controlled, files, encoder_calls):
         )
     finally:
         hook.remove()
-    assert windows.at(0, 7) == [(0, 1, 2, 3), (3, 4, 5, 6)] and len(encoder_calls) == 2
+    assert windows_of_step(windows, 0, 7) == [(0, 1, 2, 3), (3, 4, 5, 6)] and len(encoder_calls) == 2
     (blank, a, *_), (*_, b) = seen
     for window, expected in zip(seen, ([blank, a, blank, blank], [blank, blank, blank, b]), strict=True):
         assert torch.equal(window, torch.stack(expected))
@@ -166,18 +193,17 @@ def test_windows_see_their_own_frames(controlled, files, encoder_calls):
 
 def test_memory_is_bounded(controlled, files, encoder_calls, monkeypatch):
     """With no room but for the last, a timestep is known until the next one is asked for."""
-    arguments = {"frames": 4, "window": 4, "size": (64, 64)}
     frames, other = torch.arange(4), torch.tensor([961])
     with torch.no_grad():
-        roomy = module.make_control(controlled.components, images(files)[:1], [0], 1.0, **arguments)
+        roomy = control_of(controlled, images(files)[:1])
         for t in (T, other, T, other):
             first = roomy(t, TEXT[:1], frames)
         assert len(encoder_calls) == 2
         assert torch.equal(roomy(other, TEXT[:1], frames)["mid_residual"], first["mid_residual"])
         roomy(other, TEXT[1:], frames)
         assert len(encoder_calls) == 3, "another text is another result"
-        monkeypatch.setattr(module, "KEPT_BYTES", 0)
-        tight = module.make_control(controlled.components, images(files)[:1], [0], 1.0, **arguments)
+        monkeypatch.setattr(module, "CACHE_BYTES", 0)
+        tight = control_of(controlled, images(files)[:1])
         for t in (T, T, other, T):
             tight(t, TEXT[:1], frames)
     assert len(encoder_calls) == 3 + 3
@@ -191,7 +217,7 @@ def test_images_are_cut_around_the_centre_and_resized(tmp_path):
     wide = np.zeros((20, 60, 3), dtype=np.uint8)
     wide[:, 20:40] = (10, 200, 30)
     for pixels in (wide, wide.transpose(1, 0, 2)):
-        picture = read_condition_images([Image.fromarray(np.ascontiguousarray(pixels))], (40, 40))
+        picture = pixels_of([Image.fromarray(np.ascontiguousarray(pixels))], (40, 40))
         assert picture.shape == (1, 3, 40, 40)
         assert torch.equal(picture, torch.tensor([10, 200, 30])[None, :, None, None].expand(1, 3, 40, 40) / 255)
     half = np.zeros((8, 8, 3), dtype=np.uint8)
@@ -199,10 +225,10 @@ def test_images_are_cut_around_the_centre_and_resized(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(half).save(tmp_path / "turned.png", exif=exif)
-    assert read_condition_images([tmp_path / "turned.png"], (8, 8))[0, 0, :, 0].tolist() == [0.0] * 4 + [1.0] * 4
+    assert pixels_of([tmp_path / "turned.png"], (8, 8))[0, 0, :, 0].tolist() == [0.0] * 4 + [1.0] * 4
     grey = np.full((8, 8, 3), 100, dtype=np.uint8)
     grey[2:4] = (50, 60, 70)
-    normal = read_condition_images([Image.fromarray(grey)], (8, 8), normalize=True)
+    normal = pixels_of([Image.fromarray(grey)], (8, 8), normalize=True)
     assert set(normal.unique().tolist()) == {0.0, 1.0} and torch.equal(normal[:, 0], normal[:, 2])
 
 
@@ -221,7 +247,7 @@ def test_a_run_of_an_official_config(files, tmp_path):
               controlnet_config=f"{folder}/image_condition.yaml", normalize_condition_images=True, **common),
     )  # fmt: skip
     out = animate(load_config(config), output_dir=tmp_path / "out", device="cpu")
-    first, second = (read_metadata(path) for path in sorted((out / "sample").iterdir()))
+    first, second = (flat(read_metadata(path)) for path in sorted((out / "sample").iterdir()))
     known = yaml.safe_load((out / "config.yaml").read_text())["provenance"]["weights"]
     for settings, kind in ((first, "rgb"), (second, "scribble")):
         for key, name in (("controlnet_path", f"sparsectrl_{kind}.safetensors"), ("controlnet_images[1]", "b.png")):
@@ -234,8 +260,14 @@ def test_a_run_of_an_official_config(files, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"controlnet_path": ""}, "got controlnet_images without controlnet_path, expected a SparseCtrl encoder"),
-        ({"controlnet_path": "", "controlnet_images": [], "controlnet_scale": 2.0}, "got controlnet_scale without"),
+        (
+            {"controlnet_path": ""},
+            "controlnet_images needs a SparseCtrl encoder: set controlnet_path, or",
+        ),
+        (
+            {"controlnet_path": "", "controlnet_images": [], "controlnet_scale": 2.0},
+            "controlnet_scale needs a SparseCtrl",
+        ),
         ({"controlnet_image_indexs": [0, 1]}, "controlnet_image_indexs: got 2 frame numbers for 1 condition images"),
         ({"controlnet_images": ["a.png"] * 2}, "controlnet_image_indexs: got 1 frame numbers for 2 condition images"),
         ({"controlnet_image_indexs": [2]}, r"got frame 2, expected 0 to 1, or -1 \(the last\) to -2"),
@@ -243,7 +275,7 @@ def test_a_run_of_an_official_config(files, tmp_path):
         ({"controlnet_images": ["a.png"] * 2, "controlnet_image_indexs": [1, -1]}, "got frame 1 twice"),
         ({"controlnet_images": ["a.png"] * 3}, "got 3 condition images, expected 1 to 2, the frames of the clip"),
         ({"controlnet_scale": [1.0, 1.0, 1.0]}, "controlnet_scale: got 3 scales, expected one for all frames, or one"),
-        ({"controlnet_scale": -1.0}, "controlnet_scale: got -1, expected 0"),
+        ({"controlnet_scale": -1.0}, "controlnet_scale: got -1.0, expected at least 0"),
         ({"controlnet_images": ["none.png"]}, r"controlnet_images\[0\]: there is no none.png"),
         ({"controlnet_images": ["{nano}/mm_v3.safetensors"]}, "expected an image: it cannot be read"),
         ({"controlnet_path": "{nano}/mm_v3.safetensors"}, "this is a motion module, not a SparseCtrl encoder"),
@@ -272,7 +304,7 @@ def test_mistakes_are_named_before_anything_is_loaded(files, tmp_path, monkeypat
     good = {"controlnet_path": "{nano}/sparsectrl_rgb.safetensors", "controlnet_images": ["a.png"]}
     path = write_config(tmp_path / "bad.yaml", entry(files, **{k: place(v) for k, v in (good | values).items()}))
     with pytest.raises(UserError, match=message) as error:
-        check_entries(load_config(path).entries)
+        check_requests(load_config(path).entries)
     assert "\n" not in str(error.value)
 
 
@@ -282,8 +314,8 @@ def test_mistakes_are_named_before_anything_is_loaded(files, tmp_path, monkeypat
         ({"controlnet_frame_indices": [4]}, "controlnet_frame_indices: got frame 4, expected 0 to 3"),
         ({"controlnet_conditioning_scale": [1.0, 2.0]}, "controlnet_conditioning_scale: got 2 scales"),
         ({"conditioning_frames": torch.zeros(1, 3, 8, 8)}, r"shape \(1, 3, 8, 8\), expected \(1, 3, 64, 64\)"),
-        ({"conditioning_frames": [], "controlnet_frame_indices": []}, "got 0 condition images, expected 1 to 4"),
-        ({"conditioning_frames": "none.png"}, "got none.png, expected an image: there is no such file"),
+        ({"controlnet_frame_indices": []}, "got 0 frame numbers for 1 condition images"),
+        ({"conditioning_frames": "none.png"}, "there is no none.png"),
         ({"num_frames": 40, "windows": Windows(length=33)}, "expected at most 32"),
     ],
 )
@@ -293,7 +325,7 @@ def test_mistakes_of_a_call_are_named(controlled, files, arguments, message):
 
 
 def test_images_need_an_encoder(pipeline, files):
-    with pytest.raises(UserError, match="without a SparseCtrl encoder, expected one: set controlnet_path"):
+    with pytest.raises(UserError, match="conditioning_frames needs a SparseCtrl encoder: set controlnet_path"):
         pipeline("fox", **CALL, conditioning_frames=images(files)[:1])
 
 
@@ -309,10 +341,11 @@ def test_a_config_that_contradicts_the_weights(files, tmp_path):
 def test_longer_than_trained_on_request(files, tmp_path):
     values = entry(files, controlnet_path=str(files / "sparsectrl_rgb.safetensors"), max_frames=40, L=34)
     pipe = AnimateDiffPipeline.from_config(write_config(tmp_path / "x.yaml", values), device="cpu")  # images: by calls
-    assert pipe.components.sparsectrl.config.unet.motion.max_frames == 40
+    assert pipe.model.sparsectrl.config.unet.motion.max_frames == 40
 
 
 def test_images_of_shipped_configs_are_there():
     for path in sorted((REPOSITORY / "configs/animate").glob("sparsectrl*.yaml")):
         for config in load_config(path).entries:
-            assert config.controlnet_images and all(find_file(file) for file in config.other_paths().values())
+            pictures = [f.path for option, f in files_of(config).items() if option.startswith("sparsectrl.images")]
+            assert pictures and all(find_file(file) for file in pictures)

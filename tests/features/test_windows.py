@@ -6,10 +6,21 @@ import pytest
 import torch
 
 from animatediff.config.networks import ScheduleConfig
+from animatediff.config.request import Windows
+from animatediff.config.spellings import build_request
 from animatediff.diffusion.guidance import classifier_free_guidance
 from animatediff.diffusion.samplers import Steps, ddim, pndm
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.features.windows import FUSIONS, SCHEDULES, Windows, halving, rotated, whole, windowed
+from animatediff.features.loop import rotate_loop
+from animatediff.features.windows import (
+    FUSIONS,
+    SCHEDULES,
+    full_clip,
+    sliding_windows,
+    van_der_corput,
+    window_weights,
+    windows_of_step,
+)
 from animatediff.utils import UserError
 
 LENGTHS = range(17, 161)
@@ -19,18 +30,18 @@ TIMESTEPS = torch.tensor([900, 600, 300, 1])
 
 
 def test_halving():
-    assert [halving(k) for k in range(9)] == [0, 0.5, 0.25, 0.75, 0.125, 0.625, 0.375, 0.875, 0.0625]
+    assert [van_der_corput(k) for k in range(9)] == [0, 0.5, 0.25, 0.75, 0.125, 0.625, 0.375, 0.875, 0.0625]
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_frame_is_covered_and_none_twice(schedule, stride):
     if stride > 1 and schedule != "uniform":
-        with pytest.raises(UserError, match=f"stride: got {stride}, expected 1, or more with the uniform"):
-            Windows(schedule, stride=stride)
+        with pytest.raises(UserError, match=f"windows.stride: got {stride}, expected 1, or more with .*uniform"):
+            build_request({"prompt": "a", "windows": {"schedule": schedule, "stride": stride}}, where="")
         return
     for (length, overlap), frames, step in itertools.product(SETTINGS, LENGTHS, range(STEPS)):
-        windows = Windows(schedule, length, overlap, stride=stride).at(step, frames)
+        windows = windows_of_step(Windows(schedule, length, overlap, stride=stride), step, frames)
         assert set(itertools.chain(*windows)) == set(range(frames)), (length, overlap, frames, step)
         assert all(len(window) == length == len(set(window)) for window in windows)
         assert len(set(windows)) == len(windows)
@@ -39,7 +50,7 @@ def test_every_frame_is_covered_and_none_twice(schedule, stride):
 @pytest.mark.parametrize("schedule", ["open", "static"])
 def test_open_windows_never_wrap(schedule):
     for (length, overlap), frames, step in itertools.product(SETTINGS, LENGTHS, range(STEPS)):
-        windows = Windows(schedule, length, overlap).at(step, frames)
+        windows = windows_of_step(Windows(schedule, length, overlap), step, frames)
         assert all(window == tuple(range(window[0], window[0] + length)) for window in windows)
         starts = [window[0] for window in windows]
         assert starts == sorted(starts) and starts[0] == 0 and starts[-1] == frames - length
@@ -49,10 +60,10 @@ def test_open_windows_never_wrap(schedule):
 def test_closed_windows_are_one_loop_turned():
     for (length, overlap), frames, step in itertools.product(SETTINGS, LENGTHS, range(STEPS)):
         windows = Windows("closed", length, overlap)
-        turn = round(frames / len(windows.at(0, frames)) * halving(step))
-        turned = {tuple((frame + turn) % frames for frame in window) for window in windows.at(0, frames)}
-        assert set(windows.at(step, frames)) == turned
-    crossing = [w for w in Windows("closed").at(0, 32) if (31, 0) in itertools.pairwise(w)]
+        turn = round(frames / len(windows_of_step(windows, 0, frames)) * van_der_corput(step))
+        turned = {tuple((frame + turn) % frames for frame in window) for window in windows_of_step(windows, 0, frames)}
+        assert set(windows_of_step(windows, step, frames)) == turned
+    crossing = [w for w in windows_of_step(Windows("closed"), 0, 32) if (31, 0) in itertools.pairwise(w)]
     assert crossing, "some window holds the seam"
 
 
@@ -62,16 +73,16 @@ def test_the_phase_moves_at_every_step(schedule):
     for frames in LENGTHS:
         if frames < 24 and schedule == "open":  # little room between the first window and the last
             continue
-        steps = [frozenset(Windows(schedule).at(step, frames)) for step in range(8)]
+        steps = [frozenset(windows_of_step(Windows(schedule), step, frames)) for step in range(8)]
         assert all(a != b for a, b in itertools.pairwise(steps)), frames
-    assert len({Windows("static").at(step, 64)[1] for step in range(8)}) == 1
+    assert len({windows_of_step(Windows("static"), step, 64)[1] for step in range(8)}) == 1
 
 
 def test_known_windows():
     """The peers' uniform, their static, and the open schedule, for 32 frames."""
 
     def ends(schedule, step, frames=32):
-        return [(window[0], window[-1]) for window in Windows(schedule).at(step, frames)]
+        return [(window[0], window[-1]) for window in windows_of_step(Windows(schedule), step, frames)]
 
     assert [ends("uniform", k) for k in range(3)] == [
         [(0, 15), (12, 27), (24, 7)],
@@ -87,9 +98,9 @@ def test_known_windows():
 def test_short_clips(frames):
     """One window; a closed clip has two, each half a turn from the other, so that its seam is seen."""
     for schedule in ("open", "static", "uniform"):
-        assert Windows(schedule).at(3, frames) == [tuple(range(frames))]
-    assert len(Windows("closed").at(0, frames)) == min(2, frames)
-    assert all(sorted(window) == list(range(frames)) for window in Windows("closed").at(0, frames))
+        assert windows_of_step(Windows(schedule), 3, frames) == [tuple(range(frames))]
+    assert len(windows_of_step(Windows("closed"), 0, frames)) == min(2, frames)
+    assert all(sorted(window) == list(range(frames)) for window in windows_of_step(Windows("closed"), 0, frames))
 
 
 @pytest.mark.parametrize("fuse", FUSIONS)
@@ -98,25 +109,25 @@ def test_weights_are_a_partition_of_unity(schedule, fuse):
     """A denoiser that says 1 everywhere says so through windows, at any length and step."""
     for (length, overlap), frames in itertools.product(SETTINGS, [17, 31, 32, 77, 160]):
         windows = Windows(schedule, length, overlap, fuse)
-        for window in windows.at(1, frames):
-            weights = windows.weights(window, frames)
+        for window in windows_of_step(windows, 1, frames):
+            weights = window_weights(windows, window, frames)
             assert weights.shape == (length,) and (weights > 0).all()
         for t in TIMESTEPS[:2]:
-            ones = windowed(lambda x, t, frames: torch.ones_like(x), windows, TIMESTEPS)(
+            ones = sliding_windows(lambda x, t, frames: torch.ones_like(x), windows, TIMESTEPS)(
                 torch.zeros(1, frames, 1, 1, 1), t[None]
             )
             assert torch.allclose(ones, torch.ones_like(ones), atol=1e-6)
 
 
 def test_weights():
-    assert Windows(length=4, overlap=1).weights((4, 5, 6, 7), 20).tolist() == [1, 2, 2, 1]
-    assert Windows(length=5, overlap=1).weights((4, 5, 6, 7, 8), 20).tolist() == [1, 2, 3, 2, 1]
+    assert window_weights(Windows(length=4, overlap=1), (4, 5, 6, 7), 20).tolist() == [1, 2, 2, 1]
+    assert window_weights(Windows(length=5, overlap=1), (4, 5, 6, 7, 8), 20).tolist() == [1, 2, 3, 2, 1]
     linear = Windows("open", 5, 1, "overlap-linear")
-    assert linear.weights((4, 5, 6, 7, 8), 20).tolist() == [0.5, 1, 1, 1, 0.5]
-    assert linear.weights((0, 1, 2, 3, 4), 20).tolist() == [1, 1, 1, 1, 0.5]
-    assert linear.weights((15, 16, 17, 18, 19), 20).tolist() == [0.5, 1, 1, 1, 1]
-    assert Windows("closed", 5, 1, "overlap-linear").weights((0, 1, 2, 3, 4), 20)[0] == 0.5
-    bell = Windows("open", 6, 1, "gaussian").weights((4, 5, 6, 7, 8, 9), 20)
+    assert window_weights(linear, (4, 5, 6, 7, 8), 20).tolist() == [0.5, 1, 1, 1, 0.5]
+    assert window_weights(linear, (0, 1, 2, 3, 4), 20).tolist() == [1, 1, 1, 1, 0.5]
+    assert window_weights(linear, (15, 16, 17, 18, 19), 20).tolist() == [0.5, 1, 1, 1, 1]
+    assert window_weights(Windows("closed", 5, 1, "overlap-linear"), (0, 1, 2, 3, 4), 20)[0] == 0.5
+    bell = window_weights(Windows("open", 6, 1, "gaussian"), (4, 5, 6, 7, 8, 9), 20)
     assert torch.allclose(bell, torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]).square().mul(-0.5).exp())
 
 
@@ -130,7 +141,7 @@ def test_a_frame_wise_denoiser_does_not_notice(schedule):
         return torch.tanh(x) / torch.arange(1, len(x) + 1).reshape(-1, 1, 1, 1, 1)
 
     x = torch.randn(1, 37, 2, 2, 2, generator=torch.Generator().manual_seed(0))
-    cut = windowed(lambda x, t, frames: framewise(x, t), Windows(schedule), timesteps)
+    cut = sliding_windows(lambda x, t, frames: framewise(x, t), Windows(schedule), timesteps)
     for sampler, scale in itertools.product((ddim, pndm), (0.5, 1.0, 7.5)):
         whole, parts = (
             sampler(x, Steps(classifier_free_guidance(denoise, scale), schedule_, timesteps))
@@ -150,11 +161,11 @@ def test_what_the_network_sees():
 
     windows = Windows("open", 8, 4, "flat")
     x = torch.arange(20.0).reshape(1, 20, 1, 1, 1)
-    cut = windowed(denoise, windows, TIMESTEPS)
+    cut = sliding_windows(denoise, windows, TIMESTEPS)
     out = cut(x, TIMESTEPS[2:3])[0, :, 0, 0, 0]
-    assert [tuple(frames) for frames in seen] == windows.at(2, 20)
+    assert [tuple(frames) for frames in seen] == windows_of_step(windows, 2, 20)
     for frame in range(20):
-        said = [i for i, window in enumerate(windows.at(2, 20), 1) if frame in window]
+        said = [i for i, window in enumerate(windows_of_step(windows, 2, 20), 1) if frame in window]
         assert out[frame] == pytest.approx(sum(said) / len(said))
     first = list(seen)
     seen.clear()
@@ -165,17 +176,17 @@ def test_what_the_network_sees():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"schedule": "looped"}, "unknown window schedule 'looped', the nearest known one is 'closed'"),
-        ({"fuse": "pyramide"}, "unknown window fuse 'pyramide', the nearest known one is 'pyramid'"),
-        ({"length": 0}, "window length: got 0"),
-        ({"overlap": 16}, "window overlap: got 16, expected 0 to 15"),
-        ({"overlap": -1}, "window overlap: got -1"),
-        ({"stride": 0}, "window stride: got 0"),
+        ({"schedule": "looped"}, "windows.schedule: got 'looped', expected open or closed or static or uniform"),
+        ({"fuse": "pyramide"}, "windows.fuse: got 'pyramide', expected flat or pyramid"),
+        ({"length": -1}, "windows.length: got -1"),
+        ({"overlap": 16}, "windows.overlap: got 16, expected 0 to 15"),
+        ({"overlap": -1}, "windows.overlap: got -1"),
+        ({"stride": 0}, "windows.stride: got 0"),
     ],
 )
 def test_mistakes_are_named(values, message):
     with pytest.raises(UserError, match=message):
-        Windows(**values)
+        build_request({"prompt": "a", "windows": values}, where="")
 
 
 def test_rotation():
@@ -189,12 +200,12 @@ def test_rotation():
 
     x = torch.arange(16.0).reshape(1, 16, 1, 1, 1)
     for t in TIMESTEPS:
-        assert torch.equal(rotated(denoise, TIMESTEPS)(x, t[None]), 2 * x)
+        assert torch.equal(rotate_loop(denoise, TIMESTEPS)(x, t[None]), 2 * x)
     assert firsts == [0, 8, 4, 12]
 
 
 def test_a_part_of_a_clip_knows_its_place():
     seen = []
-    denoise = whole(lambda x, t, frames: seen.append(frames.tolist()) or x, 5)
+    denoise = full_clip(lambda x, t, frames: seen.append(frames.tolist()) or x, 5)
     denoise(torch.zeros(1, 3, 1, 1, 1), torch.zeros(1))
     assert seen == [[5, 6, 7]]

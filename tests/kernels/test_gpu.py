@@ -9,7 +9,7 @@ import torch
 from animatediff_kernels import temporal_attention, use_backend
 
 from animatediff.checkpoints.load import load_motion_module
-from animatediff.pipeline.model import place
+from animatediff.pipeline.device import to_device
 from animatediff.training.diffusion_stages import DiffusionStage, freeze, learn_motion
 from animatediff.training.latents import LatentClips
 from animatediff.training.sources import load_complete
@@ -84,7 +84,7 @@ def losses(folder: Path, backend: str, device: str, steps: int) -> torch.Tensor:
     base = load_complete(str(ASSETS / "shapes.safetensors"))
     unet, _ = load_motion_module(base.unet, ASSETS / "shapes_motion.safetensors")
     clips = LatentClips.of_world(folder / "clips.pt", base.vae, World(clips=16), log=lambda line: None)
-    unet, text_encoder = (place(m, torch.device(device), torch.float32) for m in (unet, base.text_encoder))
+    unet, text_encoder = (to_device(m, torch.device(device), torch.float32) for m in (unet, base.text_encoder))
     freeze(unet, text_encoder)
     stage = DiffusionStage(
         "motion", unet, text_encoder, base.schedule, clips, learns=learn_motion(unet), save=lambda *_: None

@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from animatediff.checkpoints.export import save_motion_module
+from animatediff.features.noise import seeded
 from animatediff.lab.ablation import load_grid, merged, table_row
-from animatediff.pipeline.model import seeded
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.utils import UserError
 from scripts import ablate
@@ -70,10 +70,10 @@ def test_a_variant_animates_as_it_was_trained(grid_file, tmp_path, cell):
     files = {"pretrained_model_path": stage.pretrained_model_path, "device": "cpu"}
     trained = f"{stage.output_dir}/motion.safetensors"
     pipeline = AnimateDiffPipeline.from_config(grid.animate, motion_module=trained, **files)
-    assert pipeline.components.unet.config.motion == stage.motion
+    assert pipeline.model.unet.config.motion == stage.motion
     call = {"num_frames": 4, "height": 64, "width": 64, "num_inference_steps": 1, "output_type": "latent"}
     clip = pipeline("a", generator=seeded(0), **call).frames
-    saved = save_motion_module(pipeline.components.unet, tmp_path / "again.safetensors")
+    saved = save_motion_module(pipeline.model.unet, tmp_path / "again.safetensors")
     again = AnimateDiffPipeline.from_config(grid.animate, motion_module=str(saved), **files)
     assert torch.equal(again("a", generator=seeded(0), **call).frames, clip)
     with pytest.raises(UserError, match="pe_stretch: got 2, expected 1: the motion module has no positional encoding"):

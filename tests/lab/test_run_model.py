@@ -21,7 +21,7 @@ class Pipeline:
 
     def __init__(self, kind: str | None):
         config = SimpleNamespace(config=SimpleNamespace(kind=kind))
-        self.components, self.calls = SimpleNamespace(sparsectrl=config if kind else None), []
+        self.model, self.calls = SimpleNamespace(sparsectrl=config if kind else None), []
 
     def __call__(self, captions, **call):
         self.calls.append((captions, call))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from animatediff.features.noise import seeded
 from animatediff.lab.zero_shot import MOTION, move, text2video_zero
-from animatediff.pipeline.model import seeded
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.utils import UserError
 from animatediff.world.read import score_clip

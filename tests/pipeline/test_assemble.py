@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from animatediff.checkpoints.files import read_state_dict
+from animatediff.checkpoints.known_files import SOURCES, find_file
 from animatediff.config.networks import MOTION_VERSIONS
-from animatediff.features.windows import Windows
+from animatediff.config.request import Windows
 from animatediff.pipeline.assemble import Assembler
-from animatediff.pipeline.weights import SOURCES, check_entries, find_file
+from animatediff.pipeline.headers import check_requests
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import ldm_tensors, motion_tensors, with_positional, write
 
@@ -36,7 +37,7 @@ def test_nothing_leaks_into_the_next_entry(nano, make_entry, loras):
     """After an entry with a personalised model, its own VAE and every kind of LoRA, the base comes out as from disk."""
     other = {key: tensor * 1.5 for key, tensor in ldm_tensors().items()}
     path = write(nano / "personal.safetensors", other, text_num_heads="4")
-    plain, changed, lora_only = check_entries(
+    plain, changed, lora_only = check_requests(
         [make_entry(), make_entry(dreambooth_path=str(path), **loras), make_entry(**loras)]
     )
     fresh = weights_of(Assembler(torch.device("cpu"), torch.float32).assemble(plain))
@@ -59,7 +60,7 @@ def test_nothing_leaks_into_the_next_entry(nano, make_entry, loras):
 
 def test_reports_and_scales(make_entry, loras):
     """Every file has its line, in the official order; scales are as configured and can be changed."""
-    components = Assembler(torch.device("cpu"), torch.float32).assemble(check_entries([make_entry(**loras)])[0])
+    components = Assembler(torch.device("cpu"), torch.float32).assemble(check_requests([make_entry(**loras)])[0])
     kinds = ["sd1-checkpoint", "motion-module v2", "lora kohya", "domain-adapter", "motion-lora", "motion-lora"]
     assert all(kind in line for kind, line in zip(kinds, components.reports, strict=True))
     assert "applied 612 of 612 keys" in components.reports[2]
@@ -80,20 +81,20 @@ def test_the_official_rule_ignores_the_alpha_of_a_lora_file(nano, make_entry):
         make_entry(lora_model_path=path, lora_alpha=1.0),
         make_entry(lora_model_path=path, lora_alpha=0.5, lora_alpha_rule="official"),
     ]
-    one, other = (Assembler(torch.device("cpu"), torch.float32).assemble(c) for c in check_entries(entries))
+    one, other = (Assembler(torch.device("cpu"), torch.float32).assemble(c) for c in check_requests(entries))
     assert same(weights_of(one), weights_of(other))
 
 
 def test_no_motion_module_is_the_image_model(make_entry):
     components = Assembler(torch.device("cpu"), torch.float32).assemble(
-        check_entries([make_entry(motion_module="")])[0]
+        check_requests([make_entry(motion_module="")])[0]
     )
     assert components.unet.config.motion is None and len(components.reports) == 1
 
 
 def test_v_prediction_comes_from_the_base(nano, make_entry):
     base = write(nano / "v.safetensors", ldm_tensors(), text_num_heads="4", prediction_type="v_prediction")
-    (entry,) = check_entries([make_entry(pretrained_model_path=str(base))])
+    (entry,) = check_requests([make_entry(pretrained_model_path=str(base))])
     components = Assembler(torch.device("cpu"), torch.float32).assemble(entry)
     assert components.schedule.prediction_type == "v_prediction" and components.schedule.beta_schedule == "linear"
 
@@ -104,15 +105,15 @@ def test_a_base_without_vae(nano, make_entry):
     path = str(write(nano / "novae.safetensors", tensors, text_num_heads="4"))
     assembler = Assembler(torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match="novae.safetensors without a VAE"):
-        assembler.assemble(check_entries([make_entry(pretrained_model_path=path)])[0])
-    components = assembler.assemble(check_entries([make_entry(dreambooth_path=path)])[0])
+        assembler.assemble(check_requests([make_entry(pretrained_model_path=path)])[0])
+    components = assembler.assemble(check_requests([make_entry(dreambooth_path=path)])[0])
     assert "no VAE in it: the base model's is used" in components.reports[0]
 
 
 def test_a_text_encoder_of_another_vocabulary(nano, make_entry):
     key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
     tensors = ldm_tensors() | {key: ldm_tensors()[key][:100]}
-    (checked,) = check_entries([make_entry(pretrained_model_path=str(write(nano / "few.safetensors", tensors)))])
+    (checked,) = check_requests([make_entry(pretrained_model_path=str(write(nano / "few.safetensors", tensors)))])
     with pytest.raises(UserError, match="few.safetensors whose text encoder knows 100 tokens, expected .* 49408"):
         Assembler(torch.device("cpu"), torch.float32).assemble(checked)
 
@@ -135,19 +136,19 @@ def test_a_text_encoder_of_another_vocabulary(nano, make_entry):
         ({"motion_module": "{nano}"}, "entry second: motion_module: got the folder .* expected a diffusers model"),
         (
             {"motion_module": "", "motion_module_lora_configs": [{"path": "{nano}/motion_lora.safetensors"}]},
-            "entry second: got motion_module_lora_configs without a motion_module",
+            "second: got motion_module_lora_configs without a motion_module",
         ),
         ({"inference_config": "configs/inference/inference-v1.yaml"}, "describes a v1 module .* motion module is v3"),
         ({"inference_config": "configs/inference/inference-v2.yaml"}, "describes a v2 module .* motion module is v3"),
         ({"inference_config": "{nano}/cosine.yaml"}, "cosine.yaml: got beta_schedule 'cosine', expected one of linear"),
-        ({"L": 33}, "L: got 33 frames, expected at most 32, .* use L=32, or max_frames=33 at your own risk"),
-        ({"L": 33}, r"in overlapping windows by window_schedule=open \(closed: a loop\)"),
-        ({"L": 40, "window_schedule": "opn"}, "entry second: unknown window schedule 'opn', the nearest .* 'open'"),
+        ({"L": 33}, "L: got 33 frames, expected at most 32, .* make 32 frames, or set max_frames=33 at your own risk"),
+        ({"L": 33}, r"in overlapping windows by windows=open \(closed: a loop\)"),
+        ({"L": 40, "window_schedule": "opn"}, "second: window_schedule: got 'opn', expected open or closed"),
         (
             {"L": 40, "window_schedule": "open", "window_length": 33},
             "window_length: got 33 frames, expected at most 32",
         ),
-        ({"L": 40, "window_schedule": "open", "window_overlap": 16}, "window overlap: got 16, expected 0 to 15"),
+        ({"L": 40, "window_schedule": "open", "window_overlap": 16}, "window_overlap: got 16, expected 0 to 15"),
         ({"window_overlap": 2}, "window_overlap: got 2 without a window_schedule: add window_schedule=open"),
         ({"L": 25, "motion_module": "{nano}/mm_v1.safetensors"}, "expected at most 24"),
         ({"steps": 1001}, "steps: got 1001, expected at most 1000"),
@@ -164,9 +165,10 @@ def test_mistakes_are_named_before_anything_is_sampled(nano, make_entry, values,
             return [{key: place(v) for key, v in item.items()} for item in value]
         return value.replace("{nano}", str(nano)) if isinstance(value, str) else value
 
-    good, bad = make_entry(), make_entry(name="second", **{key: place(value) for key, value in values.items()})
+    good, values = make_entry(), {key: place(value) for key, value in values.items()}
     with pytest.raises(UserError, match=message) as error:
-        checked = check_entries([good, bad])
+        bad = make_entry(name="second", **values)
+        checked = check_requests([good, bad])
         Assembler(torch.device("cpu"), torch.float32).assemble(checked[1])
     assert "\n" not in str(error.value)
 
@@ -175,45 +177,43 @@ def test_all_files_are_looked_for_before_any_is_opened(nano, make_entry):
     (nano / "broken.safetensors").write_bytes(b"<html>")
     entries = [make_entry(motion_module=str(nano / "broken.safetensors")), make_entry(lora_model_path="missing.ckpt")]
     with pytest.raises(UserError, match="there is no missing.ckpt"):
-        check_entries(entries)
+        check_requests(entries)
 
 
 def test_version_of_a_stripped_module(nano, make_entry):
     """v1 and v3 without positional encodings are one layout: the entry or its inference config decides."""
     path = str(write(nano / "stripped.safetensors", motion_tensors("v1")))
     with pytest.raises(UserError, match="add `version: v1` or `version: v3`"):
-        check_entries([make_entry(motion_module=path)])
+        check_requests([make_entry(motion_module=path)])
     for values in ({"version": "v1"}, {"inference_config": "configs/inference/inference-v1.yaml"}):
-        (checked,) = check_entries([make_entry(motion_module=path, **values)])
+        (checked,) = check_requests([make_entry(motion_module=path, **values)])
         motion = Assembler(torch.device("cpu"), torch.float32).assemble(checked).unet.config.motion
         assert motion == MOTION_VERSIONS["v1"]
 
 
 def test_longer_clips_on_request(nano, make_entry):
     path = str(write(nano / "v1_pe.safetensors", with_positional(motion_tensors("v1"), 24)))
-    (checked,) = check_entries([make_entry(motion_module=path, max_frames=30, L=30)])
+    (checked,) = check_requests([make_entry(motion_module=path, max_frames=30, L=30)])
     assert Assembler(torch.device("cpu"), torch.float32).assemble(checked).unet.config.motion.max_frames == 30
 
 
 def test_windows_are_completed(make_entry):
-    """What the entry leaves open is filled in, and goes into the networks' defaults and the entry itself."""
-    (checked,) = check_entries([make_entry(L=64, window_schedule="closed")])
-    assert checked.windows == Windows("closed", 16, 4, "pyramid")
-    assert (checked.entry.window_length, checked.entry.window_overlap) == (16, 4)
-    (checked,) = check_entries(
+    """What the entry leaves open is filled in."""
+    (checked,) = check_requests([make_entry(L=64, window_schedule="closed")])
+    assert checked.request.windows == Windows("closed", 16, 4, "pyramid")
+    (checked,) = check_requests(
         [
             make_entry(
                 L=64, window_schedule="uniform", window_length=8, window_overlap=0, window_stride=2, window_fuse="flat"
             )
         ]
     )
-    assert checked.windows == Windows("uniform", 8, 0, "flat", 2)
-    assert Assembler(torch.device("cpu"), torch.float32).assemble(checked).windows == checked.windows
-    assert check_entries([make_entry()])[0].windows is None
+    assert checked.request.windows == Windows("uniform", 8, 0, "flat", 2)
+    assert check_requests([make_entry()])[0].request.windows is None
 
 
 def test_norm_over_frames(make_entry):
-    (checked,) = check_entries([make_entry(norm_over_frames=True)])
+    (checked,) = check_requests([make_entry(norm_over_frames=True)])
     assert Assembler(torch.device("cpu"), torch.float32).assemble(checked).unet.config.motion.norm_over_frames
 
 
@@ -226,10 +226,11 @@ def test_files_are_found_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_every_shipped_config_names_files_with_a_source():
+    from animatediff.checkpoints.known_files import REPOSITORY
     from animatediff.config.prompt_yaml import load_config
-    from animatediff.pipeline.weights import REPOSITORY
+    from animatediff.config.spellings import files
 
     for path in sorted((REPOSITORY / "configs/animate").glob("*.yaml")):
         for entry in load_config(path).entries:
-            for file in entry.weight_paths().values():
+            for file in (f.path for f in files(entry).values() if f.kind.kinds):
                 assert file.startswith("animatediff/assets/") or file.rpartition("/")[2] in SOURCES, (path, file)

@@ -1,22 +1,19 @@
 """Devices, types, noise, and twins that share storage without sharing changes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from einops import rearrange
 from torch import nn
 
+from animatediff.config.request import Request, Sampling
 from animatediff.diffusion.guidance import classifier_free_guidance, guide
-from animatediff.pipeline.denoiser import make_denoiser
-from animatediff.pipeline.model import (
-    draw_noise,
-    draw_seed,
-    make_noise,
-    pick_device,
-    pick_dtype,
-    place,
-    seeded,
-    share_weights,
-)
+from animatediff.features.noise import draw_noise, draw_seed, make_noise, seeded
+from animatediff.features.prompt_travel import text_of_frames
+from animatediff.features.run import Run
+from animatediff.pipeline.device import pick_device, pick_dtype, share_weights, to_device
+from animatediff.pipeline.sample import guided_denoiser
 from animatediff.utils import UserError
 
 
@@ -70,7 +67,7 @@ def test_twins_share_storage_but_not_changes():
     twin = share_weights(original)
     assert twin[0].weight.data_ptr() == original[0].weight.data_ptr() and twin[0].weight is not original[0].weight
     assert twin[1].running_mean.data_ptr() == original[1].running_mean.data_ptr()
-    place(twin, torch.device("cpu"), torch.float16)
+    to_device(twin, torch.device("cpu"), torch.float16)
     twin[0].weight = nn.Parameter(torch.zeros_like(twin[0].weight))
     assert twin[0].bias.dtype == torch.float16
     assert all(torch.equal(tensor, before[key]) for key, tensor in original.state_dict().items())
@@ -89,10 +86,22 @@ class Recorder(nn.Module):
         return context.mean((1, 2)).reshape(-1, 1, 1, 1, 1).expand_as(x)
 
 
+def denoiser(unet, context, negative, scale):
+    """The denoiser of a network for these contexts."""
+    parts = {"conditional": context} if scale <= 1 else {"unconditional": negative, "conditional": context}
+    request = Request(sampling=Sampling(guidance_scale=scale))
+    text = text_of_frames(list(parts.values()), like=unet.conv_in.weight)
+    run = Run(
+        SimpleNamespace(unet=unet, loras=None, lora_roles={}), request, None, torch.tensor([9, 5]), text, tuple(parts)
+    )
+    with guided_denoiser(run) as denoise:
+        return denoise
+
+
 def test_guidance():
     unet = Recorder()
     negative, positive = torch.zeros(2, 3, 4), torch.stack([torch.full((3, 4), 1.0), torch.full((3, 4), 2.0)])
-    denoise = make_denoiser(unet, positive, negative_context=negative, guidance_scale=7.5)
+    denoise = denoiser(unet, positive, negative, 7.5)
     x, t = torch.randn(2, 5, 4, 2, 2), torch.tensor([3, 8])
     assert torch.equal(denoise(x, t)[:, 0, 0, 0, 0], torch.tensor([7.5, 15.0]))
     ((seen, times, context),) = unet.calls
@@ -104,9 +113,7 @@ def test_guidance():
 def test_no_unconditional_pass_without_guidance(scale):
     unet = Recorder(torch.float16)
     context = torch.ones(1, 3, 4)
-    out = make_denoiser(unet, context, negative_context=0 * context, guidance_scale=scale)(
-        torch.zeros(1, 2, 4, 2, 2), torch.tensor([5])
-    )
+    out = denoiser(unet, context, 0 * context, scale)(torch.zeros(1, 2, 4, 2, 2), torch.tensor([5]))
     assert out.dtype == torch.float32 and (out == 1).all()
     assert len(unet.calls[0][0]) == 1 and unet.calls[0][0].dtype == unet.calls[0][2].dtype == torch.float16
 

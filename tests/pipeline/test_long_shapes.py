@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from animatediff.features.windows import Windows
+from animatediff.config.request import Windows
+from animatediff.features.noise import seeded
 from animatediff.metrics.video_metrics import loop_seam
-from animatediff.pipeline.model import seeded
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.world.read import score_clip
 

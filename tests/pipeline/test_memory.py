@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from animatediff.config.networks import MOTION_VERSIONS, ScheduleConfig, UNetConfig, VAEConfig
+from animatediff.config.request import Windows
 from animatediff.diffusion.samplers import Steps, ddim
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.features.windows import Windows
+from animatediff.features.windows import sliding_windows
 from animatediff.media.video import FrameStream, read_video, save_video
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
-from animatediff.pipeline.denoiser import make_denoiser
-from animatediff.pipeline.model import Components
+from animatediff.pipeline.model import Model
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -33,7 +33,7 @@ def networks():
     config = UNetConfig(4, 4, (8, 8), (True, False), 1, 8, 2, norm_num_groups=4)
     unet = UNet(config.with_motion(MOTION_VERSIONS["v3"])).eval()
     vae = VAE(VAEConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2)).eval()
-    return Components(unet, vae, None, None, ScheduleConfig(), None)
+    return Model(unet, vae, None, None, ScheduleConfig(), None)
 
 
 @pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's count of the peak")
@@ -46,7 +46,7 @@ def test_memory_does_not_grow_with_the_clip(networks, tmp_path):
         """Bytes above what is resident before a clip is made and written."""
         CLEAR.write_text("5")
         before = resident("VmRSS")
-        denoise = make_denoiser(networks.unet, context, windows=(Windows(), timesteps))
+        denoise = sliding_windows(lambda x, t, frames: networks.unet(x, t, context), Windows(length=16), timesteps)
         x = torch.randn(1, frames, 4, SIDE // 8, SIDE // 8)
         latents = ddim(x, Steps(denoise, schedule, timesteps)).transpose(1, 2)
         stream = AnimateDiffPipeline(networks).decode_frames(latents)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from animatediff.features.prompt_travel import Travel
-from animatediff.features.windows import Windows
-from animatediff.pipeline.model import make_noise, seeded
+from animatediff.config.request import Travel, Windows
+from animatediff.features.noise import make_noise, seeded
+from animatediff.features.windows import windows_of_step
 from animatediff.pipeline.pipeline import AnimateDiff, AnimateDiffPipeline
 from animatediff.pipeline.prompts import encode_prompts
 from animatediff.utils import UserError
@@ -27,6 +27,12 @@ def run(pipeline):
         return pipeline(prompt, **arguments).frames
 
     return run
+
+
+def encode(pipeline, prompt, negative_prompt, **options):
+    """Contexts of prompts and negative prompts."""
+    given = {"prompt": prompt, "negative_prompt": negative_prompt, "num_frames": 5, **options}
+    return encode_prompts(pipeline.model, pipeline.request_for(given))
 
 
 def test_output_types(pipeline, run):
@@ -75,7 +81,7 @@ def test_guidance_and_negative_prompt(run):
 
 
 def test_embeddings_stand_for_prompts(pipeline, run):
-    context, negative = encode_prompts(pipeline.components, FOX, NEGATIVE, guided=True, num_frames=2)
+    context, negative = encode(pipeline, FOX, NEGATIVE)
     expected = run(negative_prompt=NEGATIVE, **WELL_SIZED)
     assert torch.equal(run(None, prompt_embeds=context, negative_prompt_embeds=negative, **WELL_SIZED), expected)
     alone = run(None, prompt_embeds=context, negative_prompt=NEGATIVE, **WELL_SIZED)
@@ -85,14 +91,14 @@ def test_embeddings_stand_for_prompts(pipeline, run):
 def test_prompts_travel_from_frame_to_frame(pipeline, run):
     """The text of each frame is what the network is told, whichever windows it sees; plain prompts stay."""
     calls = []
-    hook = pipeline.components.unet.register_forward_pre_hook(lambda _, args: calls.append(args[2]))
+    hook = pipeline.model.unet.register_forward_pre_hook(lambda _, args: calls.append(args[2]))
     arguments = {"num_frames": 5, "windows": Windows("closed", 3, 1), "num_inference_steps": 1}
     clips = run([{0: FOX, 2: "snow"}, LONG], generator=[seeded(0), seeded(1)], **arguments, output_type="latent")
     hook.remove()
     assert clips.shape[0] == 2
-    plain = encode_prompts(pipeline.components, [FOX, "snow", LONG], "", guided=True, num_frames=5)
+    plain = encode(pipeline, [FOX, "snow", LONG], "")
     fox, snow, long = plain[0]
-    windows = Windows("closed", 3, 1).at(0, 5)
+    windows = windows_of_step(Windows("closed", 3, 1), 0, 5)
     mixed = torch.stack([fox, (fox + snow) / 2, snow, (fox + 2 * snow) / 3, (2 * fox + snow) / 3])
     assert len(calls) == len(windows)
     for text, window in zip(calls, windows, strict=True):
@@ -160,7 +166,7 @@ def test_long_clips(pipeline, run):
     """Longer than the module was trained for; a window that holds the whole clip changes nothing."""
     windows = Windows("open", length=4, overlap=1)
     sizes = []
-    hook = pipeline.components.unet.conv_in.register_forward_hook(lambda *call: sizes.append(len(call[2])))
+    hook = pipeline.model.unet.conv_in.register_forward_hook(lambda *call: sizes.append(len(call[2])))
     try:
         clip = run(num_frames=34, windows=windows, output_type="latent", num_inference_steps=1)
     finally:
@@ -191,9 +197,9 @@ def test_sizes_default_to_the_config(pipeline):
     ("arguments", "message"),
     [
         ({"num_frames": 0}, "num_frames: got 0"),
-        ({"num_frames": 33}, r"num_frames: got 33, expected at most 32, .*windows=Windows\(length=16\)"),
-        ({"num_frames": 40, "windows": Windows(length=33)}, "window length: got 33, expected at most 32"),
-        ({"height": 20}, "height: got 20 pixels, expected a multiple of 8"),
+        ({"num_frames": 33}, "num_frames: got 33 frames, expected at most 32, .*by windows=open"),
+        ({"num_frames": 40, "windows": Windows(length=33)}, "windows.length: got 33 frames, expected at most 32"),
+        ({"height": 20}, "height: got 20, expected a multiple of 8: use 16"),
         ({"width": 17}, "width: got 17"),
         ({"num_inference_steps": 0}, "num_inference_steps: got 0"),
         ({"num_inference_steps": 1001}, "num_inference_steps: got 1001, expected at most 1000"),
@@ -204,13 +210,20 @@ def test_sizes_default_to_the_config(pipeline):
         ({"clip_skip": 3}, "clip_skip: got 3, expected 1 .the last layer. to 2"),
         ({"prompt": {0: "a", 2: "b"}}, "got a keyframe at 2, expected 0 to 1"),
         ({"negative_prompt": [{}]}, "got no keyframes"),
-        ({"prompt": {"0": "a"}}, "got a keyframe at '0', expected the number"),
+        ({"prompt": {"9": "a"}}, "got a keyframe at 9, expected 0 to 1"),
         ({"prompt": None}, "both or neither of prompt and prompt_embeds"),
-        ({"negative_prompt": ["a", "b"]}, "got 2 negative prompts for 1 prompts"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: got 2 values for 1 prompt, expected 1"),
         ({"generator": [seeded(0), seeded(1)]}, "got 2 generators for 1 clips"),
         ({"latents": torch.zeros(1, 2, 4, 2, 2)}, r"shape \(1, 2, 4, 2, 2\), expected \(1, 4, 2, 2, 2\)"),
         ({"output_type": "gif"}, "got output_type 'gif', expected one of pil"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(1, 154, 40)}, "expected equal shapes"),
+        (
+            {
+                "prompt": None,
+                "prompt_embeds": torch.zeros(1, 154, 40),
+                "negative_prompt_embeds": torch.zeros(1, 77, 40),
+            },
+            "expected equal shapes",
+        ),
         ({"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 77, 40)}, "both negative_prompt and"),
     ],
 )
@@ -224,10 +237,10 @@ def test_from_config(nano, tmp_path):
         tmp_path / "two.yaml", entry(nano), entry(nano, H=24, motion_module=str(nano / "mm_v1.safetensors"))
     )
     loaded = AnimateDiff.from_config(path, entry=1, device="cpu", dtype="bfloat16", W=32)
-    assert loaded.default_size == (24, 32) and loaded.components.dtype == torch.bfloat16
-    assert loaded.components.unet.config.motion.version == "v1"
+    assert loaded.default_size == (24, 32) and loaded.model.dtype == torch.bfloat16
+    assert loaded.model.unet.config.motion.version == "v1"
     frames = loaded(FOX, num_frames=2, num_inference_steps=1, output_type="pt").frames
     assert frames.shape == (1, 2, 3, 24, 32) and frames.isfinite().all() and frames.dtype == torch.float32
-    assert loaded.to("cpu", torch.float32).components.dtype == torch.float32
+    assert loaded.to("cpu", torch.float32).model.dtype == torch.float32
     with pytest.raises(UserError, match="got entry 2, but .* has 2"):
         AnimateDiff.from_config(path, entry=2)

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from animatediff.config.networks import ANIMATE_LCM, ScheduleConfig, lightning
+from animatediff.config.request import Sampling
+from animatediff.config.spellings import build_request
 from animatediff.diffusion.samplers import SAMPLERS
-from animatediff.pipeline.model import seeded
-from animatediff.pipeline.sampling import Sampling, complete_sampling
-from animatediff.pipeline.weights import check_entries
+from animatediff.features.noise import seeded
+from animatediff.pipeline.headers import check_requests
+from animatediff.pipeline.resolve import Facts, plan_steps, resolve
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import motion_tensors, with_positional, write
 
@@ -15,21 +17,30 @@ FOX = "a red fox"
 CALL = {"num_frames": 2, "height": 64, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
 
 
+def complete(values, distilled=None) -> Sampling:
+    """The sampling of a request with these options, for such a motion module."""
+    request = build_request({"prompt": "a", **values}, where="")
+    return resolve(request, Facts(ScheduleConfig(), distilled)).sampling
+
+
+def chosen(sampling: Sampling) -> tuple:
+    return sampling.sampler, sampling.timestep_spacing, sampling.steps, sampling.guidance_scale
+
+
 def test_defaults():
-    assert complete_sampling({"sampler": "", "steps": None, "timesteps": ()}, Sampling()) == Sampling()
-    assert complete_sampling({"sampler": "lcm"}, Sampling()).timestep_spacing == "lcm"
-    assert complete_sampling({"sampler": "lcm", "timestep_spacing": "trailing"}, Sampling()) == Sampling(
-        "lcm", "trailing"
-    )
-    assert complete_sampling({"timesteps": (900.0, 5.0)}, Sampling()).steps == 2
-    assert complete_sampling({"guidance_scale": 0.0, "eta": 0.5}, Sampling()) == Sampling(guidance_scale=0.0, eta=0.5)
+    assert chosen(complete({"sampler": "", "steps": None})) == ("ddim", "leading", 25, 7.5)
+    assert complete({"sampler": "lcm"}).timestep_spacing == "lcm"
+    assert chosen(complete({"sampler": "lcm", "timestep_spacing": "trailing"})) == ("lcm", "trailing", 25, 7.5)
+    assert complete({"timesteps": [900.0, 5.0]}).steps == 2
+    unguided = complete({"guidance_scale": 0.0, "eta": 0.5})
+    assert (unguided.guidance_scale, unguided.eta) == (0.0, 0.5)
 
 
 def test_distilled_modules_choose_for_themselves():
-    assert complete_sampling({}, Sampling(), ANIMATE_LCM) == Sampling("lcm", "lcm", 6, 2.0)
-    assert complete_sampling({}, Sampling(), lightning(4)) == Sampling("euler", "trailing", 4, 1.0)
-    said = {"sampler": "euler", "steps": 4, "guidance_scale": 1.5}
-    assert complete_sampling(said, Sampling(), lightning(4)) == Sampling("euler", "trailing", 4, 1.5)
+    assert chosen(complete({}, ANIMATE_LCM)) == ("lcm", "lcm", 6, 2.0)
+    assert chosen(complete({}, lightning(4))) == ("euler", "trailing", 4, 1.0)
+    asked = {"sampler": "euler", "steps": 4, "guidance_scale": 1.5}
+    assert chosen(complete(asked, lightning(4))) == ("euler", "trailing", 4, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -47,10 +58,10 @@ def test_distilled_modules_choose_for_themselves():
 )
 def test_what_a_distilled_module_was_not_made_for(said, message):
     with pytest.raises(UserError, match=message) as error:
-        complete_sampling(said, Sampling(), lightning(4))
+        complete(said, lightning(4))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="steps: got 25, expected 1 to 16 with AnimateLCM: set steps=6"):
-        complete_sampling({"steps": 25}, Sampling(), ANIMATE_LCM)
+        complete({"steps": 25}, ANIMATE_LCM)
 
 
 @pytest.fixture
@@ -67,15 +78,16 @@ def distilled(nano):
 def test_distilled_files_are_recognised(distilled, make_entry):
     """By the loader; what the entry says goes first, and `version: v2` turns the rules off."""
     open_entry = {"steps": None, "motion_module": str(distilled["lightning"])}
-    (checked,) = check_entries([make_entry(**open_entry)])
-    assert checked.sampling == Sampling("euler", "trailing", 2, 1.0)
-    assert (checked.entry.sampler, checked.entry.steps, checked.entry.guidance_scale) == ("euler", 2, 1.0)
-    (checked,) = check_entries([make_entry(steps=4, motion_module=str(distilled["lcm"]))])
-    assert checked.sampling == Sampling("lcm", "lcm", 4, 2.0) and checked.distillation == ANIMATE_LCM
+    (checked,) = check_requests([make_entry(**open_entry)])
+    assert chosen(checked.request.sampling) == ("euler", "trailing", 2, 1.0)
+    (checked,) = check_requests([make_entry(steps=4, motion_module=str(distilled["lcm"]))])
+    assert chosen(checked.request.sampling) == ("lcm", "lcm", 4, 2.0)
+    assert checked.headers.distillation(checked.request) == ANIMATE_LCM
     with pytest.raises(UserError, match="entry test: guidance_scale: got 8.0, expected at most 2"):
-        check_entries([make_entry(**open_entry, guidance_scale=8, name="test")])
-    (checked,) = check_entries([make_entry(**open_entry, guidance_scale=8, version="v2")])
-    assert checked.sampling == Sampling(guidance_scale=8.0) and checked.distillation is None
+        check_requests([make_entry(**open_entry, guidance_scale=8, name="test")])
+    (checked,) = check_requests([make_entry(**open_entry, guidance_scale=8, version="v2")])
+    assert chosen(checked.request.sampling) == ("ddim", "leading", 25, 8.0)
+    assert checked.headers.distillation(checked.request) is None
 
 
 def test_the_inference_config_has_a_say(nano, make_entry):
@@ -86,15 +98,18 @@ def test_the_inference_config_has_a_say(nano, make_entry):
         ({"sampler": "lcm"}, "trailing"),
         ({"timestep_spacing": "karras"}, "karras"),
     ):
-        (checked,) = check_entries([make_entry(inference_config=str(path), **said)])
-        assert checked.sampling.timestep_spacing == spacing
+        (checked,) = check_requests([make_entry(inference_config=str(path), **said)])
+        assert checked.request.sampling.timestep_spacing == spacing
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sampler": "dpmpp2m"}, "unknown sampler 'dpmpp2m', the nearest known one is 'dpmpp_2m'"),
-        ({"timestep_spacing": "karas"}, "got timestep_spacing 'karas', expected one of leading, trailing"),
+        (
+            {"sampler": "dpmpp2m"},
+            "sampler: got 'dpmpp2m', expected one of ddim, euler, euler_ancestral, dpmpp_2m",
+        ),
+        ({"timestep_spacing": "karas"}, "timestep_spacing: got 'karas', expected one of leading, trailing"),
         ({"sampler": "euler", "eta": 0.5}, "got eta 0.5 with the sampler euler, expected 0"),
         ({"timesteps": [10, 20]}, r"got timesteps \[10, 20\], expected falling numbers"),
         ({"timesteps": [20, 10, 1]}, "got 2 steps and 3 timesteps, expected as many: remove steps"),
@@ -103,7 +118,7 @@ def test_the_inference_config_has_a_say(nano, make_entry):
 )
 def test_mistakes_are_named(make_entry, values, message):
     with pytest.raises(UserError, match=message) as error:
-        check_entries([make_entry(**values)])
+        check_requests([make_entry(**values)])
     assert "\n" not in str(error.value)
 
 
@@ -140,15 +155,15 @@ def test_timesteps_and_sigmas(pipeline, sample):
     assert not torch.allclose(clip, sample(), atol=1e-2)
     with pytest.raises(UserError, match="got both timesteps and sigmas"):
         sample(timesteps=[1], sigmas=[1.0])
-    with pytest.raises(UserError, match="unknown sampler 'heun'"):
+    with pytest.raises(UserError, match="sampler: got 'heun', expected one of ddim"):
         sample(sampler="heun")
 
 
 def test_a_distilled_pipeline_asks_for_few_steps(pipeline, monkeypatch):
-    monkeypatch.setattr(pipeline.components, "distillation", ANIMATE_LCM)
+    monkeypatch.setattr(pipeline.model, "distillation", ANIMATE_LCM)
     steps = []
     pipeline(FOX, 1, 16, 16, generator=seeded(3), callback_on_step_end=lambda *step: steps.append(step[2]))
-    timesteps = pipeline.complete_sampling().plan(ScheduleConfig())[1]
+    timesteps = plan_steps(pipeline.request_for({"prompt": FOX}).sampling, ScheduleConfig())[1]
     assert len(steps) == 6 and steps == timesteps.tolist() and steps[0] == 999
     with pytest.raises(UserError, match="guidance_scale: got 7.5, expected at most 2 with AnimateLCM"):
         pipeline.infer(FOX, 1, 16, 16, guidance_scale=7.5, show_progress=False)

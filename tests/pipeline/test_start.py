@@ -5,11 +5,12 @@ import torch
 from PIL import Image
 
 from animatediff.config.networks import ScheduleConfig
+from animatediff.config.request import Windows
 from animatediff.diffusion.samplers import SAMPLERS, Steps
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.features.windows import Windows
-from animatediff.pipeline.model import seeded
-from animatediff.pipeline.start import Start, between, links
+from animatediff.features.extend import extension_windows
+from animatediff.features.known_frames import KnownFrames, interpolate_ends
+from animatediff.features.noise import seeded
 from animatediff.utils import UserError
 
 FOX = "a red fox"
@@ -36,7 +37,7 @@ def run(pipeline):
 def encoded(pipeline):
     def encode(video):
         with torch.no_grad():
-            return pipeline.components.vae.encode_video(video[None]).transpose(1, 2)
+            return pipeline.model.vae.encode_video(video[None]).transpose(1, 2)
 
     return encode
 
@@ -85,7 +86,7 @@ def test_every_sampler_starts_in_the_middle(sampler, prediction_type):
         alpha = schedule.alpha_at(t).reshape(-1, 1, 1, 1, 1)
         return schedule.target(clean, (x - alpha.sqrt() * clean) / (1 - alpha).sqrt(), t)
 
-    x, _ = Start(clean).begin(noise, schedule=schedule, timesteps=timesteps, all_steps=False)
+    x, _ = KnownFrames(clean).begin(noise, schedule=schedule, timesteps=timesteps, all_steps=False)
     assert torch.allclose(x, schedule.add_noise(clean, noise, timesteps[:1]), atol=1e-6)
     back = SAMPLERS[sampler](x, Steps(denoise, schedule, timesteps, noise=lambda: noise))
     assert torch.allclose(back, clean, atol=1e-2 if sampler == "lcm" else 1e-4)
@@ -95,7 +96,7 @@ def test_a_share_of_the_start_keeps_its_variance():
     """Whatever its share, data of variance 1 gives latents of variance 1; without any share they are the noise."""
     schedule = NoiseSchedule(ScheduleConfig())
     noise, clean = (torch.randn(1, 3, 4, 64, 64, generator=seeded(seed)) for seed in (0, 1))
-    start = Start(clean, torch.tensor([1.0, 0.5, 0.0]))
+    start = KnownFrames(clean, torch.tensor([1.0, 0.5, 0.0]))
     x, _ = start.begin(noise, schedule=schedule, timesteps=torch.tensor([400, 1]), all_steps=False)
     assert x.std(dim=(0, 2, 3, 4)).tolist() == pytest.approx([1, 1, 1], abs=0.03)
     assert torch.equal(x[:, 2], noise[:, 2])
@@ -165,10 +166,10 @@ def test_first_and_last_frame_are_the_pictures(run, encoded):
 
 def test_the_ramp_between_two_pictures():
     first, last = torch.zeros(1, 2, 1, 1, 1), torch.ones(1, 1, 1, 1, 1)
-    start = between(first, last, 7, ramp=4)
+    start = interpolate_ends(first, last, 7, ramp=4)
     assert start.clean.flatten().tolist() == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert start.share.tolist() == [1, 1, 0.75, 0.5, 0.5, 0.75, 1]
-    assert start.held.flatten().tolist() == [True, True, False, False, False, False, True]
+    assert start.init_weight.tolist() == [1, 1, 0.75, 0.5, 0.5, 0.75, 1]
+    assert start.known_mask.flatten().tolist() == [True, True, False, False, False, False, True]
 
 
 def test_pil_pictures_are_fitted(run):
@@ -188,13 +189,13 @@ def test_a_single_picture_stands_still(run, encoded):
 
 def test_links():
     """Every frame is made once, and every window but a short clip's is full and knows enough."""
-    assert links(16, 32, window=16, overlap=4) == [(12, 28), (16, 32)]
-    assert links(1, 20, window=16, overlap=8) == [(0, 16), (4, 20)]
-    assert links(3, 10, window=16, overlap=8) == [(0, 10)]
+    assert extension_windows(16, 32, window=16, overlap=4) == [(12, 28), (16, 32)]
+    assert extension_windows(1, 20, window=16, overlap=8) == [(0, 16), (4, 20)]
+    assert extension_windows(3, 10, window=16, overlap=8) == [(0, 10)]
     for known in (1, 7, 30):
         for frames in (31, 40, 100):
             done = known
-            for first, end in links(known, frames, window=16, overlap=4):
+            for first, end in extension_windows(known, frames, window=16, overlap=4):
                 assert min(done, 4) <= done - first < 16 and end - first == min(16, frames) and end > done
                 done = end
             assert done == frames
@@ -230,23 +231,23 @@ def test_going_on_is_the_same_as_holding(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"video": VIDEO, "strength": 1.1}, "strength: got 1.1, expected 0"),
+        ({"video": VIDEO, "strength": 1.1}, "strength: got 1.1, expected at most 1"),
         ({"video": VIDEO, "strength": -0.1}, "strength: got -0.1"),
-        ({"strength": 0.5}, "strength: got one with nothing to start from"),
-        ({"mask": LEFT}, "mask: got it without a video"),
-        ({"image": VIDEO[0], "mask": LEFT}, "mask: got it without a video"),
-        ({"inversion": True}, "inversion: got it without a video"),
-        ({"extend": 4}, "extend: got it without a video"),
+        ({"strength": 0.5}, "strength needs something to start from"),
+        ({"mask": LEFT}, "mask needs a video"),
+        ({"image": VIDEO[0], "mask": LEFT}, "mask needs a video"),
+        ({"inversion": True}, "inversion needs a video"),
+        ({"extend": 4}, "extend needs a video"),
         ({"video": VIDEO, "image": VIDEO[0]}, "got both video and image"),
         ({"video": VIDEO, "mask": LEFT, "extend": 2}, "got both extend and mask"),
         ({"video": VIDEO, "inversion": True, "extend": 2}, "got both extend and inversion"),
         ({"video": VIDEO, "extend": 2}, "got 4 frames in all, expected more than the 4"),
         ({"video": VIDEO, "extend": 16, "num_frames": 20}, "extend: got 16 known frames, expected 1 to 15"),
-        ({"video": VIDEO, "extend": -1, "num_frames": 20}, "extend: got -1 known frames"),
+        ({"video": VIDEO, "extend": -1, "num_frames": 20}, "extend: got -1, expected at least 0"),
         ({"video": VIDEO[:3]}, "video: got 3 frames, expected at least 4"),
         ({"video": VIDEO[:0]}, "video: got no values"),
-        ({"video": []}, "got none, expected at least one picture"),
-        ({"video": ["clip.gif"]}, "got strs, expected at least one picture"),
+        ({"video": []}, "video: got none, expected at least one picture"),
+        ({"video": ["clip.gif"]}, "video: got a str of shape .*, expected PIL images"),
         ({"video": VIDEO[..., :8]}, r"video: got shape \(4, 3, 16, 8\), expected \(f, 3, H, W\) with 16x16"),
         ({"video": VIDEO * 200}, r"video: got no values or some outside the range, expected all in \[-1, 1\]"),
         ({"video": VIDEO, "mask": LEFT[:3]}, "mask: got 3 frames for a video of 4"),
@@ -255,7 +256,7 @@ def test_going_on_is_the_same_as_holding(run):
             {"video": [Image.new("RGB", (32, 32))], "mask": Image.new("L", (16, 32))},
             "mask: got 16x32 pixels for a video of 32x32",
         ),
-        ({"video": ["clip.gif"], "mask": "mask.gif"}, "got strs, expected at least one picture"),
+        ({"video": "nowhere.gif"}, "video: there is no nowhere.gif"),
         ({"video": torch.stack([VIDEO] * 2)}, "video: got 2 for 1 clips"),
         ({"image": VIDEO[0], "image_ramp": 0}, "image_ramp: got 0"),
         ({"image": [Image.new("RGB", (16, 16))] * 2}, "image: got 2 pictures, expected one"),

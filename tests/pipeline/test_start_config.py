@@ -7,12 +7,12 @@ from PIL import Image
 
 from animatediff.checkpoints.files import file_sha256
 from animatediff.config.prompt_yaml import load_config
+from animatediff.features.noise import seeded
 from animatediff.media.video import read_metadata, read_video, save_video
-from animatediff.pipeline.model import seeded
+from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.run import animate
-from animatediff.pipeline.weights import check_entries
 from animatediff.utils import UserError
-from tests.nano import entry, write_config
+from tests.nano import entry, flat, write_config
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,12 @@ def test_a_run(nano, inputs, tmp_path, pipeline, capsys):
     assert " 5/5 " in capsys.readouterr().err, "int(4 * 0.8) and int(4 * 0.5) steps"
 
     config = load_config(folder / "config.yaml")
-    assert [e.strength for e in config.entries] == [0.8, 0.5]
+    assert [e.inputs.strength for e in config.entries] == [0.8, 0.5]
     first, second = sorted((folder / "sample").iterdir())
-    settings = read_metadata(second)
-    assert settings["strength"] == 0.5 and settings["inversion"] is False
+    settings = flat(read_metadata(second))
+    assert settings["strength"] == 0.5 and "inversion" not in settings
     assert settings["video"] == {"path": values["video"], "sha256": file_sha256(inputs / "clip.gif")}
-    assert len(settings["mask"]["sha256"]) == 64 and "mask" not in read_metadata(first)
+    assert len(settings["mask"]["sha256"]) == 64 and "mask" not in flat(read_metadata(first))
 
     frames = [Image.fromarray(frame) for frame in read_video(inputs / "clip.gif")[0].numpy()]
     call = {"num_frames": 4, "height": 16, "width": 16, "num_inference_steps": 4, "generator": seeded(42)}
@@ -52,11 +52,11 @@ def test_a_run(nano, inputs, tmp_path, pipeline, capsys):
 
 
 def test_a_chain_counts_its_steps(nano, inputs, make_entry):
-    (checked,) = check_entries([make_entry(video=str(inputs / "clip.gif"), extend=2, L=33, steps=3)])
-    assert checked.steps == 6 and checked.entry.strength == 1
-    (checked,) = check_entries([make_entry(image=str(inputs / "first.png"), steps=30)])
+    (checked,) = check_requests([make_entry(video=str(inputs / "clip.gif"), extend=2, L=33, steps=3)])
+    assert checked.steps == 6 and checked.request.inputs.strength == 1
+    (checked,) = check_requests([make_entry(image=str(inputs / "first.png"), steps=30)])
     assert checked.steps == 27
-    assert check_entries([make_entry(steps=3)])[0].steps == 3
+    assert check_requests([make_entry(steps=3)])[0].steps == 3
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_a_chain_counts_its_steps(nano, inputs, make_entry):
     [
         ({"video": "{}/none.mp4"}, "entry test: video: there is no .*none.mp4"),
         ({"video": "{}/clip.gif", "L": 6}, "entry test: video: got 5 frames, expected at least 6"),
-        ({"video": "{}/clip.gif", "strength": 2}, "entry test: strength: got 2, expected 0"),
-        ({"strength": 0.5}, "entry test: strength: got one with nothing to start from"),
-        ({"mask": "{}/masks"}, "entry test: mask: got it without a video"),
+        ({"video": "{}/clip.gif", "strength": 2}, "strength: got 2, expected at most 1"),
+        ({"strength": 0.5}, "strength needs something to start from"),
+        ({"mask": "{}/masks"}, "mask needs a video"),
         ({"video": "{}/clip.gif", "mask": "{}/small.png"}, "mask: got 8x8 pixels for a video of 24x16"),
         ({"video": "{}/clip.gif", "L": 5, "mask": "{}/masks3"}, "mask: got 3 frames for a video of 5"),
         ({"image": "{}/clip.gif"}, "entry test: image: got 2 pictures, expected one"),
         ({"video": "{}/clip.gif", "extend": 4, "L": 5}, "got 5 frames in all, expected more than the 5"),
-        ({"extend": 4, "L": 50}, "entry test: extend: got it without a video"),
+        ({"extend": 4, "L": 50}, "extend needs a video"),
         ({"video": "{}/clip.gif", "inversion": True, "sampler": "euler_ancestral"}, "inversion: got the sampler"),
     ],
 )
@@ -82,5 +82,5 @@ def test_mistakes_are_named(make_entry, inputs, tmp_path, values, message):
         Image.new("L", (24, 16)).save(inputs / f"masks3/{i}.png")
     values = {key: value.format(inputs) if isinstance(value, str) else value for key, value in values.items()}
     with pytest.raises(UserError, match=message) as error:
-        check_entries([make_entry(name="test", **values)])
+        check_requests([make_entry(name="test", **values)])
     assert "\n" not in str(error.value)

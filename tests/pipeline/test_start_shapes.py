@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from animatediff.config.prompt_yaml import load_config
+from animatediff.features.noise import seeded
 from animatediff.media.video import read_video
-from animatediff.pipeline.model import seeded
+from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
-from animatediff.pipeline.weights import check_entries
 from animatediff.world.read import Score, score_clip
 from animatediff.world.shapes import Scene, render
 
@@ -34,7 +34,7 @@ def run(shapes):
         call = {"num_inference_steps": steps, "guidance_scale": 3.0, "generator": seeded(42), "return_dict": False}
         (latents,) = shapes(prompt, output_type="latent", **call | arguments)
         with torch.no_grad():
-            return shapes.components.vae.decode_video(latents.transpose(1, 2))[0], latents
+            return shapes.model.vae.decode_video(latents.transpose(1, 2))[0], latents
 
     return run
 
@@ -46,7 +46,7 @@ def pictures(name):
 def test_the_configs_are_whole():
     """Their inputs are there and fit together; and are what the world draws."""
     for name in ("img2vid", "vid2vid", "inpaint", "extend"):
-        assert check_entries(load_config(CONFIGS / f"{name}.yaml").entries)
+        assert check_requests(load_config(CONFIGS / f"{name}.yaml").entries)
     for name, scene in (
         ("right.gif", SCENE),
         ("bounce.gif", replace(SCENE, color="red", motion="bounce")),
@@ -68,7 +68,7 @@ def test_an_inverted_clip_comes_back(run, shapes):
     prompt = WORDS.format("purple", "moving right")
     call = {"video": video, "num_frames": 4, "inversion": True, "inversion_prompt": prompt, "strength": 1.0}
     with torch.no_grad():
-        expected = shapes.components.vae.encode_video(video[None]).transpose(1, 2)
+        expected = shapes.model.vae.encode_video(video[None]).transpose(1, 2)
     errors = []
     for steps in (8, 40):
         _, latents = run(prompt, steps=steps, guidance_scale=1.0, **call)
@@ -108,8 +108,8 @@ def test_frames_given_to_sparsectrl_appear(run, number, share):
     """Without them the shape begins where the noise says; the frames between them follow."""
     entry = load_config(CONFIGS / "shapes-sparsectrl.yaml").entries[number]
     controlled = AnimateDiffPipeline.from_config(CONFIGS / "shapes-sparsectrl.yaml", entry=number, device="cpu")
-    prompt, call = entry.prompt[0], {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "pt"}
-    images = [Path(__file__).parents[2] / image for image in entry.controlnet_images]
+    prompt, call = entry.prompts.prompt[0], {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "pt"}
+    images = [Path(__file__).parents[2] / image for image in entry.sparsectrl.images]
     given = {"conditioning_frames": images, "controlnet_frame_indices": [0, -1]}
     clip = controlled(prompt, generator=seeded(42), **given, **call).frames[0] * 2 - 1
     alone, _ = run(prompt)

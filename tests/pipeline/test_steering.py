@@ -6,17 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from animatediff.config.dataclass_io import parse_overrides
-from animatediff.config.prompt_yaml import AnimateEntry, RunConfig, dump_config, load_config
-from animatediff.config.steering import FreeInit, FreeU, Steering
-from animatediff.features.windows import Windows
+from animatediff.config.prompt_yaml import RunConfig, dump_config, load_config
+from animatediff.config.request import FreeInit, FreeU, Windows
+from animatediff.config.spellings import parse_assignments
+from animatediff.features.noise import seeded
+from animatediff.features.registry import FEATURES
+from animatediff.features.run import Run
 from animatediff.media.video import read_metadata
 from animatediff.pipeline.assemble import Assembler
-from animatediff.pipeline.model import seeded
+from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.run import animate
-from animatediff.pipeline.steered import steer
-from animatediff.pipeline.weights import check_entries
 from animatediff.utils import UserError
 from tests.nano import entry, write_config
 
@@ -48,7 +48,7 @@ def test_freeinit(run):
     both = run([FOX, FOX], generator=generators, freeinit=FreeInit(iterations=2, fast=True), height=64, width=64)
     alone = run(freeinit=FreeInit(iterations=2, fast=True), height=64, width=64)
     assert torch.allclose(both[1:], alone, atol=1e-3), "each clip's fresh noise comes from its own generator"
-    with pytest.raises(UserError, match="freeinit fast: got timesteps of your own"):
+    with pytest.raises(UserError, match="freeinit.fast: got timesteps of your own"):
         run(freeinit=FreeInit(fast=True), num_inference_steps=None, timesteps=[900, 1])
 
 
@@ -59,13 +59,18 @@ def test_noise_type(run):
     clips = [run(noise_type=kind, **call) for kind in ("random", "shuffle", "repeat", "constant")]
     for a, b in itertools.combinations(clips, 2):
         assert not torch.allclose(a, b, atol=1e-3)
-    with pytest.raises(UserError, match="noise_type: got 'shufle', expected one of random, shuffle, repeat, constant"):
+    with pytest.raises(UserError, match="noise_type: got 'shufle', expected random or shuffle or repeat or constant"):
         run(noise_type="shufle")
 
 
-def test_nothing_said_is_nothing_done(pipeline):
-    with steer(pipeline.components, Steering(), torch.tensor([1]), guided=True, size=(16, 16)) as steered:
-        assert steered is None
+def test_what_is_off_gives_back_the_denoiser(pipeline):
+    def denoise(x, t, frames):
+        raise AssertionError("not called")
+
+    run = Run(pipeline.model, pipeline.request, None, torch.tensor([1]), lambda frames: None)
+    for feature in FEATURES:
+        with feature(denoise, run) as same:
+            assert same is denoise
 
 
 def test_motion_scale_0_with_one_noise_stands_still(run):
@@ -104,9 +109,9 @@ def test_over_steps(run):
 def test_pe_stretch(run):
     assert run(num_frames=40, pe_stretch=1.5, num_inference_steps=1).shape[2] == 40
     assert not torch.allclose(run(pe_stretch=2.0), run(), atol=1e-3)
-    with pytest.raises(UserError, match="num_frames: got 49, expected at most 48"):
+    with pytest.raises(UserError, match="num_frames: got 49 frames, expected at most 48"):
         run(num_frames=49, pe_stretch=1.5)
-    with pytest.raises(UserError, match="num_frames: got 40, expected at most 32"):
+    with pytest.raises(UserError, match="num_frames: got 40 frames, expected at most 32"):
         run(num_frames=40)
 
 
@@ -142,68 +147,74 @@ def test_lora_schedules(nano, make_entry):
         "motion_module_lora_configs": [{"path": str(nano / "motion_lora.safetensors"), "alpha": 0.8}],
     }
     assembler = Assembler(torch.device("cpu"), torch.float32)
-    components = assembler.assemble(check_entries([make_entry(**loras)])[0])
-    assert sorted(components.lora_keys.values()) == ["lora_model_path", "motion_module_lora_configs"]
+    components = assembler.assemble(check_requests([make_entry(**loras)])[0])
+    assert sorted(components.lora_roles.values()) == ["loras", "motion_loras"]
     pipe = AnimateDiffPipeline(components)
 
     def run(**arguments):
         return pipe(FOX, **CALL | {"num_inference_steps": 1}, generator=seeded(3), **arguments).frames
 
     plain, off = run(), run(motion_lora_schedule={"0%": 0, "100%": 1})
-    name = next(name for name, key in components.lora_keys.items() if key == "motion_module_lora_configs")
+    name = next(name for name, role in components.lora_roles.items() if role == "motion_loras")
     assert torch.equal(run(), plain) and components.loras.merged and components.loras.scale(name) == 0.8
     components.loras.set_scale(name, 0.0)
     assert torch.allclose(run(), off, atol=1e-3) and not torch.allclose(off, plain, atol=1e-2)
     assert not torch.allclose(run(lora_schedule={"0%": 0}), run(), atol=1e-3)
 
 
-def test_config(make_entry, tmp_path):
-    """Keys of an entry: read, completed, recorded, dumped and read again; the components take them as defaults."""
-    said = {
+def test_config(nano, make_entry, tmp_path):
+    """Options of an entry: read, dumped and read again; the pipeline takes them as defaults."""
+    given = {
         "freeinit": {"iterations": 2, "filter": "gaussian"},
         "motion_scale": {0: 1, 1: 0.5},
         "guidance_schedule": {"0%": 1, "100%": 0.5},
         "freeu": {"b1": 1.2},
         "loop": "pingpong",
+        "name": "1",
     }
-    entry = make_entry(**said)
-    assert entry.freeinit == FreeInit(2, "gaussian") and entry.motion_scale == {"0": 1.0, "1": 0.5}
-    assert set(entry.said()) == set(said)
+    entry = make_entry(**given)
+    assert entry.freeinit == FreeInit(2, "gaussian") and entry.motion.scale == {0: 1, 1: 0.5}
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(RunConfig("a", (entry,))), encoding="utf-8")
     assert load_config(path).entries == (entry,)
-    components = Assembler(torch.device("cpu"), torch.float32).assemble(check_entries([entry])[0])
-    assert components.steering == Steering(**entry.said())
-    assert make_entry(motion_scale=[1, 0.5]).motion_scale == (1.0, 0.5)
-    assert make_entry(motion_scale=2).motion_scale == 2.0
-    assert parse_overrides(AnimateEntry, ["motion_scale={0: 1, 50%: 0}"]) == {"motion_scale": {0: 1, "50%": 0}}
+    pipe = AnimateDiffPipeline.from_config(path, device="cpu")
+    assert (pipe.request.freeinit, pipe.request.freeu, pipe.request.loop) == (entry.freeinit, entry.freeu, entry.loop)
+    assert (pipe.request.motion, pipe.request.guidance) == (entry.motion, entry.guidance)
+    assert make_entry(motion_scale=[1, 0.5]).motion.scale == [1, 0.5]
+    assert parse_assignments(["motion_scale={0: 1, 50%: 0}"]) == {"motion_scale": {0: 1, "50%": 0}}
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"freeinit": {"iterations": 0}}, "freeinit iterations: got 0"),
-        ({"freeinit": {"filter": "sharp"}}, "freeinit: filter: got 'sharp', expected butterworth or gaussian"),
+        ({"freeinit": {"iterations": 0}}, "freeinit.iterations: got 0"),
+        ({"freeinit": {"filter": "sharp"}}, "freeinit.filter: got 'sharp', expected butterworth or gaussian"),
         ({"motion_scale": {0: 1, 2: 0}}, "motion_scale: got a keyframe at frame 2, expected 0 to 1"),
         ({"motion_scale": [1, 1, 1]}, "motion_scale: got 3 numbers for 2 frames"),
-        ({"motion_scale": {0: "much"}}, r"motion_scale\[0\]: got 'much', expected a number"),
-        ({"motion_scale": 0.5, "motion_module": ""}, "motion_scale: got it without a motion_module"),
-        ({"guidance_schedule": -1}, "guidance_schedule: got -1.0, expected 0 or more"),
-        ({"guidance_schedule": 0.5, "guidance_scale": 1}, "guidance_schedule: got guidance_scale 1, expected above 1"),
-        ({"guidance_rescale": 0.5, "guidance_scale": 1}, "guidance_rescale: got neither"),
-        ({"guidance_rescale": 2}, "guidance_rescale: got 2, expected 0"),
-        ({"pag_layers": ["up_blocks"]}, "pag_layers: got it without a pag_scale"),
-        ({"pe_stretch": 0}, "pe_stretch: got 0, expected above 0"),
+        ({"motion_scale": {0: "much"}}, "motion_scale: got 'much', expected a number"),
+        (
+            {"motion_scale": 0.5, "motion_module": ""},
+            "motion_scale needs a motion_module: set motion_module, or remove motion_scale",
+        ),
+        ({"guidance_schedule": -1}, "guidance_schedule: got -1, expected 0 or more"),
+        ({"guidance_schedule": 0.5, "guidance_scale": 1}, "guidance_schedule needs a guidance_scale above 1, got 1"),
+        (
+            {"guidance_rescale": 0.5, "guidance_scale": 1},
+            "guidance_rescale needs a guidance_scale above 1 or a pag_scale",
+        ),
+        ({"guidance_rescale": 2}, "guidance_rescale: got 2, expected at most 1"),
+        ({"pag_layers": ["up_blocks"]}, "pag_layers needs a pag_scale above 0"),
+        ({"pe_stretch": 0}, "pe_stretch: got 0, expected more than 0"),
         ({"loop": "rotate", "window_schedule": "open"}, "loop: got rotate with windows"),
         ({"loop": "forever"}, "loop: got 'forever'"),
-        ({"lora_schedule": {"0%": 1}}, "lora_schedule: got it without lora_model_path"),
-        ({"motion_mask": "nowhere.png"}, "got mask nowhere.png, which is no picture"),
+        ({"lora_schedule": {"0%": 1}}, "lora_schedule needs LoRAs to schedule: set lora_model_path"),
+        ({"motion_mask": "nowhere.png"}, "motion_mask: there is no nowhere.png"),
         ({"L": 65, "pe_stretch": 2}, "L: got 65 frames, expected at most 64"),
     ],
 )
 def test_mistakes_are_named(make_entry, values, message):
     with pytest.raises(UserError, match=message):
-        check_entries([make_entry(**values)])
+        check_requests([make_entry(**values)])
 
 
 def test_motion_mask(run, tmp_path):
@@ -217,11 +228,11 @@ def test_motion_mask(run, tmp_path):
 
 def test_files_record_it(nano, tmp_path):
     """A run's clip is as long as the loop makes it, and its file says what was done."""
-    said = {"freeinit": {"iterations": 2}, "loop": "pingpong", "motion_scale": {0: 1, "2": 0.5}}
-    path = write_config(tmp_path / "said.yaml", entry(nano, L=3, **said))
+    given = {"freeinit": {"iterations": 2}, "loop": "pingpong", "motion_scale": {0: 1, "2": 0.5}}
+    path = write_config(tmp_path / "steered.yaml", entry(nano, L=3, **given))
     folder = animate(load_config(path), output_dir=tmp_path / "out", device="cpu")
     settings = read_metadata(next((folder / "sample").iterdir()))
-    assert settings["frames"] == 4 and settings["L"] == 3
-    assert settings["freeinit"]["iterations"] == 2 and settings["loop"] == "pingpong"
-    assert settings["motion_scale"] == {"0": 1, "2": 0.5} and "pag_scale" not in settings
+    assert settings["frames"] == 4 and settings["size"]["num_frames"] == 3
+    assert settings["freeinit"]["iterations"] == 2 and settings["loop"] == {"mode": "pingpong"}
+    assert settings["motion"] == {"scale": {"0": 1, "2": 0.5}} and "pag" not in settings
     assert load_config(folder / "config.yaml").entries[0].freeinit == FreeInit(2)

@@ -14,14 +14,14 @@ from animatediff.config.prompt_yaml import load_config
 from animatediff.media.video import read_metadata
 from animatediff.models.vae import VAE
 from animatediff.pipeline.assemble import Assembler
+from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.run import animate
-from animatediff.pipeline.weights import check_entries
 from animatediff.utils import UserError
 from animatediff.world.series import World
 from animatediff.world.styles import STYLES
 from tests.checkpoints.synthetic import METADATA, ldm_tensors, write
-from tests.nano import entry, write_config
+from tests.nano import entry, flat, write_config
 
 ASSETS = Path(__file__).parents[2] / "animatediff/assets"
 
@@ -52,7 +52,7 @@ def test_it_goes_before_the_personalised_and_the_base_model(nano, make_entry, ot
     assembler = Assembler(torch.device("cpu"), torch.float32)
     base, own, over_base, over_own, again = (
         assembler.assemble(checked)
-        for checked in check_entries(make_entry(**values) for values in ({}, personal, vae, personal | vae, personal))
+        for checked in check_requests(make_entry(**values) for values in ({}, personal, vae, personal | vae, personal))
     )
     first = "encoder.conv_in.weight"
     kernels = [c.vae.get_parameter(first) for c in (base, own, over_base, over_own, again)]
@@ -68,8 +68,8 @@ def test_a_base_without_a_vae_takes_it(nano, make_entry, other):
     values = {"pretrained_model_path": str(write(nano / "bare.safetensors", tensors, **METADATA))}
     assembler = Assembler(torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match="without a VAE, .* or a VAE by vae_path"):
-        assembler.assemble(check_entries([make_entry(**values)])[0])
-    components = assembler.assemble(check_entries([make_entry(**values, vae_path=str(other))])[0])
+        assembler.assemble(check_requests([make_entry(**values)])[0])
+    components = assembler.assemble(check_requests([make_entry(**values, vae_path=str(other))])[0])
     assert components.vae.config.block_out_channels == (8, 8, 16, 16)
 
 
@@ -77,9 +77,9 @@ def test_a_run_records_it(nano, other, tmp_path):
     values = entry(nano, vae_path=str(other), motion_module="", format="png")
     folder = animate(load_config(write_config(tmp_path / "x.yaml", values)), output_dir=tmp_path / "out", device="cpu")
     (clip,) = (folder / "sample").iterdir()
-    assert read_metadata(clip)["vae_path"] == {"path": str(other), "sha256": file_sha256(other)}
+    assert flat(read_metadata(clip))["vae_path"] == {"path": str(other), "sha256": file_sha256(other)}
     saved = load_config(folder / "config.yaml")
-    assert saved.entries[0].vae_path == str(other) and saved.provenance["weights"][str(other)] == file_sha256(other)
+    assert saved.entries[0].model.vae == str(other) and saved.provenance["weights"][str(other)] == file_sha256(other)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_run_records_it(nano, other, tmp_path):
 )
 def test_mistakes_are_named_before_anything_is_loaded(nano, make_entry, path, message):
     with pytest.raises(UserError, match=message) as error:
-        check_entries([make_entry(name="1", vae_path=path.format(nano=nano))])
+        check_requests([make_entry(name="1", vae_path=path.format(nano=nano))])
     assert "\n" not in str(error.value)
 
 

@@ -4,17 +4,10 @@ import pytest
 import torch
 
 from animatediff.config.networks import MOTION_VERSIONS, UNetConfig
-from animatediff.features.interventions import (
-    MotionScale,
-    attention_perturbed,
-    cross_frame_attention,
-    damp_low_frequencies,
-    freed,
-    motion_scaled,
-    perturbed_attentions,
-    positions_stretched,
-    strengthen,
-)
+from animatediff.features.freeu import freeu_applied, scale_backbone, scale_skip_low_frequencies
+from animatediff.features.motion import MotionScale, motion_scaled, positions_stretched
+from animatediff.features.perturbed_attention import attention_perturbed, find_attentions
+from animatediff.lab.cross_frame import cross_frame_attention
 from animatediff.models.attention import Attention
 from animatediff.models.motion import TemporalTransformer, positional_encoding
 from animatediff.models.unet import UNet
@@ -112,12 +105,12 @@ def test_perturbed_attention(unet, run):
     attention, x = Attention(8, 2), torch.randn(3, 5, 8)
     alone = attention(x.reshape(15, 1, 8)).reshape(3, 5, 8)
     assert torch.allclose(attention.identity(x), alone, atol=1e-6)
-    assert len(perturbed_attentions(unet, ["down_blocks", "up_blocks.1.attentions.0"])) == 3
+    assert len(find_attentions(unet, ["down_blocks", "up_blocks.1.attentions.0"])) == 3
     for wrong in ("mid", "down_blocks.0.resnets"):
         with pytest.raises(
             UserError, match=f"pag_layers: got '{wrong}', expected .* down_blocks.0, down_blocks.1, mid"
         ):
-            perturbed_attentions(unet, [wrong])
+            find_attentions(unet, [wrong])
 
 
 def test_cross_frame_attention(image_model):
@@ -139,22 +132,22 @@ def test_cross_frame_attention(image_model):
 
 def test_freeu(unet, run):
     plain = run()
-    with freed(unet, (1.0, 1.0), (1.0, 1.0)):
+    with freeu_applied(unet, (1.0, 1.0), (1.0, 1.0)):
         assert torch.allclose(run(), plain, atol=1e-5)
-    with freed(unet, (1.5, 1.6), (0.9, 0.2)):
+    with freeu_applied(unet, (1.5, 1.6), (0.9, 0.2)):
         assert not torch.allclose(run(), plain, atol=1e-3)
 
 
 def test_freeu_formulas():
     x = torch.randn(2, 6, 4, 5)
-    strong = strengthen(x, 1.5)
+    strong = scale_backbone(x, 1.5)
     assert torch.equal(strong[:, 3:], x[:, 3:])
     factor = (strong / x)[:, 0]
     assert torch.allclose(factor.amax((1, 2)), torch.tensor(1.5)) and torch.allclose(
         factor.amin((1, 2)), torch.tensor(1.0)
     )
     flat = torch.full((1, 2, 4, 4), 3.0)
-    assert torch.allclose(damp_low_frequencies(flat, 0.2), 0.2 * flat)
+    assert torch.allclose(scale_skip_low_frequencies(flat, 0.2), 0.2 * flat)
     checker = flat * torch.tensor([1.0, -1.0]).repeat(2) * torch.tensor([[1.0], [-1.0]]).repeat(2, 1)
-    assert torch.allclose(damp_low_frequencies(checker, 0.2), checker, atol=1e-6)
-    assert torch.equal(strengthen(flat, 1.5), flat), "where there is no structure, nothing is strengthened"
+    assert torch.allclose(scale_skip_low_frequencies(checker, 0.2), checker, atol=1e-6)
+    assert torch.equal(scale_backbone(flat, 1.5), flat), "where there is no structure, nothing is strengthened"

@@ -1,0 +1,66 @@
+"""Where weight files are looked for, and where those that people know by name are published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import animatediff
+
+REPOSITORY = Path(animatediff.__file__).resolve().parents[1]
+
+MOTION_FILES = "https://huggingface.co/guoyww/animatediff"
+IMAGE_MODELS = "https://huggingface.co/guoyww/animatediff_t2i_backups"
+ANIMATE_LCM_FILES = "https://huggingface.co/wangfuyun/AnimateLCM"
+LIGHTNING_FILES = "https://huggingface.co/ByteDance/AnimateDiff-Lightning"
+SD15 = "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5"
+VAES = "https://huggingface.co/stabilityai/sd-vae-ft-mse"
+# where a file of this name is published
+SOURCES = {
+    **dict.fromkeys(("mm_sd_v14.ckpt", "mm_sd_v15.ckpt", "mm_sd_v15_v2.ckpt", "v3_sd15_mm.ckpt"), MOTION_FILES),
+    **dict.fromkeys(("v3_sd15_adapter.ckpt",), MOTION_FILES),
+    **dict.fromkeys(("v3_sd15_sparsectrl_rgb.ckpt", "v3_sd15_sparsectrl_scribble.ckpt"), MOTION_FILES),
+    **{
+        f"v2_lora_{move}.ckpt": MOTION_FILES
+        for move in (
+            *("ZoomIn", "ZoomOut", "PanLeft", "PanRight"),
+            *("TiltUp", "TiltDown", "RollingClockwise", "RollingAnticlockwise"),
+        )
+    },
+    **dict.fromkeys(
+        (
+            "realisticVisionV60B1_v51VAE.safetensors",
+            "majicmixRealistic_v4.safetensors",
+            "majicmixRealistic_v5Preview.safetensors",
+            "leosamsFilmgirlUltra_velvia20Lora.safetensors",
+            "leosamsHelloworldXL_filmGrain20.safetensors",
+            "toonyou_beta3.safetensors",
+            "rcnzCartoon3d_v10.safetensors",
+            "lyriel_v16.safetensors",
+            "TUSUN.safetensors",
+        ),
+        IMAGE_MODELS,
+    ),
+    **dict.fromkeys(("AnimateLCM_sd15_t2v.ckpt", "AnimateLCM_sd15_t2v_lora.safetensors"), ANIMATE_LCM_FILES),
+    **{f"animatediff_lightning_{n}step_comfyui.safetensors": LIGHTNING_FILES for n in (1, 2, 4, 8)},
+    **dict.fromkeys((f"vae-ft-mse-840000-ema-pruned.{end}" for end in ("safetensors", "ckpt")), f"{VAES}-original"),
+    "sd-vae-ft-mse": VAES,
+    "stable-diffusion-v1-5": SD15,
+    "v1-5-pruned-emaonly.safetensors": SD15,
+    "v1-5-pruned.safetensors": SD15,
+}
+
+
+def find_file(path: str) -> Path | None:
+    """An existing file or folder: as given (from the current folder), or from the repository's root."""
+    candidates = (Path(path).expanduser(), REPOSITORY / path)
+    return next((candidate for candidate in candidates if candidate.exists()), None)
+
+
+def missing_file(path: str) -> str:
+    """The message for a file that is not there: where it was looked for, and where it can be had."""
+    searched = Path.cwd() / path if Path.cwd() == REPOSITORY else f"{Path.cwd() / path} and {REPOSITORY / path}"
+    searched = path if Path(path).is_absolute() else searched
+    line = f"there is no {path} (searched: {searched})"
+    if source := SOURCES.get(Path(path).name):
+        return f"{line}; download it from {source} and put it there: nothing is downloaded for you"
+    return f"{line}; check the path, or put the file there"

@@ -1,0 +1,63 @@
+"""Where networks run, and in which type."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from animatediff.utils import UserError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+M = TypeVar("M", bound=nn.Module)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a name: "auto" is CUDA where there is one, else MPS, else the CPU.
+
+    Raises:
+        UserError: the device is unknown or not here.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, here in available.items() if here))
+    kind, _, index = name.partition(":")
+    if kind not in available or (index and not index.isdecimal()):
+        raise UserError(f"got device {name!r}, expected auto, cuda, mps or cpu")
+    if not available[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+        here = ", ".join(kind for kind, here in available.items() if here)
+        raise UserError(f"got device {name!r}, which is not available: use auto, or one of {here}")
+    return torch.device(name)
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The type of a name; without one, float16 on CUDA and float32 elsewhere, where half precision is slower.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise UserError(f"got dtype {name!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def to_device(module: M, device: torch.device, dtype: torch.dtype) -> M:
+    """Move a network, and give its images the memory format that the device's convolutions like best.
+
+    On CUDA that is channels_last, in which a feature map is a matrix of tokens already; on the CPU torch's default.
+    """
+    module = module.to(device, dtype)
+    return module.to(memory_format=torch.channels_last) if device.type == "cuda" else module
+
+
+def share_weights(module: M) -> M:
+    """A second module on the same storage: moving it, or giving it other weights, leaves the first as it was."""
+    twins = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) if isinstance(p, nn.Parameter) else p.detach()
+        for p in (*module.parameters(), *module.buffers())
+    }
+    return copy.deepcopy(module, twins)

@@ -1,0 +1,178 @@
+"""Are the files of a request there, and are they what their options say? Asked before anything heavy starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from animatediff.checkpoints.identify import FileInfo, identify, refusal
+from animatediff.checkpoints.known_files import find_file, missing_file
+from animatediff.checkpoints.sizes import trained_frames
+from animatediff.config.inference_yaml import InferenceConfig, load_inference_config
+from animatediff.config.networks import ANIMATE_LCM, MOTION_VERSIONS, Distillation
+from animatediff.config.request import Request
+from animatediff.config.sparsectrl_yaml import ControlKwargs, load_control_config
+from animatediff.config.spellings import files
+from animatediff.diffusion.schedule import NoiseSchedule
+from animatediff.features.extend import chain_window
+from animatediff.features.inputs import prepare_inputs
+from animatediff.features.sparsectrl import condition_pixels
+from animatediff.media.mask import read_mask
+from animatediff.pipeline.resolve import Facts, resolve
+from animatediff.pipeline.sample import count_steps
+from animatediff.utils import UserError, naming
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What the files of a request are.
+
+    Attributes:
+        paths: every file that the request names, by option (`config.spellings.files`).
+        infos: what the weight files are.
+        inference: the official inference config, if there is one.
+        control: the official SparseCtrl config, if there is one.
+    """
+
+    paths: dict[str, Path]
+    infos: dict[str, FileInfo]
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    control: ControlKwargs | None = None
+
+    @property
+    def motion(self) -> FileInfo | None:
+        return self.infos.get("model.motion_module")
+
+    def version(self, request: Request) -> str | None:
+        """The version to load the motion module as, where its file does not tell; None leaves it to the file."""
+        if request.model.version:
+            return request.model.version
+        undecided = self.motion is not None and self.motion.version is None
+        return self.inference.version or None if undecided else None
+
+    def distillation(self, request: Request) -> Distillation | None:
+        """What a distilled motion module needs; a `version` in the request has the last word."""
+        if request.model.version == "animatelcm":
+            return ANIMATE_LCM
+        return None if self.motion is None or request.model.version else self.motion.distillation
+
+    def max_frames(self, request: Request) -> int | None:
+        """The longest clip that the motion module takes; None without one."""
+        if self.motion is None:
+            return None
+        version = self.version(request) or self.motion.version or ""
+        with naming(f"motion_module: {self.motion.path}"):
+            trained = trained_frames(self.motion.metadata, length=self.motion.positional_length, version=version)
+        given = self.inference.unet and self.inference.unet.motion_module_kwargs.temporal_position_encoding_max_len
+        return max(trained, request.model.max_frames, given or 0)
+
+    def facts(self, request: Request) -> Facts:
+        """What the headers tell `resolve`."""
+        schedule = self.inference.build_schedule("v_prediction")  # what the base model predicts is of no interest yet
+        with naming(self.inference.path):
+            NoiseSchedule(schedule)
+        encoder, longest = self.infos.get("sparsectrl.path"), None
+        if encoder:
+            with naming(f"controlnet_path: {encoder.path}"):
+                trained = trained_frames(encoder.metadata, length=encoder.positional_length, version="sparsectrl")
+            longest = max(trained, request.model.max_frames)
+        return Facts(
+            schedule,
+            self.distillation(request),
+            spacing=self.inference.schedule.get("timestep_spacing"),
+            motion=self.motion.path.name if self.motion else "",
+            max_frames=self.max_frames(request),
+            sparsectrl=encoder.path.name if encoder else "",
+            sparsectrl_frames=longest,
+        )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A request with nothing left open, its files, and how many steps a sampler takes for each of its clips."""
+
+    request: Request
+    headers: Headers
+    steps: int
+
+
+def check_requests(requests: Iterable[Request]) -> list[Checked]:
+    """Look at every file of every request, without loading any.
+
+    Raises:
+        UserError: a file is missing, broken, or something else than its option says; the motion module contradicts
+            the inference config or was not trained for as many frames; a picture cannot be read.
+    """
+    requests = list(requests)
+    found = [_find_all(request) for request in requests]  # every file of every request, before the first is opened
+    infos: dict[Path, FileInfo] = {}
+    headers = []
+    for request, paths in zip(requests, found, strict=True):
+        for option, file in files(request).items():
+            if file.kind.kinds and (path := paths[option]) not in infos:
+                with naming(f"{_entry(request)}{file.called}"):
+                    infos[path] = identify(path)
+        weights = {option: infos[path] for option, path in paths.items() if path in infos}
+        headers.append(Headers(paths, weights))
+    return [_check(request, known) for request, known in zip(requests, headers, strict=True)]
+
+
+def _entry(request: Request) -> str:
+    return f"entry {request.output.name}: " if request.output.name else ""
+
+
+def _find_all(request: Request) -> dict[str, Path]:
+    paths = {}
+    for option, file in files(request).items():
+        path = find_file(file.path)
+        if path is None:
+            other = " (or give another SD 1.x model by --pretrained-model-path)" * (option == "model.base")
+            raise UserError(f"{_entry(request)}{file.called}: {missing_file(file.path)}{other}")
+        paths[option] = path
+    return paths
+
+
+def _check(request: Request, headers: Headers) -> Checked:
+    for option, file in files(request).items():
+        if file.kind.kinds and headers.infos[option].kind not in file.kind.kinds:
+            raise UserError(f"{_entry(request)}{file.called}: {refusal(headers.infos[option], file.kind.what)}")
+    if "model.inference_config" in headers.paths:
+        headers = replace(headers, inference=load_inference_config(headers.paths["model.inference_config"]))
+    with naming(_entry(request).removesuffix(": ")):
+        if headers.motion is not None:
+            _check_version(request, headers)
+        if "sparsectrl.config" in headers.paths:
+            kind = headers.infos["sparsectrl.path"].version
+            headers = replace(headers, control=load_control_config(headers.paths["sparsectrl.config"], kind=kind))
+        longest = headers.max_frames(request)
+        request = resolve(request, headers.facts(request))
+        size = request.size
+        if request.motion.mask:
+            read_mask(headers.paths["motion.mask"], height=size.height, width=size.width)
+        if len(request.sparsectrl.images):
+            condition_pixels(request.sparsectrl, (size.height, size.width))
+        inputs = prepare_inputs(
+            request.inputs,
+            frames=size.num_frames,
+            height=size.height,
+            width=size.width,
+            window=chain_window(longest),
+        )
+        extended = inputs is not None and inputs.video is not None and inputs.extend
+        known = inputs.video.shape[1] if extended else 0  # type: ignore[union-attr]
+    return Checked(request, headers, count_steps(request, longest=longest, known=known))
+
+
+def _check_version(request: Request, headers: Headers) -> None:
+    motion, version = headers.motion, request.model.version
+    assert motion is not None
+    where = f"motion_module: {motion.path}"
+    if motion.version is None and headers.version(request) is None:
+        raise UserError(
+            f"{where}: v1 and v3 modules look the same without their positional encoding: add `version: v1` or "
+            "`version: v3` to the entry"
+        )
+    if version and motion.version not in (version, "animatelcm", None):  # of these two the file is not sure
+        raise UserError(f"{where} is a {motion.version} module, but the entry says `version: {version}`: remove it")
+    headers.inference.check_version(MOTION_VERSIONS[headers.version(request) or motion.version or ""])
