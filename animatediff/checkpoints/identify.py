@@ -15,7 +15,7 @@ from animatediff.checkpoints.diffusers_json import TEXT_STEMS, UNET_STEM, VAE_ST
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
 from animatediff.checkpoints.keymaps import LDM_TEXT, LDM_UNET, LDM_VAE, MOTION_MARK, motion_to_official
 from animatediff.checkpoints.lora_keys import LORA_STEMS, lora_algorithms, lora_base, lora_targets, unsupported_lora
-from animatediff.config.networks import ANIMATE_LCM, ANIMATE_LCM_I2V, Distillation, lightning
+from animatediff.config.networks import ANIMATE_LCM, ANIMATE_LCM_I2V, SDXL_TURBO, Distillation, lightning
 from animatediff.utils import UserError, naming
 
 SD15_WIDTHS = (320, 640, 1280, 1280)
@@ -71,7 +71,9 @@ KINDS: dict[str, Kind] = {
         "a textual inversion (embedding)", "an SD 1.x image model, and its name in a prompt", "embeddings: [{path}]"
     ),
     "sd2-textual-inversion": Kind("a textual inversion for SD 2.x", "an SD 2.x base, here it is SD 1.x"),
-    "sdxl-textual-inversion": Kind("a textual inversion for SDXL", "an SDXL base, here it is SD 1.x"),
+    "sdxl-textual-inversion": Kind(
+        "a textual inversion for SDXL", "an SDXL image model, and its name in a prompt", "embeddings: [{path}]"
+    ),
     "sd1-inpainting": Kind("an inpainting or instruction model (its conv_in takes more than 4 channels)"),
     "sd2-checkpoint": Kind("an SD 2.x image model (OpenCLIP text, context of 1024)"),
     "sdxl-checkpoint": Kind(
@@ -107,7 +109,7 @@ KINDS: dict[str, Kind] = {
     "t2i-adapter": Kind("a T2I-Adapter"),
     "motionctrl": Kind("a MotionCtrl camera or trajectory file"),
     "fancyvideo": Kind("a FancyVideo motion module"),
-    "sdxl-lora": Kind("a LoRA for SDXL", "an SDXL base, here it is SD 1.x"),
+    "sdxl-lora": Kind("a LoRA for SDXL", "an SDXL image model", "lora_model_path: {path}"),
     "unsupported-lora": Kind("a LoRA for another kind of network"),
     "unknown": Kind("no kind of file that is known here"),
 }
@@ -149,14 +151,18 @@ class FileInfo:
 
     @property
     def distillation(self) -> Distillation | None:
-        """How a distilled motion module has to be sampled. Lightning files are v2's network: only their name tells."""
+        """How a distilled motion module or SDXL image model has to be sampled, which mostly its name alone tells."""
+        name = self.path.name.lower()
+        steps = re.search(r"lightning.*?(\d+)[-_ ]?step", name)
+        if self.kind == "sdxl-checkpoint":
+            turbo = SDXL_TURBO if re.search(r"sd_?xl[-_]turbo", name) else None
+            return lightning(int(steps[1]), "SDXL") if steps else turbo
         if self.kind == "animatelcm-i2v":
             return ANIMATE_LCM_I2V
         if self.kind not in MOTION_KINDS:
             return None
-        if self.version == "animatelcm" or "animatelcm" in self.path.name.lower():
+        if self.version == "animatelcm" or "animatelcm" in name:
             return ANIMATE_LCM
-        steps = re.search(r"lightning.*?(\d+)[-_ ]?step", self.path.name.lower())
         return lightning(int(steps[1])) if steps else None
 
     @property
@@ -351,6 +357,7 @@ RULES: tuple[tuple[str, Callable[[StateDict], bool]], ...] = (
     ("lora", _lora()),
     ("unsupported-lora", _any(_LORA)),
     ("sd2-textual-inversion", _is_embedding(1024)),
+    ("sdxl-textual-inversion", _both(_is_embedding(), _any(r"^clip_g$"))),
     ("sdxl-textual-inversion", _is_embedding(1280)),
     ("textual-inversion", _is_embedding()),
     ("animatelcm-i2v", _both(_any(r"motion_modules\."), _any(r"^(module\.)?img_encoder\."))),

@@ -4,6 +4,7 @@ Files, by their keys:
     string_to_param: {*: (k, d)}     the original code and AUTOMATIC1111's web UI, .pt
     emb_params: (k, d)               .safetensors of later trainers
     <token>: (d,) or (k, d)          diffusers, .bin and .safetensors
+    clip_l: (k, 768), clip_g: (k, 1280)   SDXL, a vector for each of its two text encoders
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from animatediff.checkpoints.files import file_sha256, read_state_dict
+from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict
 from animatediff.checkpoints.identify import embedding_vectors, identify_tensors, refusal
 from animatediff.checkpoints.load import LoadReport
 from animatediff.models.lora import LoRA
@@ -20,9 +21,16 @@ from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import Tokenizer
 from animatediff.utils import UserError, naming
 
+SDXL_KEYS = ("clip_l", "clip_g")  # of the first and the second text encoder
+
 
 def load_textual_inversion(
-    path: str | Path, text_encoder: TextEncoder, tokenizer: Tokenizer, *, name: str = ""
+    path: str | Path,
+    text_encoder: TextEncoder,
+    tokenizer: Tokenizer,
+    *,
+    second: tuple[TextEncoder, Tokenizer] | None = None,
+    name: str = "",
 ) -> LoadReport:
     """Let a word of the prompts stand for the vectors of a file.
 
@@ -30,6 +38,7 @@ def load_textual_inversion(
         path: .pt, .bin or .safetensors.
         text_encoder: gets the vectors as further tokens.
         tokenizer: gets the word.
+        second: SDXL's second text encoder and tokenizer, which get vectors of their own.
         name: the word; by default the file's stem, and the token that a diffusers file names, if it does.
 
     Raises:
@@ -39,16 +48,35 @@ def load_textual_inversion(
     file = read_state_dict(path)
     info = identify_tensors(file.tensors, file.metadata, path=path)
     vectors = embedding_vectors(file.tensors)
-    if info.kind != "textual-inversion" or vectors is None:
-        raise refusal(info, "a textual inversion for SD 1.x")
+    if vectors is None or info.kind not in ("textual-inversion", "sdxl-textual-inversion"):
+        raise refusal(info, "a textual inversion")
     own = next(key for key in file.tensors if not key.startswith("string_to_token."))
     words = [name or path.stem]
-    if not name and own not in ("emb_params", "clip_l", path.stem) and not own.startswith("string_to_param."):
+    if not name and own not in ("emb_params", *SDXL_KEYS, path.stem) and not own.startswith("string_to_param."):
         words.append(own)
     with naming(path):
-        ids = _add_words(words, vectors, text_encoder, tokenizer)
+        if (info.kind == "sdxl-textual-inversion") != (second is not None):
+            made, base = ("SDXL", "SD 1.x") if second is None else ("SD 1.x", "SDXL")
+            raise UserError(f"got a textual inversion for {made} with an {base} base: use one that was made for {base}")
+        if second is None:
+            ids = _add_words(words, vectors, text_encoder, tokenizer)
+        else:
+            ids = _add_pairs(words, file.tensors, (text_encoder, tokenizer), second)
     note = f"{len(ids)} vector{'s' * (len(ids) > 1)}, in prompts as {' or '.join(words)}"
-    return LoadReport(path, info.kind, None, file_sha256(path), 1, [note])
+    return LoadReport(path, info.kind, None, file_sha256(path), 1 if second is None else 2, [note])
+
+
+def _add_pairs(words: list[str], tensors: StateDict, *encoders: tuple[TextEncoder, Tokenizer]) -> list[int]:
+    """The words into both encoders of SDXL, each of which has vectors of its own."""
+    counts = {key: len(tensors[key].reshape(-1, tensors[key].shape[-1])) for key in SDXL_KEYS if key in tensors}
+    if counts.keys() != set(SDXL_KEYS) or len(set(counts.values())) != 1:
+        raise UserError(
+            f"got vectors {counts}, expected as many of {' and '.join(SDXL_KEYS)}: use a textual inversion that was "
+            "made for both text encoders of SDXL"
+        )
+    for key, (text_encoder, tokenizer) in zip(SDXL_KEYS, encoders, strict=True):
+        ids = _add_words(words, tensors[key], text_encoder, tokenizer)
+    return ids
 
 
 def load_bundled_embeddings(lora: LoRA, text_encoder: TextEncoder, tokenizer: Tokenizer) -> list[str]:

@@ -179,7 +179,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise schedule; the defaults are those all SD 1.5 motion modules were trained with."""
+    """The noise schedule; the defaults are those all SD 1.5 motion modules were trained with (SDXL's: see RECIPES)."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -196,7 +196,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a motion module that was distilled to few steps has to be sampled."""
+    """How a motion module, or an image model, that was distilled to few steps has to be sampled."""
 
     name: str
     sampler: str
@@ -231,16 +231,54 @@ def distilled_schedule(schedule: ScheduleConfig, distillation: Distillation | No
     return replace(schedule, **{name: value for name, value in own.items() if value is not None})
 
 
-def lightning(steps: int) -> Distillation:
-    """AnimateDiff-Lightning (arXiv 2403.12706): each file is for one number of steps."""
+SDXL_TURBO = Distillation(  # arXiv 2311.17042; an image model for 512 x 512
+    "SDXL-Turbo", "euler_ancestral", "trailing", steps=4, possible_steps=(1, 2, 3, 4), guidance_scale=1.0
+)
+
+
+def lightning(steps: int, family: str = "AnimateDiff") -> Distillation:
+    """AnimateDiff-Lightning (arXiv 2403.12706), SDXL-Lightning (2402.13929): each file is for one number of steps."""
     return Distillation(
-        f"AnimateDiff-Lightning of {steps} steps",
+        f"{family}-Lightning of {steps} steps",
         "euler",
         "trailing",
         steps,
         possible_steps=(steps,),
         guidance_scale=1.0,
     )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the authors of a family of models sample it: what holds where nobody says.
+
+    Attributes:
+        schedule: the betas that the networks were trained with.
+        steps: None leaves it to the caller.
+        size: height and width in pixels.
+        time_ids: what SDXL is told of the picture's sizes, in its own order; None: those of the clip.
+        width_first: whether width and left come before height and top there.
+    """
+
+    schedule: ScheduleConfig = ScheduleConfig()
+    sampler: str = "ddim"
+    steps: int | None = None
+    guidance_scale: float = 7.5
+    size: tuple[int, int] = (512, 512)
+    time_ids: tuple[int, ...] | None = None
+    width_first: bool = False
+
+
+_SDXL = ScheduleConfig(beta_schedule="scaled_linear")
+SD1_RECIPE = Recipe()
+# A motion module's version, or the family of an image model -> how it is sampled, where it is not as SD 1.x is.
+RECIPES: dict[str, Recipe] = {
+    "sdxl": Recipe(_SDXL, "euler", 50, 5.0, size=(1024, 1024)),
+    "sdxl-beta": Recipe(replace(_SDXL, beta_end=0.020), "euler", 100, 8.5, size=(1024, 1024)),
+    "hotshot-xl": Recipe(
+        _SDXL, "euler_ancestral", 30, 5.0, size=(384, 672), time_ids=(1920, 1080, 0, 0, 512, 512), width_first=True
+    ),
+}
 
 
 @dataclass(frozen=True)

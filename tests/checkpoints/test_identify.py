@@ -230,3 +230,12 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(UserError, match="a FluxPipeline without unet/ weights"):
         identify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "sampler"),
+    [("sd_xl_turbo_1.0_fp16", 4, "euler_ancestral"), ("sdxl_lightning_8step", 8, "euler"), ("turboVisionXL", None, "")],
+)
+def test_distilled_sdxl_models_are_told_by_their_names(name, steps, sampler):
+    needs = identify_tensors(CASES["sdxl"][1](), path=Path(f"{name}.safetensors")).distillation
+    assert (needs and needs.steps, needs.sampler if needs else "") == (steps, sampler)

@@ -1,12 +1,16 @@
 """Textual inversions of every format mean the same, and a word is its vectors wherever it stands."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from animatediff.checkpoints.identify import identify
 from animatediff.checkpoints.textual_inversion import load_textual_inversion
+from animatediff.config.networks import TextConfig
 from animatediff.models.prompt_weighting import parse_prompt
-from animatediff.models.tokenizer import Tokenizer
+from animatediff.models.text import TextEncoder
+from animatediff.models.tokenizer import END, Tokenizer
 from animatediff.pipeline.device import share_weights
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import ldm_tensors, write
@@ -110,9 +114,12 @@ def test_the_model_it_was_made_from_stays(base, text, tmp_path):
         ({"emb_params": torch.zeros(2, 768)}, "got vectors of 768 numbers, expected 40 as the text encoder has"),
         (
             {"emb_params": torch.zeros(2, 1024)},
-            "this is a textual inversion for SD 2.x, not a textual inversion for SD",
+            "this is a textual inversion for SD 2.x, not a textual inversion",
         ),
-        ({"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)}, "this is a textual inversion for SDXL, not"),
+        (
+            {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)},
+            "got a textual inversion for SDXL with an SD 1.x base",
+        ),
         (
             {"lora_unet_a.lora_down.weight": torch.zeros(4, 8)},
             "this is a LoRA of an image model, not a textual inversion",
@@ -129,3 +136,26 @@ def test_a_word_is_taught_once(text, tmp_path):
     load_textual_inversion(path, *text)
     with pytest.raises(UserError, match="got the word 'FOX' twice, expected one of its own: give it a name"):
         load_textual_inversion(path, *text, name="FOX")
+
+
+def test_sdxl_has_a_vector_for_each_of_its_text_encoders(tmp_path):
+    config = TextConfig(width=24, layers=1, num_heads=2, mlp_width=8)
+    encoders = [TextEncoder(config), TextEncoder(replace(config, width=40))]
+    first, second = ((encoder, Tokenizer(pad_token=pad)) for encoder, pad in zip(encoders, (END, "!"), strict=True))
+    fox = Tokenizer().tokenize("red fox")
+    vectors = {
+        key: encoder.text_model.embeddings.token_embedding.weight[fox].detach()
+        for key, encoder in zip(("clip_l", "clip_g"), encoders, strict=True)
+    }
+    path = write(tmp_path / "vixen.safetensors", vectors)
+    expected = [encode(pair, "a red fox, running") for pair in (first, second)]
+    assert "2 vectors, in prompts as vixen" in str(load_textual_inversion(path, *first, second=second))
+    for pair, states in zip((first, second), expected, strict=True):
+        assert torch.equal(encode(pair, "a vixen, running"), states)
+    with pytest.raises(UserError, match="got a textual inversion for SDXL with an SD 1.x base"):
+        load_textual_inversion(path, *first)
+    with pytest.raises(UserError, match="for SD 1.x with an SDXL base"):
+        load_textual_inversion(write(tmp_path / "x.safetensors", {"emb_params": FOX}), *first, second=second)
+    with pytest.raises(UserError, match="expected as many of clip_l and clip_g"):
+        uneven = vectors | {"clip_g": vectors["clip_g"][:1]}
+        load_textual_inversion(write(tmp_path / "y.safetensors", uneven), *first, second=second)

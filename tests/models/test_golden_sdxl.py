@@ -8,6 +8,8 @@ import torch
 from einops import rearrange
 
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module
+from animatediff.checkpoints.lora_files import read_lora
+from animatediff.models.lora import LoRAStack
 from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.unet import UNet
 from tests.models.test_golden import assert_close
@@ -91,3 +93,24 @@ def test_token_ids():
         assert first([prompt])[0, 0].tolist() == ids["1"], prompt
         if "<|" not in prompt:  # special tokens written out: text to OpenCLIP, themselves to us and transformers
             assert second([prompt])[0, 0].tolist() == ids["2_open_clip"], prompt
+
+
+@torch.no_grad()
+def test_kohya_lora_of_all_three_networks(files, base):
+    lora = read_lora(files / "kohya.safetensors")
+    stack = LoRAStack(base.unet, base.text_encoder, base.text_encoder_2)
+    report = stack.add(lora, 0.6)
+    assert not report.unused
+    stack.merge()
+    ids_1, ids_2 = GOLDEN["input.token_ids_1"], GOLDEN["input.token_ids_2"]
+    states = base.text_encoder_2.hidden_states(ids_2)
+    got = {
+        "text.1.penultimate": base.text_encoder(ids_1, clip_skip=2, final_norm=False),
+        "text.2.penultimate": states[-2],
+        "text.2.pooled": base.text_encoder_2.pool(states[-1], ids_2),
+    }
+    for name, states in got.items():
+        assert_close(states, GOLDEN[f"lora.kohya_a0.6.{name}"])
+    assert_close(predict(base.unet, "input.latents", 481), golden("lora.kohya_a0.6.unet.image"))
+    stack.clear()
+    assert_close(predict(base.unet, "input.latents", 481), golden("unet.image.t481"))
