@@ -82,7 +82,7 @@ def save_image_model(
         vae=_weights(model.vae, dtype) if model.vae else None,
         text=_weights(model.text_encoder, dtype),
         text_2=None,
-        metadata={**(metadata or {}), **facts},
+        stated={**(metadata or {}), **facts},
     )
     return write_ldm(parts, path)
 

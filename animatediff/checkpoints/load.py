@@ -108,7 +108,7 @@ def load_personalised(path: str | Path, base: ImageModel) -> ImageModel:
         base.text_encoder_2 and base.text_encoder_2.config,
         prediction=base.schedule and base.schedule.prediction_type,
     )
-    parts = replace(parts, metadata=known | parts.metadata)
+    parts = replace(parts, stated=known | parts.stated)
     return _build_image_model(parts, dtype=sample.dtype, device=sample.device, base=base)
 
 

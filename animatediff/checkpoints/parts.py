@@ -54,7 +54,7 @@ VAE_ATTENTION_MATRIX = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\
 
 @dataclass(frozen=True)
 class ImageParts:
-    """The networks of an image model in our names. `metadata` is what shapes cannot tell (see sizes.py).
+    """The networks of an image model in our names. `stated`: what the file says that shapes cannot tell (see sizes.py).
 
     `text_2` is SDXL's second text encoder, the only one of its refiner.
     """
@@ -65,9 +65,14 @@ class ImageParts:
     vae: StateDict | None
     text: StateDict | None
     text_2: StateDict | None
-    metadata: dict[str, str]
+    stated: dict[str, str]
     notes: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What is stated, and for the rest what is usual in the family."""
+        return (SDXL_METADATA if self.kind == "sdxl-checkpoint" else {}) | self.stated
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,7 @@ def _split_ldm(file: LoadedFile, kind: str) -> ImageParts:
         vae=_squeezed(parts["vae"]) or None,
         text=parts["text"] or None,
         text_2=parts["text_2"] or None,
-        metadata=(SDXL_METADATA if kind == "sdxl-checkpoint" else {}) | metadata,
+        stated=metadata,
         notes=notes,
         unused=unused,
     )
@@ -301,7 +306,7 @@ def _read_diffusers(path: Path) -> ImageParts:
         unet={key: t for key, t in unet_file.tensors.items() if MOTION_MARK not in key},
         vae=_vae_from_diffusers(files["vae"].tensors) if "vae" in files else None,
         **texts,
-        metadata=(SDXL_METADATA if info.kind == "sdxl-checkpoint" else {}) | metadata,
+        stated=metadata,
         notes=notes,
         unused=unused,
     )
