@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from animatediff.checkpoints.files import StateDict, file_sha256
 from animatediff.checkpoints.keymaps import MOTION_MARK
@@ -229,9 +230,18 @@ def _build_image_model(
     return ImageModel(unet, vae, texts["text"], schedule, report, texts["text_2"])
 
 
+class _NoInitialization(TorchFunctionMode):
+    """Weights stay as they are made; to draw them on the meta device torch would import its compiler, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (kwargs or {}).get("tensor", *args[:1])
+        return func(*args, **(kwargs or {}))
+
+
 def load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: Path) -> M:
     """Build on the meta device and assign the tensors themselves as weights: nothing is initialised or copied."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialization():
         module = build()
     expected = {key: tuple(t.shape) for key, t in module.state_dict().items()}
     got = {key: tuple(t.shape) for key, t in tensors.items()}
