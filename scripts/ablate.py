@@ -1,4 +1,4 @@
-"""Train a grid of variants in the built-in world and compare them.   Repeat the command to go on.
+"""Train a grid of variants on Shapes, the toy data set, and compare them.   Repeat the command to go on.
 
 `python scripts/ablate.py --grid configs/eval/ablation.yaml [--quick] [--jobs 2]`
 """

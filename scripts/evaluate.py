@@ -1,6 +1,6 @@
-"""Measure a model in the built-in world, or any clips.
+"""Measure a model on Shapes, the toy data set, or any clips.
 
-`python scripts/evaluate.py --captions 200`             makes clips of the built-in world and reads them back
+`python scripts/evaluate.py --captions 200`             makes clips of Shapes, the toy data set, and reads them back
 `python scripts/evaluate.py --videos samples/my-run`    does it move, how evenly, does it flicker, does it loop?
     `--clip [FOLDER]`         is it what its prompt says, do its frames agree? By the world's encoder or a local CLIP
     `--reference IMAGES`      does it look like these, pictures of the same personalised model?
@@ -21,7 +21,7 @@ from animatediff.config.prompt_yaml import load_config
 from animatediff.utils import Parser, UserError, run_main
 from scripts.animate import BUNDLED
 
-WORLD = {  # options that make the clips of the built-in world, and their defaults
+WORLD = {  # options that make the clips of Shapes, the toy data set, and their defaults
     "config": BUNDLED,
     "entry": 0,
     "motion": None,

@@ -1,4 +1,4 @@
-"""Repeat the paper's claims in the built-in world: train what is missing, measure, and write the tables.
+"""Repeat the paper's claims on Shapes, the toy data set: train what is missing, measure, and write the tables.
 
 `python scripts/reproduce.py [--quick] [--jobs 2]`        repeat the command to go on; docs/reproduction.md has results
 `python scripts/reproduce.py --tables transfer adapter`   some of the tables, and the trainings that they need

@@ -1,5 +1,6 @@
 """Train a stage.   `python scripts/train.py --config configs/train/shapes_image.yaml`   Repeat it to go on.
 
+Several configs, each after its own `--config`, are trained one after the other.
 `torchrun --nproc_per_node N scripts/train.py …` shares the micro-batches of a step out among N processes.
 """
 
@@ -45,26 +46,30 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str] | None, log: Callable[[str], None]) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a YAML of configs/train")
+    parser.add_argument("--config", action="append", required=True, help="a YAML of configs/train; may be repeated")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: CUDA where it is")
     parser.add_argument("--check-data", action="store_true", help="look at every file, report, and do nothing else")
     parser.add_argument("--cache", action="store_true", help="encode every clip once, before the start (cache: true)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change top-level values of the YAML")
     args = parser.parse_args(argv)
-    config = load_train_config(args.config, args.overrides)
+    configs = [load_train_config(path, args.overrides) for path in args.config]
     for flag, given in (("--check-data", args.check_data), ("--cache", args.cache)):
-        if given and not isinstance(config, Training):
-            raise UserError(f"got {flag} for {args.config}, which draws its own clips, expected a stage of files")
+        for path, config in zip(args.config, configs, strict=True):
+            if given and not isinstance(config, Training):
+                raise UserError(f"got {flag} for {path}, which draws its own clips, expected a stage of files")
     if args.check_data:
-        return config.check_data(log)
+        for config in configs:
+            config.check_data(log)
+        return
     if args.cache:
-        config = replace(config, cache=True)
+        configs = [replace(config, cache=True) for config in configs]
     torch.set_flush_denormal(True)  # denormal numbers make CPU training many times slower
     device = training_device(args.device)
     if "WORLD_SIZE" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may encode all clips meanwhile
-    config.run(log, device)
+    for config in configs:
+        config.run(log, device)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""CLIP metrics: known vectors, a local CLIP against transformers itself, and the built-in world's own encoder."""
+"""CLIP metrics: known vectors, a local CLIP against transformers itself, and the toy data set's own encoder."""
 
 import json
 from pathlib import Path

@@ -23,7 +23,7 @@ def gray(*levels: float) -> Tensor:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip of the built-in world as it is, with its frames shuffled, and with its first frame held."""
+    """A clip of Shapes, the toy data set, as it is, with its frames shuffled, and with its first frame held."""
     folder = tmp_path_factory.mktemp("world")
     clip = render([make_scene(3, seed=1, motion="right")])
     for name, video in {

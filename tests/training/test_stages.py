@@ -19,6 +19,7 @@ from animatediff.training.loop import step_gradients
 from animatediff.utils import UserError
 from animatediff.world.series import World
 from animatediff.world.shapes import make_scene
+from scripts.train import run
 from tests.training.line import Rows
 from tests.training.two_processes import HALVES
 
@@ -58,9 +59,9 @@ def write(path: Path, values: dict) -> Path:
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("train")
     image = write(folder / "image.yaml", IMAGE | {"output_dir": str(folder / "image")})
-    load_train_config(image).run(lambda line: None)
-    motion = {"output_dir": str(folder / "motion"), "pretrained_model_path": str(folder / "image/image.safetensors")}
-    load_train_config(write(folder / "motion.yaml", MOTION | motion)).run(lambda line: None)
+    changes = {"output_dir": str(folder / "motion"), "pretrained_model_path": str(folder / "image/image.safetensors")}
+    motion = write(folder / "motion.yaml", MOTION | changes)
+    run(["--config", str(image), "--config", str(motion), "--device", "cpu"], lambda line: None)
     return folder
 
 

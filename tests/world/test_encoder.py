@@ -1,4 +1,4 @@
-"""The bundled encoder of the built-in world on held-out scenes, and what its numbers see and do not see."""
+"""The bundled encoder of Shapes, the toy data set, on held-out scenes, and what its numbers see and do not see."""
 
 from pathlib import Path
 

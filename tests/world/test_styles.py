@@ -1,4 +1,4 @@
-"""Styles, watermark and camera moves of the built-in world; what they look like is read back by tests/evaluation."""
+"""Styles, watermark and camera moves of Shapes, the toy data set; test_read_styles.py reads them back."""
 
 from dataclasses import replace
 
