@@ -435,7 +435,7 @@ def weight_files(path: str | Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     parts = [(path / "unet", UNET_STEM, UNET_STEM), (path / "vae", VAE_STEM, VAE_STEM)]
-    parts += [(path / "text_encoder", *TEXT_STEMS)]
+    parts += [(path / name, *TEXT_STEMS) for name in ("text_encoder", "text_encoder_2")]
     if not (path / "unet").is_dir():
         parts = [(path, stem, stem) for stem in (UNET_STEM, *LORA_STEMS)] + [(path, *TEXT_STEMS)]
     if found := [weights for part in parts if (weights := find_weights(*part))]:
@@ -448,9 +448,10 @@ def weight_files(path: str | Path) -> list[Path]:
 def _identify_folder(path: Path) -> FileInfo:
     first, *others = weight_files(path)
     info = _identify_file(path, read_state_dict(first))
-    if first.parent == path or info.kind not in ("sd1-unet", *MOTION_KINDS):
+    if first.parent == path or info.kind not in ("sd1-unet", "sdxl-checkpoint", *MOTION_KINDS):
         return info
     sizes_of_all = _totals(
         {f"{p.parent.name}/{k}": t for p in (first, *others) for k, t in read_state_dict(p).tensors.items()}
     )
-    return replace(info, kind="diffusers-folder", version=None, **sizes_of_all)
+    kind = info.kind if info.kind == "sdxl-checkpoint" else "diffusers-folder"
+    return replace(info, kind=kind, version=None, **sizes_of_all)

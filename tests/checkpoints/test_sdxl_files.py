@@ -41,6 +41,8 @@ def test_a_single_file_comes_back_from_a_folder_bit_by_bit(single_file, folder, 
 def test_a_folder_is_what_it_is_in_diffusers(folder):
     info = identify(folder)
     assert (info.kind, info.base) == ("sdxl-checkpoint", "SDXL")
+    parts = read_image_parts(folder)
+    assert info.num_tensors == sum(map(len, (parts.unet, parts.vae, parts.text, parts.text_2)))
     assert read_json(folder / "model_index.json")["_class_name"] == "StableDiffusionXLPipeline"
     unet = read_json(folder / "unet" / "config.json")
     assert unet["attention_head_dim"] == [4, 8, 12] and unet["transformer_layers_per_block"] == [1, 2, 3]

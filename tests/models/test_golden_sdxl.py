@@ -58,6 +58,20 @@ def test_video_models(unets, t):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("version", MOTION)
+def test_pooled_text_may_differ_from_frame_to_frame(base, unets, version):
+    x, context, t = golden("input.latents")[:1, :3], GOLDEN["text.context"][:1], torch.tensor([481])
+    conditioning = {"time_ids": GOLDEN["input.time_ids"][:1]}
+    same = GOLDEN["text.2.pooled"][:1]
+    expected = unets[version](x, t, context, pooled=same, **conditioning)
+    assert_close(unets[version](x, t, context, pooled=same[:, None].expand(-1, 3, -1), **conditioning), expected)
+    other = torch.stack([same, same, GOLDEN["text.2.pooled"][1:]], dim=1)
+    before, after = (base.unet(x, t, context, pooled=pooled, **conditioning) for pooled in (same, other))
+    assert_close(after[:, :2], before[:, :2])
+    assert (after[:, 2] - before[:, 2]).norm() > 0.01 * before[:, 2].norm()
+
+
+@torch.no_grad()
 def test_hotshot_leaves_a_single_frame_to_the_image_model(unets):
     x = golden("input.hotshot_latents")[:, :1]
     conditioning = {"pooled": GOLDEN["text.2.pooled"], "time_ids": GOLDEN["input.time_ids"]}
