@@ -15,14 +15,14 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float | Tensor) -> 
     return unconditional + scale * (conditional - unconditional)
 
 
-def rescale(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+def rescale(guided: Tensor, conditional: Tensor, amount: float) -> Tensor:
     """Guided predictions (b, …) with the spread of the conditional ones, clip by clip (arXiv 2305.08891, Eq. 15, 16).
 
-    share: 0 leaves the guided prediction as it is, 1 gives it all of the other's standard deviation; 0.7 in the paper.
+    amount: 0 leaves the guided prediction as it is, 1 gives it all of the other's standard deviation; 0.7 in the paper.
     """
     axes = tuple(range(1, guided.ndim))
-    wanted, spread = (x.std(axes, keepdim=True) for x in (conditional, guided))
-    return guided * (share * wanted / spread + (1 - share))
+    std, guided_std = (x.std(axes, keepdim=True) for x in (conditional, guided))
+    return guided * (amount * std / guided_std + (1 - amount))
 
 
 def classifier_free_guidance(
@@ -41,8 +41,9 @@ def classifier_free_guidance(
         scale: 1 is the conditional prediction.
         factor: of the scale: told x and t, it gives a tensor to multiply predictions with.
         perturbed_scale: of perturbed-attention guidance (arXiv 2403.17377, Eq. 15), which adds
-            scale * (conditional - perturbed); the paper's is 3.
-        rescaled: share of `rescale`.
+            scale * (conditional - perturbed); the paper's is 3. What is perturbed is the spatial self-attention; motion
+            modules attend as ever.
+        rescaled: amount of `rescale`.
 
     Returns:
         A denoiser of x (b, f, c, h, w) and t (b,).

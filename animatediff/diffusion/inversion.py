@@ -23,11 +23,11 @@ def invert(denoise: Denoise, x: Tensor, *, schedule: NoiseSchedule, timesteps: T
     Returns:
         Latents of x's shape at timesteps[0].
     """
-    here = float(schedule.final_alpha_cumprod)
-    for t, above in zip(timesteps.flip(0), schedule.alpha_at(timesteps).flip(0).tolist(), strict=True):
+    abar = float(schedule.final_alpha_cumprod)
+    for t, abar_next in zip(timesteps.flip(0), schedule.alpha_at(timesteps).flip(0).tolist(), strict=True):
         batch_t = t.to(x.device).expand(len(x))
         _, noise = schedule.clean_and_noise(denoise(x, batch_t), x, batch_t)
-        clean = (x - (1 - here) ** 0.5 * noise) / here**0.5
-        x = above**0.5 * clean + (1 - above) ** 0.5 * noise
-        here = above
+        clean = (x - (1 - abar) ** 0.5 * noise) / abar**0.5
+        x = abar_next**0.5 * clean + (1 - abar_next) ** 0.5 * noise
+        abar = abar_next
     return x

@@ -12,6 +12,7 @@ from animatediff.utils import UserError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace", "karras", "lcm")
+MOST_TIMESTEPS = 100_000
 KARRAS_RHO = 7.0
 
 
@@ -22,19 +23,12 @@ class NoiseSchedule:
 
     Attributes:
         alphas_cumprod: abar, float32 (T,) on the CPU.
-    Raises: UserError for an unknown beta_schedule, prediction_type or timestep_spacing, and for zero terminal SNR
-        where noise is predicted.
+    Raises: UserError for an unknown beta_schedule, prediction_type or timestep_spacing, for numbers out of range, for
+        betas that leave no noise or no signal, and for zero terminal SNR where noise is predicted.
     """
 
     def __init__(self, config: ScheduleConfig):
-        known = {
-            "beta_schedule": ("linear", "scaled_linear"),
-            "prediction_type": PREDICTIONS,
-            "timestep_spacing": SPACINGS,
-        }
-        for key, choices in known.items():
-            if (value := getattr(config, key)) not in choices:
-                raise UserError(f"got {key} {value!r}, expected one of {', '.join(choices)}")
+        _check(config)
         self.config = config
         start, end, steps = config.beta_start, config.beta_end, config.num_train_timesteps
         if config.beta_schedule == "linear":
@@ -42,6 +36,12 @@ class NoiseSchedule:
         else:
             betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        first, last = self.alphas_cumprod[[0, -1]].tolist()
+        if first == 1 or last == 0:
+            raise UserError(
+                f"got betas of {start:g} to {end:g} over {steps} timesteps, which leave no "
+                f"{'noise at the first' if first == 1 else 'signal at the last'}: SD 1.5 has 0.00085 to 0.012 over 1000"
+            )
         if config.rescale_betas_zero_snr:
             if config.prediction_type == "epsilon":
                 raise UserError(
@@ -61,8 +61,11 @@ class NoiseSchedule:
     def timesteps(self, steps: int) -> Tensor:
         """`steps` timesteps from noisy to clean: int64, or float32 with karras spacing.
 
-        leading, trailing and linspace: Lin et al. 2023, arXiv 2305.08891, Table 2. karras: Karras et al. 2022, arXiv
-        2206.00364, Eq. 5. lcm: evenly from the `lcm_timesteps` that the model was distilled on, from T - 1.
+        leading, trailing and linspace: Lin et al. 2023, arXiv 2305.08891, Table 2. A step leads to the next timestep;
+        diffusers' DDIM instead goes T // steps down, somewhere else with linspace, and with trailing where `steps` does
+        not divide T. karras: Karras et al. 2022, arXiv 2206.00364, Eq. 5, at the fractional timesteps that have these
+        sigmas (diffusers rounds what it tells the network). lcm: evenly from the `lcm_timesteps` that the model was
+        distilled on, from T - 1.
 
         Raises:
             UserError: more or less steps than there are timesteps.
@@ -157,6 +160,22 @@ class NoiseSchedule:
     def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self.alpha_at(t).to(like.device).reshape(-1, *[1] * (like.ndim - 1))
         return alpha.sqrt().to(like.dtype), (1 - alpha).sqrt().to(like.dtype)
+
+
+def _check(config: ScheduleConfig) -> None:
+    known = {"beta_schedule": ("linear", "scaled_linear"), "prediction_type": PREDICTIONS, "timestep_spacing": SPACINGS}
+    for key, choices in known.items():
+        if (value := getattr(config, key)) not in choices:
+            raise UserError(f"got {key} {value!r}, expected one of {', '.join(choices)}")
+    start, end, total = config.beta_start, config.beta_end, config.num_train_timesteps
+    if not 0 < start <= end < 1:
+        raise UserError(
+            f"got beta_start {start!r:.20} and beta_end {end!r:.20}, expected 0 < beta_start <= beta_end < 1"
+        )
+    if not 2 <= total <= MOST_TIMESTEPS:
+        raise UserError(f"got num_train_timesteps {total!r:.20}, expected 2 to {MOST_TIMESTEPS}: SD 1.5 has 1000")
+    if not 0 <= config.steps_offset < total:
+        raise UserError(f"got steps_offset {config.steps_offset!r:.20}, expected 0 to {total - 1}: SD 1.5 has 1")
 
 
 def step_of(timesteps: Tensor, t: Tensor) -> int:

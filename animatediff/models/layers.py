@@ -45,10 +45,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm of tokens ((b f), s, c), plus the code (f, c) of each token's frame if there is one."""
+    """LayerNorm of tokens ((b f), s, c), plus the positional encoding (f, c) of each token's frame if there is one."""
 
-    def forward(self, x: Tensor, code: Tensor | None = None) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, code=code, eps=self.eps)
+    def forward(self, x: Tensor, positional_encoding: Tensor | None = None) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, code=positional_encoding, eps=self.eps)
 
 
 class ResnetBlock(nn.Module):

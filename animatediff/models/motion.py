@@ -39,7 +39,7 @@ def positional_encoding(
 _kept_encoding = functools.cache(positional_encoding)
 
 
-def frame_codes(x: Tensor, frames: int, dtype: torch.dtype, stretch: float) -> Tensor:
+def encoding_of(x: Tensor, frames: int, dtype: torch.dtype, stretch: float) -> Tensor:
     """The positional encoding for tokens x; kept for the next call unless x is a compiler's or another stand-in."""
     stand_in = torch.compiler.is_compiling() or type(x) is not Tensor
     make = positional_encoding if stand_in else _kept_encoding
@@ -60,7 +60,7 @@ class TemporalAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        """x: ((b f), s, width), with the codes of the frames in it if there are any."""
+        """x: ((b f), s, width), with the positional encoding of the frames in it if there is one."""
         out = temporal_attention(self.to_q(x), self.to_k(x), self.to_v(x), frames=frames, num_heads=self.num_heads)
         return self.to_out[0](out)
 
@@ -98,10 +98,10 @@ class TemporalTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         for attention, norm in zip(self.attention_blocks, self.norms, strict=True):
-            code = None
+            encoding = None
             if self.tells_positions:
-                code = frame_codes(x, frames, norm.weight.dtype, attention.stretch)
-            x = x + attention(norm(x, code), frames)
+                encoding = encoding_of(x, frames, norm.weight.dtype, attention.stretch)
+            x = x + attention(norm(x, encoding), frames)
         return x + self.ff(self.ff_norm(x))
 
 

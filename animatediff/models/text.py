@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -58,7 +59,8 @@ class TextEncoder(nn.Module):
 
         Args:
             token_ids: int64 ids (n, l), l at most `config.max_length`.
-            clip_skip: the layer to take, from the end: 1 the last, 2 the one before it, …
+            clip_skip: the layer to take, from the end: 1 the last, 2 the one before it, … Prompts and negative prompts
+                take the same.
             final_norm: apply the final layer norm to it, as SD 1.x does and SDXL does not.
 
         Returns:
@@ -135,6 +137,16 @@ class TextEncoder(nn.Module):
     def linear_layers(self) -> dict[str, nn.Linear]:
         """Every linear layer by its checkpoint name, e.g. `text_model.encoder.layers.0.self_attn.q_proj`."""
         return {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+
+
+def equally_long(contexts: Sequence[Tensor]) -> list[Tensor]:
+    """Contexts (n, l, d) of different l as ones of the same, the least common multiple, each repeated along the tokens.
+
+    Softmax over keys that are all there r times is the softmax over the keys: in one batch every clip sees its own
+    prompt as it does alone, up to rounding. Padding instead would be attended to.
+    """
+    length = math.lcm(*(context.shape[1] for context in contexts))
+    return [context.repeat(1, length // context.shape[1], 1) for context in contexts]
 
 
 class _Transformer(nn.Module):

@@ -14,7 +14,7 @@ EPS = 1e-6  # of every GroupNorm in the VAE
 
 
 class VAEAttention(nn.Module):
-    """Single-head self-attention over the cells of one image, in the middle of encoder and decoder."""
+    """Single-head self-attention over the latent pixels of one image, in the middle of encoder and decoder."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()

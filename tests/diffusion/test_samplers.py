@@ -304,6 +304,27 @@ def test_timesteps_fall_within_the_schedule(spacing):
             assert timesteps[0] == 999 or (spacing == "linspace" and steps == 1)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"beta_start": 0.0}, "got beta_start 0.0 and beta_end 0.012, expected 0 <"),
+        ({"beta_start": float("nan")}, "got beta_start nan"),
+        ({"beta_start": 0.1}, "expected 0 < beta_start <= beta_end < 1"),
+        ({"beta_end": 10**400}, "beta_end 1000000000"),
+        ({"beta_start": 1e-30, "beta_end": 1e-30}, "leave no noise at the first"),
+        ({"beta_start": 0.9, "beta_end": 0.9}, "leave no signal at the last"),
+        ({"num_train_timesteps": 1}, "got num_train_timesteps 1, expected 2 to 100000"),
+        ({"num_train_timesteps": 10**9}, "got num_train_timesteps 1000000000, expected"),
+        ({"steps_offset": -1}, "got steps_offset -1, expected 0 to 999"),
+        ({"steps_offset": 10**400}, "expected 0 to 999"),
+    ],
+)
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
+def test_numbers_that_make_no_schedule(values, message, betas):
+    with pytest.raises(UserError, match=message):
+        spaced(betas=betas, **values)
+
+
 def test_custom_timesteps_and_sigmas():
     schedule = spaced()
     assert schedule.custom_timesteps([999, 500.0, 1]).tolist() == [999, 500, 1]

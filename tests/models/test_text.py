@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from animatediff.config.networks import TextConfig
-from animatediff.models.text import TextEncoder
+from animatediff.models.attention import Attention
+from animatediff.models.text import TextEncoder, equally_long
 from animatediff.models.tokenizer import Tokenizer
 from animatediff.utils import UserError
 from tests.golden.synthetic_weights import synthetic_tensor
@@ -117,6 +118,22 @@ def test_encode_joins_chunks(nano, tokenizer):
         assert context.shape == (2, 154, 40)
         assert torch.allclose(context[1, 77:], nano(ids[1, 1:])[0], atol=1e-5)
         assert torch.allclose(context[0, :77], nano(ids[0, :1])[0], atol=1e-5)
+
+
+def test_equally_long_contexts_are_seen_as_they_are(nano, tokenizer):
+    """Cross-attention to a repeated text is cross-attention to the text: a clip does not depend on its batch-mates."""
+    with torch.inference_mode():
+        texts = [nano.encode(tokenizer([prompt])) for prompt in ("a cat", "cat " * 100, "cat " * 200)]
+        assert [text.shape[1] // 77 for text in texts] == [1, 2, 3]
+        one, two, three = equally_long(texts)
+        assert one.shape == two.shape == three.shape == (1, 6 * 77, 40)
+        assert all(a is b or torch.equal(a, b) for a, b in zip(equally_long(texts[:1] * 2), texts[:1] * 2, strict=True))
+        torch.manual_seed(0)
+        attention, x = Attention(16, 2, context_dim=40), torch.randn(3, 5, 16)
+        together = attention(x, torch.cat([one, two, three]))
+        for row, (pixels, text) in enumerate(zip(x.split(1), texts, strict=True)):
+            # of 462 terms in place of 77: rounding grows with the root of their number
+            torch.testing.assert_close(together[row : row + 1], attention(pixels, text), rtol=1e-5, atol=1e-6)
 
 
 def test_clip_skip_leaves_out_the_last_layers(nano, nano_weights, tokenizer):
