@@ -11,6 +11,9 @@ REPOSITORY = Path(animatediff.__file__).resolve().parents[1]
 MOTION_FILES = "https://huggingface.co/guoyww/animatediff"
 IMAGE_MODELS = "https://huggingface.co/guoyww/animatediff_t2i_backups"
 ANIMATE_LCM_FILES = "https://huggingface.co/wangfuyun/AnimateLCM"
+ANIMATE_LCM_I2V_FILES = "https://huggingface.co/wangfuyun/AnimateLCM-I2V"
+CONTROLNETS = "https://huggingface.co/lllyasviel/ControlNet-v1-1"
+IP_ADAPTERS = "https://huggingface.co/h94/IP-Adapter"
 LIGHTNING_FILES = "https://huggingface.co/ByteDance/AnimateDiff-Lightning"
 SD15 = "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5"
 VAES = "https://huggingface.co/stabilityai/sd-vae-ft-mse"
@@ -41,6 +44,24 @@ SOURCES = {
         IMAGE_MODELS,
     ),
     **dict.fromkeys(("AnimateLCM_sd15_t2v.ckpt", "AnimateLCM_sd15_t2v_lora.safetensors"), ANIMATE_LCM_FILES),
+    **dict.fromkeys(("AnimateLCM_sd15_i2v.ckpt", "AnimateLCM_sd15_i2v_lora.safetensors"), ANIMATE_LCM_I2V_FILES),
+    **{
+        f"control_{name}.pth": CONTROLNETS
+        for name in (
+            *("v11p_sd15_canny", "v11p_sd15_scribble", "v11p_sd15_lineart", "v11p_sd15s2_lineart_anime"),
+            *("v11p_sd15_softedge", "v11f1p_sd15_depth", "v11p_sd15_normalbae", "v11p_sd15_openpose"),
+            *("v11p_sd15_seg", "v11p_sd15_mlsd", "v11p_sd15_inpaint", "v11f1e_sd15_tile", "v11e_sd15_ip2p"),
+            "v11e_sd15_shuffle",
+        )
+    },
+    **{
+        f"ip-adapter{name}_sd15{end}": IP_ADAPTERS
+        for name in ("", "-plus", "-plus-face", "-full-face")
+        for end in (".safetensors", ".bin")
+    },
+    **dict.fromkeys(("ip-adapter_sd15_light.safetensors", "image_encoder"), IP_ADAPTERS),
+    "PIA-condition-adapter": "https://huggingface.co/openmmlab/PIA-condition-adapter",
+    "CameraCtrl.ckpt": "https://huggingface.co/hehao13/CameraCtrl",
     **{f"animatediff_lightning_{n}step_comfyui.safetensors": LIGHTNING_FILES for n in (1, 2, 4, 8)},
     **dict.fromkeys((f"vae-ft-mse-840000-ema-pruned.{end}" for end in ("safetensors", "ckpt")), f"{VAES}-original"),
     "sd-vae-ft-mse": VAES,

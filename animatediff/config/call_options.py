@@ -74,6 +74,9 @@ class CallOptions(TypedDict, total=False):
     controlnet_scale: Any
     controlnet_conditioning_scale: Any
     normalize_condition_images: bool
+    controlnet: Any
+    ip_adapter: Any
+    image_encoder: str
     motion_scale: Any
     motion_mask: str
     pe_stretch: float
@@ -96,6 +99,11 @@ class CallOptions(TypedDict, total=False):
     windows: Any
     inputs: Any
     sparsectrl: Any
+    controlnets: Any
+    ip_adapters: Any
+    pia: Any
+    i2v: Any
+    camera: Any
     motion: Any
     guidance: Any
     pag: Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from animatediff.config.condition_refusals import condition_refusals
 from animatediff.config.keyframes import Keyframes
 from animatediff.config.request import Request
 from animatediff.utils import UserError
@@ -40,6 +41,7 @@ def refusals(
         *_inputs(request),
         *_steering(request, motion=motion, loras=loras),
         *_sparsectrl(request, sparsectrl),
+        *condition_refusals(request, motion=motion),
         *window_refusals(request),
     )
     if not m.base:

@@ -7,121 +7,35 @@ What several options say together is checked in `refusals.py`; what needs the fi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from animatediff.config.keyframes import Keyframes
-from animatediff.config.settings import Bool, FileKind, Files, Float, Int, Many, before, limits, opt, options, read_by
-from animatediff.utils import UserError, describe
+from animatediff.config.condition_options import I2V, PIA, Camera, ControlNets, IPAdapters
+from animatediff.config.settings import Bool, Files, Float, Int, Many, before, limits, opt, options
+from animatediff.config.values import (
+    ADAPTER,
+    EMBEDDING,
+    IMAGE_MODEL,
+    LORA_FILE,
+    MOTION_LORA,
+    MOTION_MODULE,
+    OTHER,
+    PICTURES,
+    SPARSECTRL,
+    VAE_FILE,
+    Images,
+    Media,
+    PathText,
+    Prompt,
+    Seed,
+    Text,
+    Varying,
+    varying,
+)
 
 SD15_FOLDER = "models/StableDiffusion/stable-diffusion-v1-5"  # where the official script looks for the base model
-MAX_SEED = 2**64 - 1
 MAX_SIDE, MAX_FRAMES = 16384, 100_000  # pixels and frames that no machine can sample: a slip of the finger
-
-
-# ---- kinds of values ------------------------------------------------------------------------------------------
-
-
-def _prompt(value: Any) -> str | dict[int, str]:
-    """A text, or keyframes {frame: text}; frames may be written as text, as JSON has them."""
-    if isinstance(value, str):
-        return _text(value)
-    if not isinstance(value, Mapping):
-        raise UserError(f"got {describe(value)}, expected text (in quotes), or keyframes {{frame: text}}")
-    if not value:
-        raise UserError("got no keyframes, expected at least one, such as 0")
-    keyframes = {}
-    for frame, text in value.items():
-        number = str(frame).strip()
-        if isinstance(frame, bool) or not (number.isascii() and number.isdecimal() and len(number) < 10):
-            raise UserError(f"got a keyframe at {frame}, expected the number of a frame, such as 0")
-        if not isinstance(text, str):
-            raise UserError(f"[{frame}]: got {describe(text)}, expected text (in quotes)")
-        keyframes[int(number)] = _text(text)
-    return dict(sorted(keyframes.items()))
-
-
-def _utf8(value: Any) -> Any:
-    return _text(value) if isinstance(value, str) else value
-
-
-def _text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError("got text with half a surrogate pair, which is no character: correct it") from None
-    return text
-
-
-def _path(value: Any) -> Any:
-    """A path as text, without NUL, `~` being the home folder."""
-    if isinstance(value, Path):
-        value = str(value)
-    if not isinstance(value, str):
-        return value
-    if "\0" in value or value != value.encode(errors="replace").decode():
-        raise UserError(f"got {value!r}, expected a path")
-    try:
-        return str(Path(value).expanduser()) if value.startswith("~") else value
-    except RuntimeError:
-        raise UserError(f"got {value!r}, expected a path: there is no such user") from None
-
-
-def _media(value: Any) -> Any:
-    """A path in a YAML; in a call also PIL images, arrays and tensors, which the pipeline looks at."""
-    if isinstance(value, (bool, int, float, Mapping)):
-        raise UserError(f"got {describe(value)}, expected a file, pictures or a tensor")
-    return None if isinstance(value, str) and not value else _path(value)
-
-
-def _images(value: Any) -> Any:
-    """Several of them; a tensor or an array stays what it is."""
-    if value is None or hasattr(value, "ndim"):
-        return () if value is None else value
-    items = value if isinstance(value, (list, tuple)) else (value,)
-    return tuple(_media(item) for item in items if item is not None and not (isinstance(item, str) and not item))
-
-
-def _seed(value: Any) -> int:
-    number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-    if type(number) is not int or not -1 <= number <= MAX_SEED:
-        raise UserError(f"got {describe(number)}, expected 0 to 2^64 - 1, or -1 to draw one")
-    return number
-
-
-def _varying(least: float = -math.inf, over_steps: bool = False) -> Any:
-    def check(value: Any) -> Any:
-        if value is None:
-            return None
-        keyframes = Keyframes.read(value, least=least)
-        if over_steps and not keyframes.over_steps:
-            raise UserError("got no percentages of the steps, expected them, such as {0%: 0, 50%: 1}")
-        return value
-
-    return Annotated[Any, read_by(check)]
-
-
-Prompt = Annotated[Any, read_by(_prompt)]
-Media = Annotated[Any, read_by(_media)]
-Images = Annotated[Any, read_by(_images)]
-Seed = Annotated[Any, read_by(_seed)]
-Varying = _varying()  # a number, one per frame, {frame: number} or {part%: number}: see keyframes.py
-Text = Annotated[str, before(_utf8)]
-PathText = Annotated[str, before(_path)]
-
-IMAGE_MODEL = FileKind("an SD 1.x image model", ("sd1-checkpoint", "diffusers-folder"))
-MOTION_MODULE = FileKind("a motion module", ("motion-module", "motion-adapter"))
-VAE_FILE = FileKind("a VAE", ("vae", "sd1-checkpoint", "diffusers-folder"))
-LORA_FILE = FileKind("a LoRA of an image model", ("lora",))
-ADAPTER = FileKind("a domain adapter", ("domain-adapter", "lora"))
-MOTION_LORA = FileKind("a MotionLoRA", ("motion-lora",))
-EMBEDDING = FileKind("a textual inversion for SD 1.x", ("textual-inversion",))
-SPARSECTRL = FileKind("a SparseCtrl encoder", ("sparsectrl",))
-OTHER = FileKind("a file")
-PICTURES = FileKind("a picture or clip")
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------
@@ -326,7 +240,7 @@ class Motion:
 class Guidance:
     """Beside the guidance scale."""
 
-    schedule: _varying(0) = opt(None, "factor of guidance_scale, by frame or step", "guidance_schedule")
+    schedule: varying(0) = opt(None, "factor of guidance_scale, by frame or step", "guidance_schedule")
     rescale: Float = opt(0.0, "share of the rescaling of arXiv 2305.08891; 0.7 there", "guidance_rescale", ge=0, le=1)
 
 
@@ -370,8 +284,8 @@ class FreeInit:
 class LoRASchedules:
     """Scales of LoRAs that change while a clip is sampled."""
 
-    schedule: _varying(over_steps=True) = opt(None, "factor of the LoRAs' scales, by step", "lora_schedule")
-    motion_schedule: _varying(over_steps=True) = opt(
+    schedule: varying(over_steps=True) = opt(None, "factor of the LoRAs' scales, by step", "lora_schedule")
+    motion_schedule: varying(over_steps=True) = opt(
         None, "factor of all MotionLoRAs' scales, by step", "motion_lora_schedule"
     )
 
@@ -416,6 +330,11 @@ class Request:
     windows: Windows | None = None
     inputs: Inputs = Inputs()
     sparsectrl: SparseCtrl = SparseCtrl()
+    controlnets: ControlNets = ControlNets()
+    ip_adapters: IPAdapters = IPAdapters()
+    pia: PIA = PIA()
+    i2v: I2V = I2V()
+    camera: Camera = Camera()
     motion: Motion = Motion()
     guidance: Guidance = Guidance()
     pag: PAG = PAG()

@@ -15,7 +15,7 @@ from animatediff.utils import UserError, describe, unknown_key
 
 SHORT = {"loop": "mode", "windows": "schedule", "noise": "type"}  # groups that one plain value may stand for
 SWITCHES = ("freeu", "freeinit", "windows")  # groups that are off by default; `true` means their defaults
-FLATLESS = ("freeu", "freeinit", "loop")  # groups whose options are only known inside them
+FLATLESS = ("freeu", "freeinit", "loop", "pia", "i2v", "camera")  # groups whose options are only known inside them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,9 +344,26 @@ def files(request: Request) -> dict[str, NamedFile]:
         value, name = getattr(group, option.name), called(request, option.dotted)
         many = isinstance(value, tuple)
         for i, item in enumerate(value if many else (value,)):
-            path = getattr(item, "path", item)
-            if not isinstance(path, str) or not path:
-                continue
-            inside = (f"[{i}]" if many else "") + (".path" if path is not item else "")
-            found[option.dotted + inside] = NamedFile(option.dotted + inside, name + inside, path, option.files)
+            place = f"[{i}]" if many else ""
+            for inside, path, kind in _files_in(item, option.files):
+                dotted = option.dotted + place + inside
+                found[dotted] = NamedFile(dotted, name + place + inside, path, kind)
     return found
+
+
+def _files_in(value: Any, kind: FileKind) -> Iterator[tuple[str, str, FileKind]]:
+    """(place, path, kind) of the files in a value: a path, or an entry with a `path` and perhaps marked fields."""
+    if isinstance(value, str):
+        if value:
+            yield "", value, kind
+        return
+    hints = typing.get_type_hints(type(value), include_extras=True) if dataclasses.is_dataclass(value) else {}
+    for name, hint in hints.items():
+        mark = kind if name == "path" else next((m for m in _parts(hint) if isinstance(m, FileKind)), None)
+        inside = getattr(value, name)
+        if mark is None:
+            continue
+        items = inside.items() if isinstance(inside, dict) else enumerate(inside) if isinstance(inside, tuple) else None
+        for place, item in [("", inside)] if items is None else [(f"[{at}]", item) for at, item in items]:
+            if isinstance(item, str) and item:
+                yield f".{name}{place}", item, mark

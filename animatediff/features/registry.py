@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from animatediff.features import camera as camera_feature
+from animatediff.features import controlnet as controlnet_feature
+from animatediff.features import image_to_video as image_to_video_feature
+from animatediff.features import ip_adapter as ip_adapter_feature
+from animatediff.features import pia as pia_feature
 from animatediff.features import sparsectrl as sparsectrl_feature
+from animatediff.features.camera import camera
+from animatediff.features.controlnet import controlnet
 from animatediff.features.freeu import freeu
+from animatediff.features.image_to_video import image_to_video
+from animatediff.features.ip_adapter import ip_adapter
 from animatediff.features.lora_schedule import lora_schedule
 from animatediff.features.motion import motion
 from animatediff.features.perturbed_attention import perturbed_attention
+from animatediff.features.pia import pia
 from animatediff.features.run import Feature
 from animatediff.features.sparsectrl import sparsectrl
 
-# From the network outwards: a later one sees what the earlier ones made of the network.
-FEATURES: tuple[Feature, ...] = (motion, perturbed_attention, freeu, lora_schedule, sparsectrl)
+# From the network outwards: a later one sees what the earlier ones made of the network, and its inputs pass through
+# them (a ControlNet adds its residuals to SparseCtrl's).
+FEATURES: tuple[Feature, ...] = (
+    *(motion, perturbed_attention, freeu, lora_schedule),
+    *(ip_adapter, pia, image_to_video, camera, controlnet, sparsectrl),
+)
 
-# group of the request -> what loads the network of its `path`: (request, headers, image model) -> network, and a line
-# for the log
-NETWORKS = {"sparsectrl": sparsectrl_feature.load}
+# group of the request -> what loads its networks: (request, headers, image model, UNet with its motion module) ->
+# a network and a line for the log, or None
+NETWORKS = {
+    "sparsectrl": sparsectrl_feature.load,
+    "controlnets": controlnet_feature.load,
+    "ip_adapters": ip_adapter_feature.load,
+    "pia": pia_feature.load,
+    "i2v": image_to_video_feature.load,
+    "camera": camera_feature.load,
+}

@@ -23,6 +23,7 @@ from animatediff.config.request import SparseCtrl as Options
 from animatediff.features.inputs import as_picture
 from animatediff.features.run import FrameDenoise, Run
 from animatediff.models.sparsectrl_encoder import SparseCtrl
+from animatediff.models.unet import UNet
 from animatediff.utils import UserError, naming
 
 CACHE_BYTES = 2**28  # of residuals: enough for small models; one guided window of SD 1.5 takes more, see `Control`
@@ -42,8 +43,8 @@ def sparsectrl(denoise: FrameDenoise, run: Run) -> Iterator[FrameDenoise]:
     yield controlled
 
 
-def load(request: Request, headers: Any, image: ImageModel) -> tuple[SparseCtrl, str]:
-    """The encoder of `sparsectrl.path`, and a line about it.
+def load(request: Request, headers: Any, image: ImageModel, unet: UNet) -> tuple[SparseCtrl, str] | None:
+    """The encoder of `sparsectrl.path`, and a line about it; None without one.
 
     Args:
         headers: `pipeline.headers.Headers`.
@@ -51,6 +52,8 @@ def load(request: Request, headers: Any, image: ImageModel) -> tuple[SparseCtrl,
     Raises:
         UserError: it does not fit the image model, or contradicts its official config.
     """
+    if "sparsectrl.path" not in headers.paths:
+        return None
     assert image.vae is not None
     encoder, report = load_sparsectrl(headers.paths["sparsectrl.path"], image.unet, image.vae)
     config, motion = encoder.config, encoder.config.unet.motion

@@ -6,6 +6,7 @@ Parameter names are diffusers'.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -102,13 +103,12 @@ class ControlNet(ResidualEncoder):
         return [residual.mean((2, 3), keepdim=True) for residual in down], mid.mean((2, 3), keepdim=True)
 
 
-def soft_weights(residuals: int) -> list[float]:
-    """Factors of the residuals of guess mode, from the first skip to the middle block: 0.825^n … 1.
+def guess_weights(residuals: int) -> list[float]:
+    """Factors of the residuals in guess mode, from the first skip to the middle block: 0.1 … 1, as in diffusers.
 
-    The original's (lllyasviel/ControlNet, "guess mode"); diffusers has 10^-1 … 10^0 in even steps of the logarithm,
-    a ratio of 0.8254.
+    The original's are 0.825^n … 1, which is nearly the same: these have a ratio of 0.8254.
     """
-    return [0.825 ** (residuals - 1 - i) for i in range(residuals)]
+    return torch.logspace(-1, 0, residuals).tolist()
 
 
 def zero(module: nn.Conv2d) -> nn.Conv2d:

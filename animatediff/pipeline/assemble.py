@@ -11,6 +11,7 @@ from torch import nn
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised, load_vae
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.checkpoints.textual_inversion import load_textual_inversion
+from animatediff.config.networks import distilled_schedule
 from animatediff.config.request import Request
 from animatediff.config.spellings import called
 from animatediff.features.registry import NETWORKS
@@ -68,13 +69,14 @@ class Assembler:
         loras.merge()
         networks: dict[str, nn.Module] = {}
         for group, load in NETWORKS.items():
-            if any(option.startswith(f"{group}.path") for option in paths):
-                networks[group], report = load(request, headers, image)
-                reports.append(report)
+            if (loaded := load(request, headers, image, unet)) is not None:
+                networks[group], report = loaded
+                reports += report.splitlines()
         for i, embedding in enumerate(request.model.embeddings):
             path = paths[f"model.embeddings[{i}].path"]
             reports.append(str(load_textual_inversion(path, text_encoder, tokenizer, name=embedding.name)))
         schedule = headers.inference.build_schedule(image.schedule.prediction_type if image.schedule else None)
+        schedule = distilled_schedule(schedule, headers.distillation(request))
         return Model(
             unet=self._placed(unet),
             vae=self._placed(share_weights(image.vae)),

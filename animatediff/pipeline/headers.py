@@ -10,16 +10,17 @@ from animatediff.checkpoints.identify import FileInfo, identify, refusal
 from animatediff.checkpoints.known_files import find_file, missing_file
 from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config.inference_yaml import InferenceConfig, load_inference_config
-from animatediff.config.networks import ANIMATE_LCM, MOTION_VERSIONS, Distillation
+from animatediff.config.networks import ANIMATE_LCM, MOTION_VERSIONS, Distillation, distilled_schedule
 from animatediff.config.request import Request
 from animatediff.config.sparsectrl_yaml import ControlKwargs, load_control_config
 from animatediff.config.spellings import files
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.extend import chain_window
 from animatediff.features.inputs import prepare_inputs
+from animatediff.features.picture_checks import check_pictures
 from animatediff.features.sparsectrl import condition_pixels
 from animatediff.media.mask import read_mask
-from animatediff.pipeline.resolve import Facts, resolve
+from animatediff.pipeline.resolve import PICTURE_GROUPS, Facts, resolve
 from animatediff.pipeline.sample import count_steps
 from animatediff.utils import UserError, naming
 
@@ -70,6 +71,7 @@ class Headers:
     def facts(self, request: Request) -> Facts:
         """What the headers tell `resolve`."""
         schedule = self.inference.build_schedule("v_prediction")  # what the base model predicts is of no interest yet
+        schedule = distilled_schedule(schedule, self.distillation(request))
         with naming(self.inference.path):
             NoiseSchedule(schedule)
         encoder, longest = self.infos.get("sparsectrl.path"), None
@@ -82,6 +84,7 @@ class Headers:
             self.distillation(request),
             spacing=self.inference.schedule.get("timestep_spacing"),
             motion=self.motion.path.name if self.motion else "",
+            picture=PICTURE_GROUPS.get(self.motion.kind, "") if self.motion else "",
             max_frames=self.max_frames(request),
             sparsectrl=encoder.path.name if encoder else "",
             sparsectrl_frames=longest,
@@ -152,6 +155,7 @@ def _check(request: Request, headers: Headers) -> Checked:
             read_mask(headers.paths["motion.mask"], height=size.height, width=size.width)
         if len(request.sparsectrl.images):
             condition_pixels(request.sparsectrl, (size.height, size.width))
+        check_pictures(request)
         inputs = prepare_inputs(
             request.inputs,
             frames=size.num_frames,

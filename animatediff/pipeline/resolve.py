@@ -18,6 +18,8 @@ from animatediff.pipeline.model import Model
 from animatediff.utils import UserError
 
 DEFAULTS = {"steps": 25, "guidance_scale": 7.5, "sampler": "ddim"}
+PICTURE_GROUPS = {"pia": "pia", "animatelcm-i2v": "i2v"}  # kind of motion module -> group of its picture
+PICTURE_MODULES = {"pia": "PIA's file", "i2v": "AnimateLCM-I2V's file"}
 DETERMINISTIC = ("ddim", "euler", "dpmpp_2m", "pndm")
 
 
@@ -32,6 +34,7 @@ class Facts:
         motion: how messages call the motion module; "" without one.
         max_frames: the longest clip it takes; None without one.
         tells_positions: whether it has a positional encoding.
+        picture: the group that its picture belongs to, of motion modules that animate one: "pia", "i2v", else "".
         sparsectrl: how messages call the SparseCtrl encoder.
         sparsectrl_frames: the longest clip it takes; None without one.
         downsampling: pixels of a side for each latent pixel.
@@ -43,6 +46,7 @@ class Facts:
     motion: str = ""
     max_frames: int | None = None
     tells_positions: bool = True
+    picture: str = ""
     sparsectrl: str = ""
     sparsectrl_frames: int | None = None
     downsampling: int = 8
@@ -59,6 +63,7 @@ def facts_of(model: Model) -> Facts:
         motion=f"the {motion.version} motion module" if motion else "",
         max_frames=motion.max_frames if motion else None,
         tells_positions=motion.tells_positions if motion else True,
+        picture=next((group for group in PICTURE_GROUPS.values() if group in model.networks), ""),
         sparsectrl="the SparseCtrl encoder",
         sparsectrl_frames=control.max_frames if control else None,
         downsampling=model.vae.config.downsampling,
@@ -83,6 +88,7 @@ def resolve(request: Request, facts: Facts, *, steps: int = DEFAULTS["steps"]) -
     inputs = _inputs(request, sampling, facts)
     windows = _windows(request, facts)
     _check_sparsectrl(request, windows, facts)
+    _check_picture(request, facts)
     return replace(request, sampling=sampling, inputs=inputs, windows=windows)
 
 
@@ -208,3 +214,14 @@ def _check_sparsectrl(request: Request, windows: Windows | None, facts: Facts) -
             f"longest clip {facts.sparsectrl} was trained on: set windows=open and window_length={longest}, or "
             f"max_frames={seen} at your own risk"
         )
+
+
+def _check_picture(request: Request, facts: Facts) -> None:
+    """Whether a motion module that animates a picture has one, and no other is given one."""
+    for group in PICTURE_GROUPS.values():
+        given = getattr(request, group).image is not None
+        name = called(request, f"{group}.image")
+        if given and group != facts.picture:
+            raise UserError(f"{name} needs {PICTURE_MODULES[group]} as motion_module, got {facts.motion or 'none'}")
+        if group == facts.picture and not given:
+            raise UserError(f"{facts.motion} animates a picture, got none: set {name}")

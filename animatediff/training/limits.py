@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from animatediff.config.request import MAX_SEED
+from animatediff.config.values import MAX_SEED
 from animatediff.utils import UserError
 
 LIMITS = {  # of the keys that a stage has: the smallest and the largest

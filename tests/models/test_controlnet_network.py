@@ -7,7 +7,7 @@ from einops import rearrange
 from animatediff.checkpoints.controlnet_files import load_controlnet
 from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.config.networks import ControlNetConfig
-from animatediff.models.controlnet_network import ControlNet, soft_weights
+from animatediff.models.controlnet_network import ControlNet, guess_weights
 from tests.checkpoints.synthetic import write
 from tests.control import CONFIG, EXPECTED, controlnet_tensors, hint, per_part, video
 from tests.models.test_golden import assert_close
@@ -58,16 +58,15 @@ def test_image_model(networks, t, name):
 
 @torch.no_grad()
 def test_scales(networks):
-    """Per frame, soft weights, the conditional half alone, and two networks together."""
+    """Per frame, lower for fine layers, the conditional half alone, and two networks together."""
     unet, _, net, other = networks
     added = residuals(net)
     per_frame = torch.tensor(CONFIG["frame_scales"]).repeat(2)[:, None, None, None]
     assert_close(predict(unet, [per_frame * r for r in added]), video("control.unet_frame_scales"))
-    soft = soft_weights(len(added))
+    soft = [0.825 ** (12 - i) for i in range(13)]  # the original's guess mode, for both entries
     assert_close(predict(unet, [0.8 * s * r for s, r in zip(soft, added, strict=True)]), video("control.unet_soft"))
-    logarithmic = [10 ** (-1 + i / 12) for i in range(13)]  # diffusers' guess mode
     half = per_part(0.0, 0.8)
-    guess = [half * s * r for s, r in zip(logarithmic, added, strict=True)]
+    guess = [half * s * r for s, r in zip(guess_weights(13), added, strict=True)]
     assert_close(predict(unet, guess), video("control.unet_guess"))
     both = [0.8 * a + 0.5 * b for a, b in zip(added, residuals(other, name="input.hint_b"), strict=True)]
     assert_close(predict(unet, both), video("control.unet_two"))

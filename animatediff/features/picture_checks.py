@@ -1,0 +1,30 @@
+"""Whether the pictures, clips and poses of ControlNet, IP-Adapter, PIA, AnimateLCM-I2V and CameraCtrl can be read."""
+
+from __future__ import annotations
+
+from animatediff.config.request import Request
+from animatediff.features.camera import read_path
+from animatediff.features.controlnet import read_hints
+from animatediff.features.pictures import read_pictures
+from animatediff.utils import naming
+
+
+def check_pictures(request: Request) -> None:
+    """Read them all, before any network is loaded.
+
+    Raises:
+        UserError: one cannot be read, or there are too few of them.
+    """
+    for i, net in enumerate(request.controlnets.nets):
+        with naming(f"controlnet[{i}]"):
+            read_hints(net, request)
+    for i, adapter in enumerate(request.ip_adapters.adapters):
+        with naming(f"ip_adapter[{i}]"):
+            read_pictures(adapter.images)
+            read_pictures(adapter.masks)
+    for group in ("pia", "i2v"):
+        if (image := getattr(request, group).image) is not None:
+            with naming(group):
+                read_pictures(image)
+    if request.camera.path:
+        read_path(request)
