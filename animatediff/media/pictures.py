@@ -233,10 +233,8 @@ def fit_pictures(
     Raises:
         UserError: no pictures, something else among them, or what `read_picture` refuses.
     """
-    strange = [type(picture).__name__ for picture in pictures if not isinstance(picture, Picture)]
-    if strange or not len(pictures):
-        what = f"{strange[0]}s" if strange else "none"
-        raise UserError(f"got {what}, expected at least one picture: files, PIL images, or a tensor in [-1, 1]")
+    if not len(pictures):
+        raise UserError("got none, expected at least one picture: add one")
     fitted = np.stack(
         [np.asarray(fit(Image.fromarray(_rgb_of(p, background)).convert(mode), height, width)) for p in pictures]
     )
@@ -244,6 +242,14 @@ def fit_pictures(
 
 
 def fit_frames(pictures: Sequence[Picture], height: int, width: int, *, mode: str = "RGB") -> Tensor:
-    """As `fit_pictures`, float32 in [-1, 1]; behind what is transparent, gray pictures (masks) are black."""
+    """As `fit_pictures`, of pictures in memory, float32 in [-1, 1]; transparent parts of gray ones (masks) are black.
+
+    Raises:
+        UserError: no pictures, or something else among them.
+    """
+    strange = [type(picture).__name__ for picture in pictures if not isinstance(picture, Image.Image | np.ndarray)]
+    if strange or not len(pictures):
+        what = f"{strange[0]}s" if strange else "none"
+        raise UserError(f"got {what}, expected at least one picture: PIL images, or a tensor in [-1, 1]")
     background = BLACK if mode == "L" else WHITE
     return fit_pictures(pictures, height, width, mode=mode, background=background).float() / 127.5 - 1

@@ -95,7 +95,7 @@ def test_mistakes_are_named(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             read_video(tmp_path / name)
         assert "\n" not in str(error.value)
-    for frames in ([], [8]):
+    for frames in ([], [8], ["a.png"]):
         with pytest.raises(UserError, match="expected at least one picture"):
             fit_frames(frames, 8, 8)
 
@@ -176,7 +176,7 @@ def test_what_is_transparent_shows_the_background(tmp_path, kind, capfd, recwarn
     for pictures in ([path], [picture]):
         fitted = fit_pictures(pictures, 4, 6)
         assert (fitted[0, :, :, 3:] == 255).all() and (fitted[0, 1, :, :3] == 255).all()
-        assert (fit_frames(pictures, 4, 6, mode="L")[..., 3:] == -1).all()
+    assert (fit_frames([picture], 4, 6, mode="L")[..., 3:] == -1).all()
     assert (read_mask(path, height=4, width=6)[:, 3:] == 0).all()
     assert not [w for w in recwarn if "PIL" in w.filename] and capfd.readouterr().err == ""
 
