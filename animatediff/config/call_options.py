@@ -65,6 +65,7 @@ class CallOptions(TypedDict, total=False):
     image_ramp: float
     video_start: int
     video_stride: int
+    video_fps: Any
     controlnet_path: str
     controlnet_config: str
     controlnet_images: Any

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from animatediff.config.clip_formats import LOOPING, check_fps
 from animatediff.config.condition_refusals import condition_refusals
 from animatediff.config.keyframes import Keyframes
 from animatediff.config.request import Request
 from animatediff.utils import UserError
 
-MAX_FPS = {"gif": 50, "mp4": 1000, "webp": 1000, "png": 1000}  # GIF counts 1/100 s and viewers want two of them
 STRENGTHS = {"extend": 1.0, "mask": 1.0, "video": 0.8, "image": 0.9, "last_image": 0.9}  # default of the first given
 
 
@@ -49,10 +49,13 @@ def refusals(
     if m.motion_loras and not motion:
         rules += ("got {model.motion_loras} without a motion_module, expected the one they were trained on, v2 for the "
                   "official ones: add it",)  # fmt: skip
-    most = MAX_FPS[request.output.format]
-    if request.output.fps > most or request.output.fps < 0.01:
-        got = f"{{output.fps}}: got {request.output.fps:g}"
-        rules += (f"{got}, expected 0.01 or more and, for {request.output.format}, at most {most}",)
+    try:
+        check_fps(request.output.fps, request.output.format)
+    except UserError as error:
+        rules += (str(error).replace("fps:", "{output.fps}:", 1),)
+    if request.output.loop_count and request.output.format not in LOOPING:
+        got = f"{{output.loop_count}}: got {request.output.loop_count} for {request.output.format}"
+        rules += (f"{got}, expected 0: only GIF and WebP files say how often they play",)
     for rule in rules:
         yield re.sub(r"\{(\w+\.\w+)\}", lambda match: called(request, match[1]), rule)
 
@@ -97,8 +100,8 @@ def _inputs(request: Request) -> Iterator[str]:
                "{size.num_frames}")  # fmt: skip
     if "extend" in present and request.loop.mode == "rotate":
         yield "{loop.mode}: got rotate with {inputs.extend}, expected one of them: a clip that is extended is no loop"
-    for name in ("video_start", "video_stride"):
-        if getattr(i, name) != getattr(type(i), name, None) and "video" not in present and getattr(i, name) > 1:
+    for name, default in (("video_start", 0), ("video_stride", 1), ("video_fps", None)):
+        if getattr(i, name) != default and "video" not in present:
             yield f"{{inputs.{name}}} needs a video: add {{inputs.video}}, or remove {{inputs.{name}}}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from animatediff.config.condition_options import I2V, PIA, Camera, ControlNets, IPAdapters
-from animatediff.config.settings import Bool, Files, Float, Int, Many, before, limits, opt, options
+from animatediff.config.settings import Bool, Files, Float, Int, Many, TakesText, before, limits, opt, options
 from animatediff.config.values import (
     ADAPTER,
     EMBEDDING,
@@ -89,19 +89,19 @@ class Model:
     )
     max_frames: Int = opt(0, "allow clips of this many frames, longer than the module was trained on", ge=0)
     norm_over_frames: Bool = opt(False, "pool the motion modules' GroupNorm over frames, as diffusers does")
-    loras: Annotated[Files[Annotated[LoRAFile, before(_with_path)]], LORA_FILE] = opt(
+    loras: Annotated[Files[Annotated[LoRAFile, before(_with_path)]], LORA_FILE, TakesText] = opt(
         (), "LoRAs of the image model: files, or {path: …, scale: …}", "lora_model_path"
     )
     lora_scale: Float = opt(0.8, "scale of LoRAs that have none of their own", "lora_alpha")
     lora_alpha_rule: Literal["standard", "official"] = opt(
         "standard", "official: the file's own alpha / rank is ignored, as the official code does"
     )
-    motion_loras: Annotated[Files[Annotated[MotionLoRA, before(_with_path)]], MOTION_LORA] = opt(
+    motion_loras: Annotated[Files[Annotated[MotionLoRA, before(_with_path)]], MOTION_LORA, TakesText] = opt(
         (), "MotionLoRAs: files, or {path: …, scale: …}", "motion_module_lora_configs"
     )
     adapter: Annotated[PathText, ADAPTER] = opt("", "domain adapter", "adapter_lora_path")
     adapter_scale: Float = opt(1.0, "scale of the domain adapter", "adapter_lora_scale", "domain_lora_scale")
-    embeddings: Annotated[Files[Annotated[Embedding, before(_with_path)]], EMBEDDING] = opt(
+    embeddings: Annotated[Files[Annotated[Embedding, before(_with_path)]], EMBEDDING, TakesText] = opt(
         (), "textual inversions: files, or {path: …, name: …}"
     )
     inference_config: Annotated[PathText, OTHER] = opt("", "official inference YAML: schedule and motion module")
@@ -206,6 +206,9 @@ class Inputs:
     image_ramp: Float = opt(32.0, "frames after which nothing of an image is left at the start", gt=0)
     video_start: Int = opt(0, "first frame of the video that is used", ge=0)
     video_stride: Int = opt(1, "every n-th frame of the video is used", ge=1)
+    video_fps: Annotated[Float, limits(gt=0, le=1000)] | None = opt(
+        None, "frames per second that the video is read at, whatever its own are"
+    )
 
 
 @options

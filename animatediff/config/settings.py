@@ -73,6 +73,10 @@ class FileKind:
     kinds: tuple[str, ...] = ()
 
 
+class TakesText:
+    """Marks a field whose `key=value` is taken as it is."""
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def options(cls: type[T]) -> type[T]:
     """A frozen dataclass that checks the type and the range of every field, whoever builds it: a YAML or a call."""
@@ -84,7 +88,9 @@ def options(cls: type[T]) -> type[T]:
         try:
             checked_init(self, *args, **kwargs)
         except ValidationError as errors:
-            raise UserError(listed(f"{cls.__name__}: {line}" for line in explain(errors, made, dotted))) from None
+            names = [f.name for f in fields(made)]
+            name = lambda path: dotted([names[path[0]] if isinstance(path[0], int) else path[0], *path[1:]])  # noqa: E731
+            raise UserError(listed(f"{cls.__name__}: {line}" for line in explain(errors, made, name))) from None
 
     made.__init__ = init  # type: ignore[method-assign]
     return made

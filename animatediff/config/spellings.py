@@ -10,7 +10,7 @@ from typing import Any
 
 from animatediff.config.refusals import refusals
 from animatediff.config.request import Request
-from animatediff.config.settings import FileKind, build, canonical, listed, parse_value, split_assignment
+from animatediff.config.settings import FileKind, TakesText, build, canonical, listed, parse_value, split_assignment
 from animatediff.utils import UserError, describe, unknown_key
 
 SHORT = {"loop": "mode", "windows": "schedule", "noise": "type"}  # groups that one plain value may stand for
@@ -43,7 +43,7 @@ class Option:
     @property
     def takes_text(self) -> bool:
         """Whether `key=value` takes the value as it is."""
-        return self.hint is Any or any(part is str for part in _parts(self.hint))
+        return any(part in (str, TakesText) for part in _parts(self.hint) if isinstance(part, type))
 
 
 @cache

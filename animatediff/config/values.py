@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from animatediff.config.keyframes import Keyframes
-from animatediff.config.settings import FileKind, before, read_by
+from animatediff.config.settings import FileKind, TakesText, before, read_by
 from animatediff.utils import UserError, describe
 
 MAX_SEED = 2**64 - 1
@@ -105,10 +105,10 @@ def varying(least: float = -math.inf, over_steps: bool = False) -> Any:
     return Annotated[Any, read_by(check)]
 
 
-Prompt = Annotated[Any, read_by(_prompt)]
-Media = Annotated[Any, read_by(_media)]
-Images = Annotated[Any, read_by(_images)]
-Pictures = Annotated[Any, read_by(_pictures)]  # the same, or {frame: picture}
+Prompt = Annotated[Any, read_by(_prompt), TakesText]
+Media = Annotated[Any, read_by(_media), TakesText]
+Images = Annotated[Any, read_by(_images), TakesText]
+Pictures = Annotated[Any, read_by(_pictures), TakesText]  # the same, or {frame: picture}
 Seed = Annotated[Any, read_by(_seed)]
 Varying = varying()  # a number, one per frame, {frame: number} or {part%: number}: see keyframes.py
 Text = Annotated[str, before(_utf8)]

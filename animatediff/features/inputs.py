@@ -18,7 +18,7 @@ from animatediff.checkpoints.files import file_sha256
 from animatediff.checkpoints.known_files import find_file, missing_file
 from animatediff.config.refusals import STRENGTHS
 from animatediff.config.request import Inputs
-from animatediff.media.pictures import fit_frames
+from animatediff.media.pictures import BLACK, WHITE, fit_frames
 from animatediff.media.video import list_pictures, read_video
 from animatediff.utils import UserError, naming
 
@@ -103,13 +103,14 @@ def _read(inputs: Inputs, name: str, frames: int) -> list[Image.Image]:
     with naming(name):
         if path is None:
             raise UserError(missing_file(getattr(inputs, name)))
-        start, stride = (inputs.video_start, inputs.video_stride) if name == "video" else (0, 1)
-        most = None if inputs.extend and name == "video" else start + frames * stride
-        video, _ = read_video(path, most=most)
-        frames_read = video.numpy()[start::stride]
-        if not len(frames_read):
-            raise UserError(f"got video_start {start}, expected a frame of the video, which has {len(video)}")
-    return [Image.fromarray(frame) for frame in frames_read]
+        most = None if inputs.extend and name == "video" else frames
+        options = (
+            {}
+            if name != "video"
+            else {"start": inputs.video_start, "stride": inputs.video_stride, "fps": inputs.video_fps}
+        )
+        video, _ = read_video(path, most=most, background=BLACK if name == "mask" else WHITE, **options)
+    return [Image.fromarray(frame) for frame in video.numpy()]
 
 
 def _of_equal_length(video: Tensor, mask: Tensor | None, frames: int, extend: int) -> dict[str, Tensor | None]:

@@ -8,10 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from animatediff.checkpoints.known_files import find_file, missing_file
@@ -22,6 +20,7 @@ from animatediff.config.request import Request
 from animatediff.config.request import SparseCtrl as Options
 from animatediff.features.inputs import as_picture
 from animatediff.features.run import FrameDenoise, Run
+from animatediff.media.pictures import fit_pictures
 from animatediff.models.sparsectrl_encoder import SparseCtrl
 from animatediff.models.unet import UNet
 from animatediff.utils import UserError, naming
@@ -167,42 +166,27 @@ def condition_pixels(options: Options, size: tuple[int, int]) -> Tensor:
     fitted = []
     for i, image in enumerate(images):
         with naming(f"controlnet_images[{i}]"):
-            if isinstance(image, Tensor):
-                image = rearrange(image, "c h w -> h w c").cpu().numpy() if image.ndim == 3 else image
-            fitted.append(_fitted(_opened(image), size, options.normalize))
-    return torch.stack(fitted)
+            fitted.append(fit_pictures([_as_picture(image)], *size)[0] / 255)
+    pixels = torch.stack(fitted)
+    return stretch_gray(pixels) if options.normalize else pixels
 
 
-def _opened(image: Any) -> Image.Image:
+def _as_picture(image: Any) -> Any:
     if isinstance(image, (str, Path)):
         path = find_file(str(image))
         if path is None:
             raise UserError(missing_file(str(image)))
-        return open_image(path)
-    return as_picture(image).convert("RGB")
+        return path
+    if isinstance(image, Tensor) and image.ndim == 3:
+        image = rearrange(image, "c h w -> h w c").cpu().numpy()
+    return as_picture(image)
 
 
-def open_image(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")  # as viewers turn it
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"got {path}, expected an image: it cannot be read ({reason})") from None
-
-
-def _fitted(image: Image.Image, size: tuple[int, int], normalize: bool) -> Tensor:
-    height, width = size
-    scale = min(image.width / width, image.height / height)
-    w, h = max(round(scale * width), 1), max(round(scale * height), 1)
-    left, top = (image.width - w) // 2, (image.height - h) // 2
-    image = image.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-    if normalize:
-        pixels = pixels.mean(dim=0, keepdim=True).expand_as(pixels)
-        pixels = pixels - pixels.min()
-        pixels = pixels / pixels.max().clamp(min=1e-6)
-    return pixels
+def stretch_gray(pixels: Tensor) -> Tensor:
+    """Pictures (n, 3, h, w) made gray, each stretched from black to white: scribbles on other grounds."""
+    gray = pixels.mean(dim=1, keepdim=True).expand_as(pixels)
+    gray = gray - gray.amin((1, 2, 3), keepdim=True)
+    return gray / gray.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
 
 
 def _distinct(rows: Tensor) -> tuple[list[int], list[int]]:

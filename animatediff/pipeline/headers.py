@@ -19,7 +19,7 @@ from animatediff.features.extend import chain_window
 from animatediff.features.inputs import prepare_inputs
 from animatediff.features.picture_checks import check_pictures
 from animatediff.features.sparsectrl import condition_pixels
-from animatediff.media.mask import read_mask
+from animatediff.media.pictures import read_mask
 from animatediff.pipeline.resolve import PICTURE_GROUPS, Facts, resolve
 from animatediff.pipeline.sample import count_steps
 from animatediff.utils import UserError, naming

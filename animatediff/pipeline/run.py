@@ -135,7 +135,8 @@ def _run(pipeline: AnimateDiffPipeline, job: Job, hashes: dict[str, str], bar: t
     stream = decode_frames(pipeline.vae, latents)
     frames = None if job.path.suffix in STREAMED else np.stack(list(stream))
     clip = FrameStream(latents.shape[1], stream) if frames is None else frames
-    save_video(clip, job.path, job.request.output.fps, metadata=clip_settings(job.request, hashes))
+    output = job.request.output
+    save_video(clip, job.path, output.fps, metadata=clip_settings(job.request, hashes), loop=output.loop_count)
     with tqdm.external_write_mode(file=sys.stdout):
         print(printed(job.path), flush=True)
     return frames
@@ -166,7 +167,8 @@ def _write_grid(path: Path, config: RunConfig, jobs: list[Job], clips: dict[Path
     """
     videos = [clips[job.path] if job.path in clips else read_video(job.path)[0].numpy() for job in jobs]
     prompts = [job.request.prompts.prompt[0] for job in jobs]
-    save_video(tile(videos, GRID_COLUMNS), path, config.entries[0].output.fps, metadata={"prompts": prompts})
+    output = config.entries[0].output
+    save_video(tile(videos, GRID_COLUMNS), path, output.fps, metadata={"prompts": prompts}, loop=output.loop_count)
     print(printed(path))
 
 

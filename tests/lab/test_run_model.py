@@ -47,7 +47,8 @@ def test_an_encoder_sees_the_frames_of_each_scene(kind):
 
 def test_an_entry_frames_its_captions():
     pipeline = Pipeline(None)
-    framed = replace(ENTRY, head_prompt="a film", tail_prompt="4k", n_prompt=("bad",))
+    words = replace(ENTRY.prompts, head_prompt="a film", tail_prompt="4k", negative_prompt=("bad",))
+    framed = replace(ENTRY, prompts=words)
     clip_maker(pipeline, framed)(["a star", "a cross"], [0, 1])
     ((prompts, call),) = pipeline.calls
     assert prompts == ["a film, a star, 4k", "a film, a cross, 4k"] and call["negative_prompt"] == "bad"

@@ -17,7 +17,7 @@ from animatediff.media.video import read_metadata, read_video
 from animatediff.pipeline import run
 from animatediff.pipeline.run import animate, file_words, plan
 from animatediff.utils import UserError
-from tests.nano import entry, write_config
+from tests.nano import entry, flat, write_config
 
 GOLDEN = Path(__file__).parents[1] / "golden/nano/e2e"
 CASES = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))["cases"]
@@ -85,25 +85,25 @@ def test_files_of_a_run(nano, config, tmp_path, capsys, monkeypatch):
     assert "prompt 3/3: 100%" in output.err and "sd1-checkpoint" in output.err
 
     saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    seeds = saved["entries"][0]["random_seed"]
+    seeds = saved["entries"][0]["sampling"]["random_seed"]
     assert len(set(seeds)) == 2 and all(0 <= seed < 2**64 for seed in seeds)
-    assert saved["entries"][1]["random_seed"] == [42] and saved["entries"][0]["seed"] == [-1]
+    assert saved["entries"][1]["sampling"]["random_seed"] == [42] and "seed" not in saved["entries"][0]["sampling"]
     hashes = {str(nano / name): file_sha256(nano / name) for name in ("nano.safetensors", "mm_v3.safetensors")}
     assert saved["provenance"]["weights"] == hashes
     assert saved["provenance"]["torch"] == str(torch.__version__) and saved["provenance"]["dtype"] == "float32"
 
-    settings = read_metadata(folder / "sample" / names[0])
+    settings = flat(read_metadata(folder / "sample" / names[0]))
     assert settings["prompt"] == 'a "red"/fox: 2' and settings["negative_prompt"] == "bad"
     assert settings["seed"] == seeds[0] and settings["steps"] == 2 and settings["frames"] == 2
     assert (settings["sampler"], settings["timestep_spacing"]) == ("ddim", "leading")
-    assert (saved["entries"][0]["sampler"], saved["entries"][0]["guidance_scale"]) == ("ddim", 7.5)
+    assert (saved["entries"][0]["sampling"]["sampler"], settings["guidance_scale"]) == ("ddim", 7.5)
     assert settings["motion_module"] == {
         "path": str(nano / "mm_v3.safetensors"),
         "sha256": hashes[str(nano / "mm_v3.safetensors")],
     }
-    tall = read_metadata(folder / "sample" / names[2])
+    tall = flat(read_metadata(folder / "sample" / names[2]))
     assert (tall["window_schedule"], tall["window_length"], tall["window_overlap"]) == ("open", 2, 0)
-    assert "window_schedule" not in settings and saved["entries"][1]["window_overlap"] == 0
+    assert "window_schedule" not in settings and saved["entries"][1]["windows"]["overlap"] == 0
     grid, _ = read_video(folder / "sample.webp")
     assert grid.shape == (3, 24 + 4, 3 * 18 + 2, 3)  # the tallest and the longest decide
 
@@ -111,7 +111,7 @@ def test_files_of_a_run(nano, config, tmp_path, capsys, monkeypatch):
 def test_an_interrupted_run_goes_on(config, finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the second clip: the first stays as it is, the rest is made, all as a recorded run has it."""
     recorded = load_config(finished / "config.yaml")
-    calls, original = [], run.AnimateDiffPipeline.__call__
+    calls, original = [], run.AnimateDiffPipeline.sample
 
     def interrupted(self, *args, **kwargs):
         calls.append(args)
@@ -120,7 +120,7 @@ def test_an_interrupted_run_goes_on(config, finished, tmp_path, monkeypatch, cap
         return original(self, *args, **kwargs)
 
     out = tmp_path / "out"
-    monkeypatch.setattr(run.AnimateDiffPipeline, "__call__", interrupted)
+    monkeypatch.setattr(run.AnimateDiffPipeline, "sample", interrupted)
     with pytest.raises(KeyboardInterrupt):
         animate(recorded, output_dir=out, device="cpu")
     assert f"1 of 3 prompts are done; to go on, repeat the command with --output-dir {out}" in capsys.readouterr().err
@@ -141,7 +141,7 @@ def test_too_large_a_clip_is_told_in_one_line(config, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
 
-    monkeypatch.setattr(run.AnimateDiffPipeline, "__call__", full)
+    monkeypatch.setattr(run.AnimateDiffPipeline, "sample", full)
     with pytest.raises(UserError, match="entry 1: got 2 frames of 16x16, more than the device's memory") as error:
         animate(config, output_dir=tmp_path / "out", device="cpu")
     assert "\n" not in str(error.value)
@@ -149,10 +149,11 @@ def test_too_large_a_clip_is_told_in_one_line(config, tmp_path, monkeypatch):
 
 def test_a_folder_of_another_run_is_refused(config, finished, tmp_path):
     out = finished
-    changed = replace(config, entries=(replace(config.entries[0], steps=3), config.entries[1]))
+    first, second = config.entries
+    changed = replace(config, entries=(replace(first, sampling=replace(first.sampling, steps=3)), second))
     with pytest.raises(UserError, match="entry 1: steps: got 3, but .*out was made with 2"):
         animate(changed, output_dir=out, device="cpu")
-    seeded = replace(config, entries=(replace(config.entries[0], seed=(5,)), config.entries[1]))
+    seeded = replace(config, entries=(replace(first, sampling=replace(first.sampling, seed=(5,))), second))
     with pytest.raises(UserError, match="entry 1: seed: got"):
         animate(seeded, output_dir=out, device="cpu")
     with pytest.raises(UserError, match="got 1 entries, but .*out was made with 2"):

@@ -29,7 +29,7 @@ def test_text_and_picture(tmp_path, capsys):
 
 
 def test_mistakes():
-    with pytest.raises(UserError, match="unknown window schedule 'opn', the nearest known one is 'open'"):
+    with pytest.raises(UserError, match="schedule: got 'opn', expected open or closed"):
         main(["--schedule", "opn"])
     with pytest.raises(UserError, match="got --L 0"):
         main(["--L", "0"])
