@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from animatediff.checkpoints.controlnet_files import read_controlnet_parts, write_controlnet
 from animatediff.checkpoints.export import write_diffusers, write_ldm, write_motion_adapter, write_official_motion
 from animatediff.checkpoints.files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from animatediff.checkpoints.lora_files import in_dialect, read_lora, write_lora
@@ -12,7 +13,7 @@ from animatediff.checkpoints.parts import read_image_parts, read_motion_parts
 from animatediff.config.networks import MOTION_VERSIONS
 from animatediff.utils import Parser, UserError, run_main
 
-FILE_FORMATS = ("ldm", "official-motion", "kohya", "diffusers-lora")
+FILE_FORMATS = ("ldm", "official-motion", "kohya", "diffusers-lora", "controlnet")
 DIALECTS = {"kohya": "kohya", "diffusers-lora": "diffusers"}
 FORMATS = {
     "ldm": "an SD 1.x single file",
@@ -21,6 +22,8 @@ FORMATS = {
     "diffusers-motion": "a MotionAdapter folder",
     "kohya": "a LoRA in kohya's keys",
     "diffusers-lora": "a LoRA in diffusers' (PEFT) keys",
+    "controlnet": "a ControlNet in the original keys",
+    "diffusers-controlnet": "a ControlNet as a diffusers folder",
 }
 
 
@@ -36,6 +39,10 @@ def main() -> None:
         lora = read_lora(args.input)
         write_lora(in_dialect(lora, DIALECTS[args.to]), args.output)
         unused = [*lora.unread, *(f"bundle_emb.{name}" for name in lora.embeddings)]
+    elif args.to.endswith("controlnet"):
+        net = read_controlnet_parts(args.input)
+        write_controlnet(net, args.output)
+        notes, unused = net.notes, net.unused
     elif args.to.endswith("motion"):
         parts = read_motion_parts(args.input)
         write = write_official_motion if args.to == "official-motion" else write_motion_adapter

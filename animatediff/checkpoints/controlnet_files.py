@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -52,16 +52,29 @@ def controlnet_table(*, layers: int, attention_levels: tuple[bool, ...], hint_co
     return table | {"controlnet_mid_block": "middle_block_out.0"}
 
 
-def load_controlnet(path: str | Path, unet: UNet, vae: VAE) -> tuple[ControlNet, LoadReport]:
-    """Load a ControlNet for an image model, in the UNet's dtype and on its device, in evaluation mode.
+@dataclass(frozen=True)
+class ControlNetParts:
+    """A ControlNet in our names. `metadata` is what shapes cannot tell (see `controlnet_config`).
+
+    `differences`: weights that the image model has too are differences to it.
+    """
+
+    path: Path
+    tensors: StateDict
+    metadata: dict[str, str]
+    differences: bool
+    notes: list[str]
+    unused: list[str]
+
+
+def read_controlnet_parts(path: str | Path) -> ControlNetParts:
+    """Read a ControlNet in any spelling.
 
     Args:
         path: an original file, one of diffusers, or diffusers' folder with its config.json.
-        unet, vae: what it has to fit. Heads and norm groups are the UNet's where the file does not say; weights that
-            the file has as differences are added to the UNet's.
 
     Raises:
-        UserError: the file is something else, incomplete, or made for another model.
+        UserError: it is something else (named) or damaged.
     """
     path = Path(path)
     weights = find_weights(path, UNET_STEM, UNET_STEM) if path.is_dir() else path
@@ -73,19 +86,39 @@ def load_controlnet(path: str | Path, unet: UNet, vae: VAE) -> tuple[ControlNet,
         raise refusal(info, "a ControlNet")
     notes = list(file.notes)
     tensors, unused = _named_as_ours(file.tensors)
-    if tensors.pop(DIFFERENCE, None) is not None:
+    differences = tensors.pop(DIFFERENCE, None) is not None
+    if differences:
         notes.append("weights are differences to the image model's")
-        base = unet.state_dict()
-        tensors = {key: t + base[key].to(t) if key in base else t for key, t in tensors.items()}
     if unused:
         notes.append(f"the file holds a whole image model, of which nothing is used ({len(unused)} entries)")
+    return ControlNetParts(path, tensors, _facts(weights) | file.metadata, differences, notes, unused)
+
+
+def load_controlnet(path: str | Path, unet: UNet, vae: VAE) -> tuple[ControlNet, LoadReport]:
+    """Load a ControlNet for an image model, in the UNet's dtype and on its device, in evaluation mode.
+
+    Args:
+        path: as of `read_controlnet_parts`.
+        unet, vae: what it has to fit. Heads and norm groups are the UNet's where the file does not say; weights that
+            the file has as differences are added to the UNet's.
+
+    Raises:
+        UserError: the file is something else, incomplete, or made for another model.
+    """
+    parts = read_controlnet_parts(path)
+    path, tensors = parts.path, parts.tensors
+    if parts.differences:
+        base = unet.state_dict()
+        tensors = {key: t + base[key].to(t) if key in base else t for key, t in tensors.items()}
     with naming(path):
-        config = controlnet_config(tensors, _base_facts(unet) | _facts(weights) | file.metadata)
+        config = controlnet_config(tensors, _base_facts(unet) | parts.metadata)
     _check_fits(config, unet, vae, path)
     sample = next(unet.parameters())
     ready = {key: t.to(sample.device, sample.dtype) for key, t in tensors.items()}
     network = load_strictly(lambda: ControlNet(config), ready, "ControlNet", path)
-    report = LoadReport(path, info.kind, None, file_sha256(weights), applied=len(ready), notes=notes, unused=unused)
+    report = LoadReport(
+        path, "controlnet", None, file_sha256(path), applied=len(ready), notes=parts.notes, unused=parts.unused
+    )
     return network, report
 
 
@@ -102,12 +135,27 @@ def save_controlnet(
         metadata: strings to add to a file; what its shapes cannot tell is written by itself.
         dtype: to store the weights in, their own by default.
     """
-    path, config = Path(path), network.config
     tensors = {key: t.to(dtype or t.dtype) for key, t in network.state_dict().items()}
+    return _write(tensors, network.config, Path(path), metadata or {})
+
+
+def write_controlnet(parts: ControlNetParts, path: str | Path) -> Path:
+    """As `save_controlnet`, of a file that was read. Raises: UserError for one of differences to an image model."""
+    if parts.differences:
+        raise UserError(
+            f"got {parts.path}, whose weights are differences to an image model, expected a whole ControlNet: "
+            "use it as it is, they are added to the base's"
+        )
+    with naming(parts.path):
+        config = controlnet_config(parts.tensors, parts.metadata)
+    return _write(parts.tensors, config, Path(path), {})
+
+
+def _write(tensors: StateDict, config: ControlNetConfig, path: Path, metadata: Mapping[str, str]) -> Path:
     if path.suffix:
         table = _table_of(config.unet, hint_convs=2 * len(config.hint_widths))
         named = {PREFIX + (translate(key, table) or key): t for key, t in tensors.items()}
-        return write_state_dict(path, named, metadata={**(metadata or {}), **_facts_of(config)})
+        return write_state_dict(path, named, metadata={**metadata, **_facts_of(config)})
     with replacing(path) as folder:
         folder.mkdir()
         write_state_dict(folder / f"{UNET_STEM}.safetensors", tensors, metadata=metadata)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from animatediff.checkpoints.files import read_state_dict, write_state_dict
+from animatediff.checkpoints.files import read_json, read_state_dict, write_state_dict
 from tests.checkpoints.synthetic import equal, ldm_tensors, lora_tensors, motion_tensors, with_positional, write
+from tests.control import controlnet_diffusers_tensors, controlnet_tensors
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -112,6 +113,16 @@ def test_convert_writes_and_replaces_adapters(tmp_path, convert, capsys):
         "diffusion_pytorch_model.safetensors",
     ]
     assert "a MotionAdapter folder" in capsys.readouterr().out
+
+
+def test_convert_takes_a_controlnet_there_and_back(tmp_path, convert):
+    whole = write(tmp_path / "a.safetensors", controlnet_tensors() | ldm_tensors())  # v1.0, with the image model in it
+    convert(whole, tmp_path / "folder", "--to", "diffusers-controlnet")
+    folder = read_state_dict(tmp_path / "folder/diffusion_pytorch_model.safetensors")
+    assert equal(folder.tensors, controlnet_diffusers_tensors())
+    assert read_json(tmp_path / "folder/config.json")["cross_attention_dim"] == 40
+    convert(tmp_path / "folder", tmp_path / "back.safetensors", "--to", "controlnet")
+    assert equal(read_state_dict(tmp_path / "back.safetensors").tensors, controlnet_tensors())
 
 
 def test_convert_names_what_it_left_out(tmp_path, convert, capsys):

@@ -1,17 +1,20 @@
 """PIA and AnimateLCM-I2V against the numbers of their official code; their files are told apart and complete."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from einops import rearrange
 from safetensors.torch import load_file
 
+from animatediff.checkpoints.keymaps import motion_to_diffusers
 from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.checkpoints.motion_condition_files import load_motion_condition
-from animatediff.config.networks import UNetConfig
+from animatediff.config.networks import MOTION_VERSIONS, UNetConfig
 from animatediff.models.image_to_video_network import LevelFeatures, PictureEncoder, level_features_added
 from animatediff.models.pia_network import PIACondition, pia_affinity
 from animatediff.utils import UserError
-from tests.checkpoints.synthetic import write
+from tests.checkpoints.synthetic import equal, write
 from tests.families import conditioned_motion_tensors, expected, video
 from tests.models.test_golden import GOLDEN, assert_close, golden
 from tests.nano import write_files
@@ -137,6 +140,17 @@ def test_files(folder, base, pia, i2v):
     wide = conditioned_motion_tensors("pia") | {"conv_in.weight": torch.zeros(32, 12, 3, 3)}
     with pytest.raises(UserError, match=r"got a conv_in of shape \(32, 12, 3, 3\), expected \(32, 9, 3, 3\)"):
         load_motion_condition(write(half, wide), base.unet)
+
+
+def test_pia_as_a_diffusers_adapter(tmp_path, base, pia):
+    tensors = {motion_to_diffusers(key): t for key, t in conditioned_motion_tensors("pia").items()}
+    write(tmp_path / "diffusion_pytorch_model.safetensors", tensors)
+    (tmp_path / "config.json").write_text('{"_class_name": "MotionAdapter", "motion_max_seq_length": 24}')
+    unet, _ = load_motion_module(base.unet, tmp_path)
+    assert unet.config.motion == replace(MOTION_VERSIONS["pia"], max_frames=24)
+    assert equal(dict(unet.state_dict()), dict(pia[0].state_dict()))
+    condition, report = load_motion_condition(tmp_path, base.unet)
+    assert equal(dict(condition.state_dict()), dict(pia[1].state_dict())) and report.kind == "pia"
 
 
 def test_sizes_of_the_released_files():

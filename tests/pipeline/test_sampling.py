@@ -39,6 +39,7 @@ def test_defaults():
 def test_distilled_modules_choose_for_themselves():
     assert chosen(complete({}, ANIMATE_LCM)) == ("lcm", "lcm", 6, 2.0)
     assert chosen(complete({}, lightning(4))) == ("euler", "trailing", 4, 1.0)
+    assert chosen(complete({"steps": 3}, lightning(2))) == ("euler", "trailing", 3, 1.0)  # as its authors advise
     asked = {"sampler": "euler", "steps": 4, "guidance_scale": 1.5}
     assert chosen(complete(asked, lightning(4))) == ("euler", "trailing", 4, 1.5)
 
