@@ -38,6 +38,17 @@ def parse_settings(text: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if k not in KNOWN or KNOWN[k](v)} if isinstance(found, dict) else {}
 
 
+def prompt_and_seed(settings: Mapping[str, Any]) -> tuple[str | dict[str, str] | None, int | None]:
+    """What a clip was made from, where its settings say so: in groups, or flat as those of earlier versions."""
+    found: dict[str, Any] = {}
+    for group, key in (("prompts", "prompt"), ("sampling", "seed")):
+        grouped = settings.get(group)
+        value = grouped.get(key) if isinstance(grouped, dict) else settings.get(key)
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        found[key] = value if KNOWN[key](value) else None
+    return found["prompt"], found["seed"]
+
+
 def comment_of(info: Mapping[str, Any]) -> str:
     """The comment among what Pillow says of a GIF, PNG or WebP; "" where there is none that can be read."""
     text = info.get("comment") or info.get("Comment") or _user_comment(info.get("exif"))

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from animatediff.media.comments import prompt_and_seed
 from animatediff.media.pictures import write_picture
 from animatediff.media.video import read_metadata, read_video
 from animatediff.metrics.clip_metrics import ClipMetrics, Encoder, encode_frames, measure_clip
@@ -174,8 +175,9 @@ def _measure(
     index: int, path: Path, encoder: Encoder | None, references: Tensor | None, extractor: Extractor | None
 ) -> _Clip:
     video, fps, settings = _read(path)
-    prompt, frames = _text(settings.get("prompt")), video.movedim(1, -1).numpy()
-    row = {"index": index, "path": str(path), "prompt": prompt, "seed": settings.get("seed")}
+    given, seed = prompt_and_seed(settings)
+    prompt, frames = _text(given), video.movedim(1, -1).numpy()
+    row = {"index": index, "path": str(path), "prompt": prompt, "seed": seed}
     row |= {"fps": fps, "height": video.shape[2], "width": video.shape[3]}
     metrics = vars(measure_video(video))
     if encoder:

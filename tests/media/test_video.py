@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from animatediff.config.clip_formats import FPS_LIMITS, check_fps
 from animatediff.media import video as video_io
-from animatediff.media.comments import as_exif, parse_settings
+from animatediff.media.comments import as_exif, parse_settings, prompt_and_seed
 from animatediff.media.mp4 import write_mp4
 from animatediff.media.video import (
     FrameStream,
@@ -380,6 +380,20 @@ def test_comments_of_strangers(tmp_path, form):
         for key in STRANGE:
             assert not settings.get(key) or parse_settings(json.dumps({key: settings[key]})), text[:80]
         assert settings.get("frames", 1) < 2**20 and 0 < settings.get("fps", 8) <= 1000
+
+
+def test_what_a_clip_was_made_from():
+    """Settings in groups, flat ones of earlier versions, and those of others."""
+    grouped = {"prompts": {"prompt": ["a fox"]}, "sampling": {"seed": [3], "steps": 9}}
+    assert prompt_and_seed(grouped) == prompt_and_seed({"prompt": "a fox", "seed": 3}) == ("a fox", 3)
+    assert prompt_and_seed({"prompts": {"prompt": [{"0": "a", "8": "b"}]}})[0] == {"0": "a", "8": "b"}
+    for strange in (
+        {},
+        {"prompts": ["a", "b"]},
+        {"prompts": {"prompt": [5]}, "sampling": {"seed": ["x"]}},
+        {"prompt": []},
+    ):
+        assert prompt_and_seed(strange) == (None, None)
 
 
 @pytest.mark.parametrize("form", ["gif", "webp", "apng"])
