@@ -78,6 +78,7 @@ class CallOptions(TypedDict, total=False):
     controlnet: Any
     ip_adapter: Any
     image_encoder: str
+    extra_motion_modules: Any
     motion_scale: Any
     motion_mask: str
     pe_stretch: float
@@ -105,6 +106,7 @@ class CallOptions(TypedDict, total=False):
     pia: Any
     i2v: Any
     camera: Any
+    mixture: Any
     motion: Any
     guidance: Any
     pag: Any

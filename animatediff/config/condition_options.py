@@ -1,4 +1,4 @@
-"""Options of networks that know pictures or a camera: ControlNet, IP-Adapter, PIA, AnimateLCM-I2V, CameraCtrl."""
+"""Options of networks beside the UNet: ControlNet, IP-Adapter, PIA, AnimateLCM-I2V, CameraCtrl, more motion modules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from animatediff.config.values import (
     IP_ADAPTER,
     OTHER,
     PICTURES,
+    PLAIN_MOTION_MODULE,
     Images,
     Media,
     PathText,
@@ -123,3 +124,23 @@ class Camera:
     move: Many[Move] = opt((), "one move, or several at once, in place of a file")
     speed: Float = opt(1.0, "of moves; 1: 60 degrees, or 1.5 units of way, in 16 frames", gt=0)
     scale: Float = opt(1.0, "how much it counts; 0: nothing", ge=0)
+
+
+@options
+class ExtraMotionModule:
+    """A further motion module; effects of several are chained."""
+
+    path: PathText
+    scale: varying() = opt(1.0, "factor of its effect, by frame or step")
+    start: Float = opt(0.0, "part of the steps from which on it acts", ge=0, lt=1)
+    end: Float = opt(1.0, "part of the steps up to which it acts", gt=0, le=1)
+    version: Literal["", "v1", "v2", "v3", "animatelcm"] = opt("", "its version, where its file cannot tell")
+
+
+@options
+class Mixture:
+    """Further motion modules beside `motion_module`; with `motion_scale` they can take turns."""
+
+    modules: Annotated[Many[ExtraMotionModule], PLAIN_MOTION_MODULE] = opt(
+        (), "one or several of {path: …, scale: …, start: …, end: …}", "extra_motion_modules"
+    )

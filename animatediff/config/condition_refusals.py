@@ -1,4 +1,4 @@
-"""What the options of ControlNet, IP-Adapter, PIA, AnimateLCM-I2V and CameraCtrl must not say together."""
+"""What the options of `condition_options` must not say together."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def condition_refusals(request: Request, *, motion: bool) -> Iterator[str]:
     yield from _controlnets(request)
     yield from _ip_adapters(request)
     yield from _camera(request, motion)
+    for i, module in enumerate(request.mixture.modules):
+        name = "{mixture.modules}" + (f"[{i}]" if len(request.mixture.modules) > 1 else "")
+        if not motion:
+            yield f"{name} needs a motion_module beside it: set {{model.motion_module}}"
+        yield from _scale_and_steps(name, module, request.size.num_frames)
     for group in ("pia", "i2v"):
         if getattr(request, group).image is not None and not motion:
             yield f"{{{group}.image}} needs a motion_module of its kind: set {{model.motion_module}}"
@@ -58,10 +63,14 @@ def _ip_adapters(request: Request) -> Iterator[str]:
 
 def _common(name: str, entry: Any, frames: int) -> Iterator[str]:
     """Rules of a ControlNet and of an IP-Adapter alike."""
-    if entry.start >= entry.end:
-        yield f"{name}: got start {entry.start:g} and end {entry.end:g}, expected the start before the end"
     if isinstance(entry.images, dict) and (last := max(entry.images)) >= frames:
         yield f"{name}: got a picture at frame {last}, expected 0 to {frames - 1}, the frames of the clip"
+    yield from _scale_and_steps(name, entry, frames)
+
+
+def _scale_and_steps(name: str, entry: Any, frames: int) -> Iterator[str]:
+    if entry.start >= entry.end:
+        yield f"{name}: got start {entry.start:g} and end {entry.end:g}, expected the start before the end"
     try:
         Keyframes.read(entry.scale).check(frames)
     except UserError as error:

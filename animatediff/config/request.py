@@ -11,7 +11,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from animatediff.config.condition_options import I2V, PIA, Camera, ControlNets, IPAdapters
+from animatediff.config.condition_options import I2V, PIA, Camera, ControlNets, IPAdapters, Mixture
 from animatediff.config.settings import Bool, Files, Float, Int, Many, TakesText, before, limits, opt, options
 from animatediff.config.values import (
     ADAPTER,
@@ -338,6 +338,7 @@ class Request:
     pia: PIA = PIA()
     i2v: I2V = I2V()
     camera: Camera = Camera()
+    mixture: Mixture = Mixture()
     motion: Motion = Motion()
     guidance: Guidance = Guidance()
     pag: PAG = PAG()

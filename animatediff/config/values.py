@@ -116,6 +116,7 @@ PathText = Annotated[str, before(_path)]
 
 IMAGE_MODEL = FileKind("an SD 1.x image model", ("sd1-checkpoint", "diffusers-folder"))
 MOTION_MODULE = FileKind("a motion module", ("motion-module", "motion-adapter", "pia", "animatelcm-i2v"))
+PLAIN_MOTION_MODULE = FileKind("a motion module without a picture", ("motion-module", "motion-adapter"))
 VAE_FILE = FileKind("a VAE", ("vae", "sd1-checkpoint", "diffusers-folder"))
 LORA_FILE = FileKind("a LoRA of an image model", ("lora",))
 ADAPTER = FileKind("a domain adapter", ("domain-adapter", "lora"))

@@ -6,6 +6,7 @@ from animatediff.features import camera as camera_feature
 from animatediff.features import controlnet as controlnet_feature
 from animatediff.features import image_to_video as image_to_video_feature
 from animatediff.features import ip_adapter as ip_adapter_feature
+from animatediff.features import motion_mixture as motion_mixture_feature
 from animatediff.features import pia as pia_feature
 from animatediff.features import sparsectrl as sparsectrl_feature
 from animatediff.features.camera import camera
@@ -15,6 +16,7 @@ from animatediff.features.image_to_video import image_to_video
 from animatediff.features.ip_adapter import ip_adapter
 from animatediff.features.lora_schedule import lora_schedule
 from animatediff.features.motion import motion
+from animatediff.features.motion_mixture import motion_mixture
 from animatediff.features.perturbed_attention import perturbed_attention
 from animatediff.features.pia import pia
 from animatediff.features.run import Feature
@@ -24,7 +26,7 @@ from animatediff.features.sparsectrl import sparsectrl
 # them (a ControlNet adds its residuals to SparseCtrl's).
 FEATURES: tuple[Feature, ...] = (
     *(motion, perturbed_attention, freeu, lora_schedule),
-    *(ip_adapter, pia, image_to_video, camera, controlnet, sparsectrl),
+    *(ip_adapter, pia, image_to_video, motion_mixture, camera, controlnet, sparsectrl),
 )
 
 # group of the request -> what loads its networks: (request, headers, image model, UNet with its motion module) ->
@@ -36,4 +38,5 @@ NETWORKS = {
     "pia": pia_feature.load,
     "i2v": image_to_video_feature.load,
     "camera": camera_feature.load,
+    "mixture": motion_mixture_feature.load,
 }
