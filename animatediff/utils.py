@@ -56,6 +56,13 @@ def unknown_key(key: Any, known: Sequence[str], *, what: str = "key") -> str:
     return f"unknown {what} {key!r}, the nearest known one is {lowered[near[0]]!r}: correct or remove it"
 
 
+def printable(text: str, *, longest: int = 8000) -> str:
+    """Text as the console gets it: a stranger's control characters are escaped, line ends stay, the endless is cut."""
+    if len(text) > longest:
+        text = f"{text[:longest]}… ({len(text)} characters)"
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 @contextmanager
 def naming(where: object) -> Iterator[None]:
     """Let a `UserError` of the block start with the file (or the place) that it is about."""
@@ -109,7 +116,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still wants to print at its end
         sys.exit(141)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 from animatediff.checkpoints.files import file_sha256, read_state_dict
 from animatediff.checkpoints.identify import FileInfo, identify, weight_files
 from animatediff.config.networks import Distillation
-from animatediff.utils import Parser, UserError, run_main
+from animatediff.utils import Parser, UserError, printable, run_main
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
             info = identify(path)
             report = describe(info, Values.of(path))
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             status = 2
         else:
             print(report)
@@ -66,12 +66,14 @@ def describe(info: FileInfo, values: Values) -> str:
         ("NaN / Inf", f"{values.nans:,} / {values.infinities:,}"),
         ("positions", f"positional encoding: {length}"),
         *(("metadata", f"{key} = {value}") for key, value in sorted(info.metadata.items())),
+        *(("schedule", f"{name} = {value}") for name, value in info.schedule.items()),
         *(("note", note) for note in info.notes),
         *([("sampling", _sampling(info.distillation))] if info.distillation else []),
         ("needs", info.needs or "-"),
         *(("config", line) for line in info.config_line.splitlines()),
     ]
-    return "\n".join([str(info.path), *(f"  {name:<11} {value}" for name, value in rows)])
+    lines = [str(info.path), *(f"  {name:<11} {value}" for name, value in rows)]
+    return "\n".join(printable(line, longest=500).replace("\n", "\\n") for line in lines)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from animatediff.checkpoints.files import read_json
 from animatediff.config.networks import MotionConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from animatediff.utils import UserError
+from animatediff.utils import UserError, naming
 
 Json = dict[str, Any]
+# Settings that change what a network computes, and the values that ours computes; the first is diffusers' default.
+FIXED: dict[str, dict[str, tuple]] = {
+    "unet": {
+        "act_fn": ("silu", "swish"),
+        "norm_eps": (1e-5,),
+        "freq_shift": (0,),
+        "flip_sin_to_cos": (True,),
+        "center_input_sample": (False,),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1, None),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "resnet_time_scale_shift": ("default",),
+        "time_embedding_type": ("positional",),
+        "time_embedding_act_fn": (None,),
+        "timestep_post_act": (None,),
+        "class_embed_type": (None,),
+        "encoder_hid_dim_type": (None,),
+        "only_cross_attention": (False,),
+        "dual_cross_attention": (False,),
+        "attention_type": ("default",),
+        "resnet_skip_time_act": (False,),
+        "resnet_out_scale_factor": (1.0,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+    },
+    "vae": {"act_fn": ("silu", "swish"), "mid_block_add_attention": (True,), "shift_factor": (None, 0)},
+    "text_encoder": {"layer_norm_eps": (1e-5,)},
+    "text_encoder_2": {"layer_norm_eps": (1e-5,)},
+    "scheduler": {"num_train_timesteps": (1000,)},
+}
+
 EMPTY: Json = {}
 
 # Names of the weight files without suffix, safetensors and pickle.
@@ -36,13 +70,59 @@ def image_metadata(
         "vae_scaling_factor": vae.get("scaling_factor"),
         "prediction_type": scheduler.get("prediction_type"),
         "beta_schedule": scheduler.get("beta_schedule"),
+        "timestep_spacing": scheduler.get("timestep_spacing"),
+        "rescale_betas_zero_snr": scheduler.get("rescale_betas_zero_snr"),
     }
     for name, config in (("text", text_encoder), ("text_2", text_encoder_2)):
         found |= {
             f"{name}_num_heads": config.get("num_attention_heads"),
             f"{name}_activation": config.get("hidden_act"),
         }
-    return {name: str(value) for name, value in found.items() if value is not None}
+    return {name: _text(value) for name, value in found.items() if value is not None}
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def folder_metadata(folder: Path) -> dict[str, str]:
+    """`image_metadata` of a whole diffusers folder.
+
+    Raises:
+        UserError: a config.json is broken, or asks for another network than ours.
+    """
+    parts = [part for part in FIXED if part != "scheduler"]
+    files = {part: folder / part / "config.json" for part in parts}
+    files["scheduler"] = folder / "scheduler" / "scheduler_config.json"
+    configs = {part: optional_json(path) for part, path in files.items()}
+    for part, config in configs.items():
+        check_config(part, config, files[part])
+    unet = configs["unet"]
+    if os.path.lexists(files["unet"]) and not ("attention_head_dim" in unet or "num_attention_heads" in unet):
+        raise UserError(f"got {files['unet']} without attention_head_dim, expected it: fetch the file again")
+    with naming(folder):
+        return image_metadata(**configs)
+
+
+def optional_json(path: Path) -> Json:
+    """A config.json, empty where there is none. One that is there has to be good."""
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def check_config(part: str, config: Json, path: Path) -> None:
+    """Refuse settings of a config.json that another network would be needed for.
+
+    Args:
+        part: of a folder, a key of FIXED.
+
+    Raises:
+        UserError: a setting is not what this network computes.
+    """
+    for name, fixed in FIXED[part].items():
+        value = config.get(name, fixed[0])
+        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in fixed):
+            expected = " or ".join(str(known).lower() if isinstance(known, bool) else str(known) for known in fixed)
+            raise UserError(f"{path}: got {name} {value!r}, expected {expected}: this network has no other")
 
 
 def _heads(unet: Json) -> Json:
@@ -50,9 +130,11 @@ def _heads(unet: Json) -> Json:
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
     if not isinstance(heads, list):
         return {"num_heads": heads}
-    if len(set(heads)) == 1:
-        return {"num_heads": heads[0]}
     widths = unet.get("block_out_channels", [])
+    if len(heads) and heads == heads[:1] * len(heads):
+        return {"num_heads": heads[0]}
+    if not isinstance(widths, list) or not all(type(number) is int and number > 0 for number in (*widths, *heads)):
+        raise UserError(f"got heads {heads} and widths {widths} in the UNet's config.json, expected whole numbers")
     dims = {width / number for width, number in zip(widths, heads, strict=False)}
     if len(widths) != len(heads) or len(dims) != 1:
         raise UserError(
@@ -70,6 +152,31 @@ def adapter_metadata(config: Json) -> dict[str, str]:
         "norm_num_groups": "motion_norm_num_groups",
     }
     return {ours: str(config[theirs]) for ours, theirs in names.items() if config.get(theirs) is not None}
+
+
+def sparsectrl_metadata(config: Json) -> dict[str, str]:
+    """What the keys of a SparseControlNet cannot tell; empty for any other config.json."""
+    if config.get("_class_name") != "SparseControlNetModel":
+        return {}
+    names = {
+        "motion_num_heads": "motion_num_attention_heads",
+        "max_frames": "motion_max_seq_length",
+        "norm_num_groups": "norm_num_groups",
+    }
+    found = {ours: config.get(theirs) for ours, theirs in names.items()} | _heads(config)
+    return {name: _text(value) for name, value in found.items() if value is not None}
+
+
+def adapter_frames(config: Json) -> int | None:
+    """The longest clip that the config.json of a MotionAdapter names.
+
+    Raises:
+        UserError: it is no such number.
+    """
+    frames = config.get("motion_max_seq_length")
+    if frames is not None and (type(frames) is not int or not 0 < frames < 1_000_000):
+        raise UserError(f"got motion_max_seq_length {frames!r} in config.json, expected a whole number")
+    return frames
 
 
 def unet_json(config: UNetConfig, *, sample_size: int = 64, time_id_channels: int = 0) -> Json:

@@ -26,15 +26,14 @@ from animatediff.checkpoints.keymaps import (
     unet_table,
     vae_table,
 )
+from animatediff.checkpoints.metadata import motion_norm_groups, prediction_type
 from animatediff.checkpoints.parts import VAE_ATTENTION_MATRIX, ImageParts, MotionParts
 from animatediff.checkpoints.sizes import (
     image_metadata_of,
     motion_config,
     motion_levels,
     motion_metadata_of,
-    motion_norm_groups,
     motion_widths,
-    prediction_type,
     text_config,
     unet_config,
     vae_config,

@@ -6,11 +6,9 @@ import codecs
 import hashlib
 import json
 import os
-import pickle
-import re
+import stat
 import struct
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,30 +16,33 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from animatediff.utils import UserError, replacing
+from animatediff.checkpoints.pickles import first_line, read_pickle
+from animatediff.checkpoints.weight_checks import check_keys, check_tensors, dequantised
+from animatediff.utils import UserError, naming, replacing
 
 StateDict = dict[str, Tensor]
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth")
+DTYPE_NAMES = {  # of the safetensors format
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+LONGEST_INDEX = 1000  # parts of a model
+LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 INDEX_SUFFIX = ".json"  # of a sharded model: "x.safetensors.index.json", "x.bin.index.json"
-WRAPPERS = ("state_dict", "controlnet")  # entries under which training code puts the weights, possibly nested
-
-# Classes that pickles of training runs mention beside the weights. They are read as empty stand-ins: nothing of
-# theirs is imported or run. Any other class is refused.
-BOOKKEEPING_CLASSES = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-)
-# Containers of torch that early textual inversions are saved in.
-SAFE_CLASSES = (torch.nn.ParameterDict,)
-# What torch.load raises on a damaged pickle, depending on where the damage is.
-PICKLE_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,15 @@ def read_state_dict(path: str | Path) -> LoadedFile:
         notes: list[str] = []
     else:
         _refuse_other_content(head, path)
-        tensors, metadata, notes = _unwrap(_read_pickle(path), path)
-    tensors, stripped = _strip_wrapper_prefixes(tensors)
+        tensors, metadata, notes = read_pickle(path)
     if not tensors:
         raise UserError(f"got {path} without a single tensor, expected weights: choose another file")
-    return LoadedFile(path, tensors, metadata, (*notes, *stripped))
+    with naming(path):
+        check_keys(tensors)
+        check_tensors(tensors, path.stat().st_size)
+        tensors, scaled = dequantised(tensors)
+    tensors, stripped = _strip_wrapper_prefixes(tensors)
+    return LoadedFile(path, tensors, metadata, (*notes, *scaled, *stripped))
 
 
 def write_state_dict(
@@ -94,7 +99,7 @@ def write_state_dict(
         path: `.safetensors`, or `.ckpt`, `.pt`, `.pth` (a pickle of `{wrapper: tensors, "metadata": metadata}`).
         tensors: any device and layout; written contiguous, in their dtype.
         metadata: strings that travel with the file.
-        wrapper: one of WRAPPERS.
+        wrapper: one of `pickles.WRAPPERS`.
 
     Raises:
         UserError: another suffix, or a folder that cannot be written to.
@@ -104,25 +109,36 @@ def write_state_dict(
     if path.suffix not in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES):
         suffixes = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
         raise UserError(f"got {path} to write to, expected a name ending in {suffixes}: rename it")
-    pickled = path.suffix in PICKLE_SUFFIXES
-    if pickled:  # clones: a view into a memory-mapped file would drag the whole file into the pickle
-        plain = {key: tensor.clone() for key, tensor in plain.items()}
     with replacing(path) as temporary:
-        try:
-            if pickled:
-                torch.save({wrapper: plain, "metadata": metadata}, temporary)
-            else:
-                save_file(plain, temporary, metadata={"format": "pt", **metadata})
-                temporary.chmod(0o666 & ~_umask())  # not for the owner alone
-        except (SafetensorError, RuntimeError) as error:  # what the two make of a full disk
-            raise OSError(_first_line(str(error))) from None
+        if path.suffix == SAFETENSORS_SUFFIX:
+            _write_safetensors(temporary, plain, {"format": "pt", **metadata})
+        else:  # clones: a view into a memory-mapped file would drag the whole file into the pickle
+            content = {wrapper: {key: tensor.clone() for key, tensor in plain.items()}, "metadata": metadata}
+            try:
+                torch.save(content, temporary)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(first_line(str(error))) from None
     return path
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _write_safetensors(path: Path, tensors: StateDict, metadata: Mapping[str, str]) -> None:
+    """The format of safetensors (https://github.com/huggingface/safetensors), in an order that is always the same.
+
+    The library itself writes metadata in the order of a hash table: the same weights would have another hash each time.
+    """
+    order = sorted(tensors, key=lambda key: (-tensors[key].itemsize, key))  # so that every tensor is aligned
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for key in order:
+        start, end = end, end + tensors[key].nbytes
+        name = DTYPE_NAMES[tensors[key].dtype]
+        header[key] = {"dtype": name, "shape": list(tensors[key].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in order:
+            file.write(tensors[key].reshape(-1).view(torch.uint8).numpy())
 
 
 def _written_apart(tensors: Mapping[str, Tensor]) -> StateDict:
@@ -174,7 +190,8 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file is missing or holds something else.
     """
     if not path.is_file():
-        raise UserError(f"got no {path.name} in {path.parent}, expected one: restore it from the original model")
+        what = f"{path}, no file" if path.exists() else f"no {path.name} in {path.parent}"
+        raise UserError(f"got {what}, expected one: restore it from the original model")
     content = parse_json(path.read_bytes(), str(path))
     if not isinstance(content, dict):
         raise UserError(f"got {path} holding a {type(content).__name__}, expected a JSON object: fetch the file again")
@@ -216,10 +233,14 @@ def find_weights(folder: Path, stem: str, pickle_stem: str) -> Path | None:
 
 
 def _check_readable(path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"got {path}, expected a weight file: there is no such file")
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        raise UserError(f"got {path}, expected a weight file: there is no such file") from None
+    if stat.S_ISDIR(mode):
         raise UserError(f"got {path}, expected a weight file: it is a folder")
+    if not stat.S_ISREG(mode):  # to open a named pipe waits for ever
+        raise UserError(f"got {path}, expected a weight file: it is a pipe or a device")
     if not os.access(path, os.R_OK):
         raise UserError(f"got {path}, expected a readable file: its permissions forbid reading")
     if path.stat().st_size == 0:
@@ -236,8 +257,8 @@ def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (no dict)
-    except SafetensorError as error:
-        reason = _first_line(str(error))
+    except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        reason = first_line(str(error))
         raise UserError(f"got a damaged safetensors file, {path} ({reason}): download it again") from None
 
 
@@ -246,15 +267,17 @@ def _check_safetensors_size(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         header_size = struct.unpack("<Q", file.read(8))[0]
-        header_bytes = file.read(header_size)
+        header_bytes = file.read(min(header_size, LONGEST_HEADER))
     truncated = f"got a truncated safetensors file, {path}: %s bytes announced, {size} there; download it again"
+    if header_size > LONGEST_HEADER:
+        raise UserError(f"got a damaged safetensors header in {path}: download the file again")
     if len(header_bytes) < header_size:
         raise UserError(truncated % f"at least {8 + header_size}")
+    header = parse_json(header_bytes, f"a damaged safetensors header in {path}")
     try:
-        header = json.loads(header_bytes)
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         expected = 8 + header_size + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (KeyError, TypeError, AttributeError, IndexError):
         raise UserError(f"got a damaged safetensors header in {path}: download the file again") from None
     if size < expected:
         raise UserError(truncated % expected)
@@ -275,84 +298,8 @@ def _refuse_other_content(head: bytes, path: Path) -> None:
         what = f"plain text ({head[:40].decode().splitlines()[0]!r})"
     if what:
         raise UserError(f"got {what}, not weights, in {path}: download the file again")
-    if path.suffix == SAFETENSORS_SUFFIX and head[:2] not in (b"PK", b"\x80\x02"):
+    if path.suffix == SAFETENSORS_SUFFIX and head[:2] != b"PK" and head[:1] != b"\x80":
         raise UserError(f"got {path}, expected safetensors: its header is damaged; download the file again")
-
-
-def _read_pickle(path: Path) -> Any:
-    """torch.load without code execution; bookkeeping of training runs comes as empty stand-ins."""
-    is_zip = zipfile.is_zipfile(path)
-    if is_zip and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-        raise UserError(f"got a TorchScript program, not weights, in {path}: it is code; use a .safetensors release")
-    stand_ins = [_stand_in(name) for name in BOOKKEEPING_CLASSES]
-    try:
-        with torch.serialization.safe_globals([*stand_ins, *SAFE_CLASSES]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except PICKLE_ERRORS as error:
-        raise UserError(_pickle_diagnosis(path, is_zip, error)) from None
-
-
-def _stand_in(name: str) -> type:
-    module, _, qualname = name.rpartition(".")
-
-    def ignore(self: object, *args: object) -> None:
-        return None
-
-    members: dict[str, Callable | str] = {"__module__": module, "__init__": ignore, "__setstate__": ignore}
-    members["__new__"] = lambda cls, *args: object.__new__(cls)
-    return type(qualname, (), members)
-
-
-def _pickle_diagnosis(path: Path, is_zip: bool, error: BaseException) -> str:
-    text = str(error)
-    if name := re.search(r"(?:GLOBAL|unrecognized function) ([\w.]+)", text):
-        return (
-            f"got {path}, which would execute code while loading ({name[1]}), expected tensors only: "
-            "refused because it can do harm; use a .safetensors release of the model"
-        )
-    with path.open("rb") as file:
-        is_zip_start = file.read(2) == b"PK"
-    if is_zip:
-        return f"got a zip archive that holds no readable torch weights, {path}: {_first_line(text)}"
-    if is_zip_start:
-        return f"got a truncated or damaged torch file, {path}: its zip archive has no end; download it again"
-    return f"got {path}, expected .safetensors or a torch pickle: damaged or of another kind; download it again"
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:160] if text.strip() else "unknown content"
-
-
-def _unwrap(content: Any, path: Path) -> tuple[StateDict, dict[str, str], list[str]]:
-    notes, metadata = [], {}
-    while isinstance(content, Mapping):
-        if isinstance(extra := content.get("metadata"), Mapping):
-            metadata |= {str(k): v for k, v in extra.items() if isinstance(v, str)}
-        wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
-        if wrapper is None:
-            break
-        notes.append(f"unwrapped {wrapper!r}")
-        content = content[wrapper]
-    if not isinstance(content, Mapping):
-        kind = type(content).__name__
-        raise UserError(f"got {path} holding a {kind}, expected named tensors: save the module's state_dict() instead")
-    if not any(isinstance(value, Tensor) for value in content.values()):
-        content = _flatten(content)
-    dropped = [str(key) for key, value in content.items() if not isinstance(value, Tensor) and key != "metadata"]
-    if dropped:
-        notes.append(f"left out {len(dropped)} entries that are no tensors: {', '.join(dropped[:8])}")
-    return {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}, metadata, notes
-
-
-def _flatten(groups: Mapping) -> dict[str, Any]:
-    """Files of several state dicts (IP-Adapter, CameraCtrl, textual inversions): one level of names, dotted."""
-    flat: dict[str, Any] = {}
-    for name, group in groups.items():
-        group = dict(group.named_parameters()) if isinstance(group, torch.nn.ParameterDict) else group
-        flat |= (
-            {f"{name}.{key}": value for key, value in group.items()} if isinstance(group, Mapping) else {name: group}
-        )
-    return flat
 
 
 def _strip_wrapper_prefixes(tensors: StateDict) -> tuple[StateDict, list[str]]:
@@ -371,13 +318,16 @@ def _read_shards(index: Path) -> LoadedFile:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"got {index}, expected the index of a sharded model: it has no weight_map")
     tensors: StateDict = {}
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if not (index.parent / name).is_file():
+    names = {value for value in weight_map.values() if isinstance(value, str)}
+    for name in sorted(names):
+        part = index.parent / name
+        if len(names) > LONGEST_INDEX or part.suffix == INDEX_SUFFIX or part.parent != index.parent:
+            raise UserError(f"got {index} with the part {name!r}, expected weight files beside it: download it again")
+        if not part.is_file():
             raise UserError(
                 f"got {index} without its part {name}, expected {len(names)} parts: download what is missing"
             )
-        tensors |= read_state_dict(index.parent / name).tensors
+        tensors |= read_state_dict(part).tensors
     if missing := weight_map.keys() - tensors.keys():
         raise UserError(f"got parts of {index} without {len(missing)} tensors it lists, such as {min(missing)}")
     return LoadedFile(index, tensors, {}, (f"joined {len(names)} parts",))

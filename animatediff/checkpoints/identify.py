@@ -2,117 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from animatediff.checkpoints import sizes
-from animatediff.checkpoints.diffusers_json import TEXT_STEMS, UNET_STEM, VAE_STEM, Json, adapter_metadata
+from animatediff.checkpoints.diffusers_json import (
+    TEXT_STEMS,
+    UNET_STEM,
+    VAE_STEM,
+    Json,
+    adapter_frames,
+    adapter_metadata,
+    folder_metadata,
+    optional_json,
+)
+from animatediff.checkpoints.file_kinds import KINDS, motion_part
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
-from animatediff.checkpoints.keymaps import LDM_TEXT, LDM_UNET, LDM_VAE, MOTION_MARK, motion_to_official
-from animatediff.checkpoints.lora_keys import LORA_STEMS, lora_algorithms, lora_base, lora_targets, unsupported_lora
+from animatediff.checkpoints.keymaps import LDM_UNET, MOTION_MARK
+from animatediff.checkpoints.lora_keys import LORA_STEMS, lora_algorithms, unsupported_lora
+from animatediff.checkpoints.metadata import marked, schedule_facts
 from animatediff.config.networks import ANIMATE_LCM, ANIMATE_LCM_I2V, SDXL_TURBO, Distillation, lightning
 from animatediff.utils import UserError, naming
 
 SD15_WIDTHS = (320, 640, 1280, 1280)
 SDXL_WIDTHS = (320, 640, 1280)
 SDXL_VERSIONS = ("sdxl-beta", "hotshot-xl")
-EMBEDDING_WIDTHS = (768, 1024, 1280)  # of the text encoders of SD 1.x, SD 2.x, and SDXL's second
+_SCHEDULED = ("sd1-checkpoint", "sdxl-checkpoint", "sd1-unet")
 MOTION_KINDS = ("motion-module", "motion-adapter")
 CONDITIONED_MOTION = {"pia": "pia", "animatelcm-i2v": "animatelcm"}  # with a network for a picture -> motion version
-
-
-@dataclass(frozen=True)
-class Kind:
-    """`summary` completes "this is …"; `config` is the line that uses such a file, empty where nothing can."""
-
-    summary: str
-    needs: str = ""
-    config: str = ""
-
-
-KINDS: dict[str, Kind] = {
-    "sd1-checkpoint": Kind(
-        "an SD 1.x image model in one file",
-        "nothing more; a motion module animates it",
-        "dreambooth_path: {path}   # or as the base: --pretrained-model-path {path}",
-    ),
-    "diffusers-folder": Kind(
-        "an SD 1.x image model as a diffusers folder",
-        "nothing more; a motion module animates it",
-        "dreambooth_path: {path}   # or as the base: --pretrained-model-path {path}",
-    ),
-    "motion-module": Kind("a motion module", "an {base} image model", "motion_module: {path}"),
-    "motion-adapter": Kind(
-        "a motion module in diffusers' MotionAdapter format", "an {base} image model", "motion_module: {path}"
-    ),
-    "motion-lora": Kind(
-        "a MotionLoRA",
-        "a v2 motion module, as all released ones do, unless it was trained on another",
-        "motion_module_lora_configs: [{{path: {path}, alpha: 1.0}}]",
-    ),
-    "domain-adapter": Kind("a domain adapter", "the v3 motion module it was trained with", "adapter_lora_path: {path}"),
-    "lora": Kind("a LoRA of an image model", "an SD 1.x image model", "lora_model_path: {path}"),
-    "sparsectrl": Kind(
-        "a SparseCtrl encoder",
-        "a v3 motion module and images of some frames",
-        "controlnet_path: {path}   # and controlnet_images: […], controlnet_image_indexs: […]",
-    ),
-    "sd1-unet": Kind(
-        "the UNet of an SD 1.x image model", "its folder: give the folder that holds unet/, vae/ and text_encoder/"
-    ),
-    "vae": Kind("a VAE alone", "an SD 1.x image model, the place of whose VAE it takes", "vae_path: {path}"),
-    "text-encoder": Kind("a CLIP text encoder alone", "the folder of its image model"),
-    "textual-inversion": Kind(
-        "a textual inversion (embedding)", "an SD 1.x image model, and its name in a prompt", "embeddings: [{path}]"
-    ),
-    "sd2-textual-inversion": Kind("a textual inversion for SD 2.x", "an SD 2.x base, here it is SD 1.x"),
-    "sdxl-textual-inversion": Kind(
-        "a textual inversion for SDXL", "an SDXL image model, and its name in a prompt", "embeddings: [{path}]"
-    ),
-    "sd1-inpainting": Kind("an inpainting or instruction model (its conv_in takes more than 4 channels)"),
-    "sd2-checkpoint": Kind("an SD 2.x image model (OpenCLIP text, context of 1024)"),
-    "sdxl-checkpoint": Kind(
-        "an SDXL image model (or one made of it: Turbo, Lightning, Pony, Illustrious)",
-        "nothing more; an SDXL-beta or Hotshot-XL motion module animates it",
-        "pretrained_model_path: {path}   # or on another SDXL base: dreambooth_path: {path}",
-    ),
-    "dit-checkpoint": Kind("a diffusion transformer (FLUX, SD 3 or the like)"),
-    "pia": Kind(
-        "a PIA motion module", "an SD 1.x image model and a picture", "motion_module: {path}   # and pia.image: …"
-    ),
-    "animatelcm-i2v": Kind(
-        "an AnimateLCM-I2V motion module",
-        "an SD 1.x image model and a picture",
-        "motion_module: {path}   # and i2v.image: …",
-    ),
-    "cameractrl": Kind(
-        "a CameraCtrl camera encoder", "the v3 motion module", "camera: {{path: {path}, move: zoom_in}}"
-    ),
-    "controlnet": Kind("a ControlNet", "an SD 1.x image model and hints", "controlnet: {{path: {path}, images: …}}"),
-    "ip-adapter": Kind(
-        "an IP-Adapter",
-        "an SD 1.x image model, its image encoder and pictures",
-        "ip_adapter: {{path: {path}, images: …}}   # and image_encoder: …",
-    ),
-    "image-encoder": Kind("a CLIP vision model", "an IP-Adapter that was trained with it", "image_encoder: {path}"),
-    "faceid": Kind("a FaceID adapter", "InsightFace's face recognition network, which is not part of this project"),
-    "sdxl-ip-adapter": Kind("an IP-Adapter for SDXL", "an SDXL base, here it is SD 1.x"),
-    "sd2-controlnet": Kind("a ControlNet for SD 2.x", "an SD 2.x base, here it is SD 1.x"),
-    "sdxl-controlnet": Kind("a ControlNet for SDXL", "an SDXL base, here it is SD 1.x"),
-    "control-lora": Kind("a Control-LoRA (low-rank differences of a ControlNet)"),
-    "controlllite": Kind("a ControlLLLite"),
-    "t2i-adapter": Kind("a T2I-Adapter"),
-    "motionctrl": Kind("a MotionCtrl camera or trajectory file"),
-    "fancyvideo": Kind("a FancyVideo motion module"),
-    "sdxl-lora": Kind("a LoRA for SDXL", "an SDXL image model", "lora_model_path: {path}"),
-    "unsupported-lora": Kind("a LoRA for another kind of network"),
-    "unknown": Kind("no kind of file that is known here"),
-}
 
 
 @dataclass(frozen=True)
@@ -134,6 +55,10 @@ class FileInfo:
     metadata: dict[str, str]
     notes: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()  # of a motion module's version, where the file does not tell
+    evidence: str = ""  # of a motion module's version
+    schedule: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what it says of the noise schedule: see `schedule_facts`
 
     @property
     def summary(self) -> str:
@@ -168,10 +93,15 @@ class FileInfo:
     @property
     def config_line(self) -> str:
         """The line of a prompt config that uses the file, or why none does."""
-        line = KINDS[self.kind].config.format(path=self.path)
+        line = KINDS[self.kind].config.format(path=_yaml(str(self.path)))
         if self.kind in MOTION_KINDS and self.version is None:
             line += f"\nversion: {' or '.join(self.candidates)}   # the file does not tell"
         return line or f"none: {self.summary} cannot be used here"
+
+
+def _yaml(text: str) -> str:
+    """A text as a YAML value, quoted where it has to be."""
+    return text if re.fullmatch(r"[\w./\\~+@][\w./\\~+@-]*", text) else json.dumps(text, ensure_ascii=False)
 
 
 def identify(path: str | Path) -> FileInfo:
@@ -189,7 +119,7 @@ def identify(path: str | Path) -> FileInfo:
 def adapter_config(weights: Path) -> Json:
     """The config.json beside the weights of a diffusers motion adapter, empty where there is none."""
     path = weights.with_name("config.json")
-    config = read_json(path) if path.is_file() else {}
+    config = optional_json(path)
     return config if config.get("_class_name") in ("MotionAdapter", "UNetMotionModel") else {}
 
 
@@ -197,7 +127,7 @@ def _identify_file(path: Path, file: LoadedFile) -> FileInfo:
     info = identify_tensors(file.tensors, file.metadata, path=path, notes=file.notes)
     if info.kind == "motion-adapter" and (config := adapter_config(file.path)):
         metadata = adapter_metadata(config) | file.metadata
-        length = info.positional_length or config.get("motion_max_seq_length")
+        length = info.positional_length or adapter_frames(config)
         return identify_tensors(file.tensors, metadata, path=path, notes=file.notes, length=length)
     return info
 
@@ -216,10 +146,11 @@ def identify_tensors(
         length: frames of the positional encoding, where something other than the tensors tells.
     """
     metadata = dict(metadata or {})
-    kind = next(name for name, fits in RULES if fits(tensors))
+    kind = next(name for name, row in KINDS.items() if row.fits(tensors))
     length = length or sizes.positional_length(tensors)
     with naming(path):
-        version = _version(kind, tensors, metadata, length)
+        version, evidence = _version(kind, tensors, metadata, length)
+        schedule = schedule_facts(marked(tensors, metadata)) if kind in _SCHEDULED else {}
     return FileInfo(
         path=path,
         kind=kind,
@@ -230,6 +161,8 @@ def identify_tensors(
         metadata=metadata,
         notes=notes,
         candidates=sizes.candidate_versions(motion_part(tensors)) if kind in MOTION_KINDS else (),
+        evidence=evidence,
+        schedule=schedule,
     )
 
 
@@ -254,144 +187,22 @@ def refusal(info: FileInfo, expected: str) -> UserError:
     return UserError(f"{info.path}: this is {info.summary}, not {expected}: {advice}")
 
 
-# --- rules, the first that fits decides ------------------------------------------------------------------------------
-
-
-def _any(pattern: str) -> Callable[[StateDict], bool]:
-    found = re.compile(pattern).search
-    return lambda tensors: any(found(key) for key in tensors)
-
-
-def _both(*rules: Callable[[StateDict], bool]) -> Callable[[StateDict], bool]:
-    return lambda tensors: all(rule(tensors) for rule in rules)
-
-
-def _shape(pattern: str, axis: int, wanted: Callable[[int], bool]) -> Callable[[StateDict], bool]:
-    """Whether the first key that matches has a fitting size along `axis`."""
-    found = re.compile(pattern).search
-
-    def rule(tensors: StateDict) -> bool:
-        tensor = next((t for key, t in tensors.items() if found(key)), None)
-        return tensor is not None and tensor.dim() > axis and wanted(tensor.shape[axis])
-
-    return rule
-
-
-def motion_part(tensors: StateDict) -> StateDict:
-    """The motion modules' entries in official names."""
-    official = {motion_to_official(key.removeprefix("unet.")): tensor for key, tensor in tensors.items()}
-    return {key: tensor for key, tensor in official.items() if MOTION_MARK in key}
-
-
-def embedding_vectors(tensors: StateDict) -> Tensor | None:
-    """The vectors (k, d) or (d,) of a textual inversion, None in any other file."""
-    vectors = {key: t for key, t in tensors.items() if not key.startswith("string_to_token.")}
-    if len(vectors) != 1:
-        return vectors.get("clip_g") if vectors.keys() == {"clip_l", "clip_g"} else None
-    ((key, tensor),) = vectors.items()
-    named = key in ("emb_params", "clip_l") or key.startswith(("string_to_param.", "<"))
-    fits = tensor.dim() in (1, 2) and (named or ("." not in key and tensor.shape[-1] in EMBEDDING_WIDTHS))
-    return tensor if fits else None
-
-
-def _is_embedding(width: int | None = None) -> Callable[[StateDict], bool]:
-    """Whether it is a textual inversion, of this width."""
-
-    def rule(tensors: StateDict) -> bool:
-        vectors = embedding_vectors(tensors)
-        return vectors is not None and width in (None, vectors.shape[-1])
-
-    return rule
-
-
-_CONTEXT_KEY = r"attn2[._]to_k(\.lora_A|\.lora_down|\.lora\.down|_lora\.down)?\.weight$"
-
-_LORA = r"(lora_down|lora_up|lora_A|lora_B|lora_E|_lora\.down|_lora\.up|\.lora\.down|\.lora\.up|lora_linear_layer"
-_LORA += r"|oft_diag|b?oft_[RSrs]|lambda_layer|[qp]_layer|vera_lambda_\w|hra_u)\b"
-_ADAPTER = r"^(down_blocks|up_blocks|mid_block)\..*attentions.*\.processor\.to_\w+_lora\.(down|up)"
-
-
-def _lora(fits: Callable[[set[str]], bool] = bool) -> Callable[[StateDict], bool]:
-    """Whether it changes layers of our networks, and these fit."""
-
-    def rule(tensors: StateDict) -> bool:
-        targets = lora_targets(tensors)
-        return bool(targets) and fits(targets)
-
-    return rule
-
-
-_HINT = _any(r"^(control_model\.)?input_hint_block\.|^controlnet_cond_embedding\.")
-_IMAGE_KEY = r"(ip_adapter|adapter_modules)\.\d+\.to_k_ip\.weight$|attn2\.processor\.to_k_ip\.weight$"
-
-# Before LoRAs: some of these have low-rank layers too.
-CONDITION_RULES: tuple[tuple[str, Callable[[StateDict], bool]], ...] = (
-    ("faceid", _any(r"^image_proj(_model)?\.perceiver_resampler\.|^ip_adapter\.\d+\.to_\w+_lora\.")),
-    ("faceid", _both(_any(r"^image_proj(_model)?\.proj\.0\."), _any(r"^image_proj(_model)?\.norm\."))),
-    ("sdxl-ip-adapter", _shape(_IMAGE_KEY, 1, lambda n: n == 2048)),
-    ("ip-adapter", _any(r"^(image_proj|image_proj_model)\.|" + _IMAGE_KEY)),
-    ("control-lora", _any(r"^lora_controlnet$")),
-    ("controlllite", _any(r"^lllite_")),
-    ("t2i-adapter", _any(r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets)\b|^style_embedding$")),
-    ("sparsectrl", _both(_HINT, _any(r"motion_modules\."))),
-    (
-        "sdxl-controlnet",
-        _both(_HINT, _any(r"^(control_model\.)?(label_emb|add_embedding|task_embedding|control_add_embedding)\b")),
-    ),
-    (
-        "sd2-controlnet",
-        _both(_HINT, _shape(r"^(control_model|mid_block).*attn2\.to_k\.weight$", 1, lambda n: n == 1024)),
-    ),
-    ("controlnet", _any(r"^(input_hint_block|controlnet_cond_embedding|controlnet_down_blocks|control_model)\.")),
-    ("cameractrl", _any(r"^pose_encoder|^encoder_down_conv_blocks\.|qkv_merge\.")),
-    ("motionctrl", _any(r"\.cc_projection\.|^omcm_state_dict\.")),
-    ("fancyvideo", _any(r"^FancyVideo$|^(module\.)?fps_embedding\.")),
-    ("image-encoder", _any(r"^(visual\.class_embedding$|vision_model\.embeddings\.class_embedding$)")),
-)
-RULES: tuple[tuple[str, Callable[[StateDict], bool]], ...] = (
-    *CONDITION_RULES,
-    ("unsupported-lora", _both(_any(_LORA), lambda tensors: unsupported_lora(tensors) is not None)),
-    ("motion-lora", _lora(lambda targets: all("_motion_modules_" in target for target in targets))),
-    ("sdxl-lora", _both(_lora(), lambda tensors: lora_base(tensors) == "SDXL")),
-    ("domain-adapter", _both(_lora(lambda targets: not any("_motion_modules_" in t for t in targets)), _any(_ADAPTER))),
-    ("lora", _lora()),
-    ("unsupported-lora", _any(_LORA)),
-    ("sd2-textual-inversion", _is_embedding(1024)),
-    ("sdxl-textual-inversion", _both(_is_embedding(), _any(r"^clip_g$"))),
-    ("sdxl-textual-inversion", _is_embedding(1280)),
-    ("textual-inversion", _is_embedding()),
-    ("animatelcm-i2v", _both(_any(r"motion_modules\."), _any(r"^(module\.)?img_encoder\."))),
-    ("pia", _both(_any(r"motion_modules\."), _shape(r"^conv_in\.weight$", 1, lambda n: n > 4))),
-    ("motion-module", _any(r"motion_modules\.\d+\.temporal_transformer\.|temporal_attentions\.\d+\.")),
-    ("motion-adapter", _any(r"motion_modules\.\d+\.")),
-    ("sdxl-checkpoint", _any(r"^conditioner\.embedders\.|label_emb\.|^add_embedding\.")),
-    ("dit-checkpoint", _any(r"(joint_blocks|double_blocks|single_transformer_blocks)\.")),
-    ("sd2-checkpoint", _any(r"^cond_stage_model\.model\.")),
-    ("sd2-checkpoint", _both(_shape(_CONTEXT_KEY, 1, lambda n: n == 1024), lambda t: not _any(f"^{LDM_TEXT}")(t))),
-    ("sd1-inpainting", _shape(r"(input_blocks\.0\.0|^conv_in)\.weight$", 1, lambda n: n > 4)),
-    ("sd1-checkpoint", _any(rf"^{re.escape(LDM_UNET)}input_blocks\.")),
-    ("sd1-unet", _any(r"^down_blocks\.\d+\.resnets\.\d+\.time_emb_proj\.")),
-    ("vae", _any(rf"^({re.escape(LDM_VAE)})?(encoder|decoder)\.conv_in\.")),
-    ("text-encoder", _any(r"^(text_model\.)?embeddings\.token_embedding\.")),
-    ("unknown", lambda tensors: True),
-)
-
-
-def _version(kind: str, tensors: StateDict, metadata: dict[str, str], length: int | None) -> str | None:
+def _version(kind: str, tensors: StateDict, metadata: dict[str, str], length: int | None) -> tuple[str | None, str]:
+    """A version or variant, and of a motion module why it is that one."""
     if kind in CONDITIONED_MOTION:
-        return CONDITIONED_MOTION[kind]
+        return CONDITIONED_MOTION[kind], "it is the only one"
     if kind in MOTION_KINDS:
         motion = motion_part(tensors)
         if kind == "motion-adapter":
             length = sizes.adapter_length(motion, length)
-        return sizes.detect_version(motion, metadata, length=length)[0]
+        return sizes.detect_version(motion, metadata, length=length)
     if kind == "sparsectrl":
-        return "scribble" if _any(r"^controlnet_cond_embedding\.conv_in\.")(tensors) else "rgb"
+        return "scribble" if "controlnet_cond_embedding.conv_in.weight" in tensors else "rgb", ""
     if kind == "unsupported-lora":
-        return unsupported_lora(tensors)
+        return unsupported_lora(tensors), ""
     if "lora" in kind:
-        return ", ".join(sorted(lora_algorithms(tensors)))
-    return None
+        return ", ".join(sorted(lora_algorithms(tensors))), ""
+    return None, ""
 
 
 def _base(kind: str, tensors: StateDict, version: str | None) -> str:
@@ -415,7 +226,8 @@ def _unet_widths(tensors: StateDict) -> tuple[int, ...]:
         pattern = re.compile(r"down_blocks\.(\d+)\.motion_modules\.0\.temporal_transformer\.norm\.bias")
     else:
         pattern = re.compile(r"down_blocks\.(\d+)\.resnets\.0\.conv1\.bias")
-    found = {int(m[1]): t.shape[0] for key, t in tensors.items() if (m := pattern.fullmatch(key))}
+    matches = [(pattern.fullmatch(key), t) for key, t in tensors.items()]
+    found = {int(m[1]): t.shape[0] for m, t in matches if m and t.dim() == 1}
     order = sorted(found)
     if any(key.startswith(LDM_UNET) for key in tensors):  # every level starts after a gap left by its downsampler
         order = [i for i in order if i - 1 not in found]
@@ -454,4 +266,5 @@ def _identify_folder(path: Path) -> FileInfo:
         {f"{p.parent.name}/{k}": t for p in (first, *others) for k, t in read_state_dict(p).tensors.items()}
     )
     kind = info.kind if info.kind == "sdxl-checkpoint" else "diffusers-folder"
-    return replace(info, kind=kind, version=None, **sizes_of_all)
+    schedule = schedule_facts(folder_metadata(path))
+    return replace(info, kind=kind, version=None, schedule=schedule, **sizes_of_all)

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from animatediff.utils import UserError
+
 Table = dict[str, str]  # our path of a layer -> its path in the other grammar
 
 # Where a single file keeps its networks.
@@ -126,13 +128,22 @@ def unet_table(*, layers: int, attention_levels: Sequence[bool]) -> Table:
 
 
 def unet_layout(ldm_keys: Iterable[str]) -> tuple[int, tuple[bool, ...]]:
-    """`layers` and `attention_levels` of `unet_table`, read from LDM keys (without LDM_UNET)."""
-    entries = [key.split(".") for key in ldm_keys if key.startswith("input_blocks.")]
-    downsamplers = sorted({int(e[1]) for e in entries if e[3] == "op"})
-    last = max((int(e[1]) for e in entries), default=0)
-    layers = downsamplers[0] - 1 if downsamplers else last
-    with_attention = {int(e[1]) for e in entries if e[2] == "1"}
-    return layers, tuple(1 + i * (layers + 1) in with_attention for i in range(len(downsamplers) + 1))
+    """`layers` and `attention_levels` of `unet_table`, read from LDM keys (without LDM_UNET).
+
+    Raises:
+        UserError: more layers than there are entries.
+    """
+    found = [m for key in ldm_keys if (m := re.match(r"input_blocks\.([0-9]{1,6})\.([01])\.(\w+)", key))]
+    numbers = {int(m[1]) for m in found}
+    downsamplers = sorted({int(m[1]) for m in found if m[3] == "op"})
+    layers = downsamplers[0] - 1 if downsamplers else max(numbers, default=0)
+    levels = len(downsamplers) + 1
+    if layers < 0 or layers * levels > len(numbers):
+        raise UserError(
+            f"got a UNet of {levels} levels with {layers} layers each, expected them all: parts are missing"
+        )
+    with_attention = {int(m[1]) for m in found if m[2] == "1"}
+    return layers, tuple(1 + i * (layers + 1) in with_attention for i in range(levels))
 
 
 def vae_table(*, levels: int, layers: int) -> Table:
@@ -163,10 +174,17 @@ def vae_table(*, levels: int, layers: int) -> Table:
 
 
 def vae_layout(ldm_keys: Iterable[str]) -> tuple[int, int]:
-    """`levels` and `layers` of `vae_table`, read from LDM keys (without LDM_VAE)."""
-    entries = [key.split(".") for key in ldm_keys if re.match(r"encoder\.down\.\d+\.block\.", key)]
-    levels = 1 + max((int(e[2]) for e in entries), default=-1)
-    return levels, 1 + max((int(e[4]) for e in entries if e[2] == "0"), default=-1)
+    """`levels` and `layers` of `vae_table`, read from LDM keys (without LDM_VAE).
+
+    Raises:
+        UserError: more layers than there are entries.
+    """
+    found = [m for key in ldm_keys if (m := re.match(r"encoder\.down\.([0-9]{1,6})\.block\.([0-9]{1,6})\.", key))]
+    levels = 1 + max((int(m[1]) for m in found), default=-1)
+    layers = 1 + max((int(m[2]) for m in found if m[1] == "0"), default=-1)
+    if levels * layers > len(found):
+        raise UserError(f"got a VAE of {levels} levels with {layers} layers each, expected them all: parts are missing")
+    return levels, layers
 
 
 def vae_attention_spellings() -> Table:

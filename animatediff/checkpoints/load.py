@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from animatediff.checkpoints.files import StateDict, file_sha256
 from animatediff.checkpoints.keymaps import MOTION_MARK
+from animatediff.checkpoints.metadata import motion_norm_groups, schedule_facts
 from animatediff.checkpoints.parts import (
     ImageParts,
     MotionParts,
@@ -24,14 +25,13 @@ from animatediff.checkpoints.parts import (
 from animatediff.checkpoints.sizes import (
     image_metadata_of,
     motion_config,
-    motion_norm_groups,
     motion_widths,
-    prediction_type,
     text_config,
     unet_config,
     vae_config,
     vae_metadata_of,
 )
+from animatediff.checkpoints.weight_checks import check_finite
 from animatediff.config.networks import ScheduleConfig, VAEConfig
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
@@ -62,7 +62,8 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class ImageModel:
-    """Stable Diffusion 1.x or XL. `schedule` is what the file says about the prediction, None where it says nothing.
+    """Stable Diffusion 1.x or XL. `schedule` is what the file says of `prediction_type`,
+    `rescale_betas_zero_snr` and `timestep_spacing`, None where it says nothing; its other fields are defaults.
 
     SDXL has both text encoders, its refiner the second alone.
     """
@@ -216,7 +217,7 @@ def _build_image_model(
             notes.append(f"no {what} in it: the base model's is used")
     _check_together(unet, vae, [encoder for encoder in texts.values() if encoder], parts.path)
     with naming(parts.path):
-        prediction = prediction_type(metadata)
+        facts = schedule_facts(metadata)
     report = LoadReport(
         path=parts.path,
         kind=parts.kind,
@@ -226,7 +227,7 @@ def _build_image_model(
         notes=notes,
         unused=parts.unused,
     )
-    schedule = ScheduleConfig(prediction_type=prediction) if prediction else None
+    schedule = ScheduleConfig(**facts) if facts else None
     return ImageModel(unet, vae, texts["text"], schedule, report, texts["text_2"])
 
 
@@ -258,6 +259,7 @@ def load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: P
             f"got {path}, expected a complete {what} of the size its first layers suggest: {'; '.join(problems)}; "
             "`python scripts/doctor.py` says what the file is"
         )
+    check_finite(tensors, path)
     module.load_state_dict(tensors, assign=True)
     return module.eval()
 

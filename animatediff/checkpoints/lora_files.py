@@ -27,6 +27,7 @@ from animatediff.checkpoints.lora_keys import (
     target_of,
     unsupported_lora,
 )
+from animatediff.checkpoints.weight_checks import check_finite
 from animatediff.models.lora import LoRA
 from animatediff.models.lora_layers import LoRAEntry
 from animatediff.utils import UserError, naming
@@ -65,6 +66,7 @@ def read_lora(path: str | Path, *, name: str | None = None) -> LoRA:
     info = identify_tensors(file.tensors, file.metadata, path=path)
     if "lora" not in info.kind and info.kind not in ("domain-adapter", "unknown"):
         raise refusal(info, "a LoRA")
+    check_finite(file.tensors, path)
     config = weights.with_name("adapter_config.json")
     with naming(path):
         return parse_lora(

@@ -10,19 +10,15 @@ from animatediff.checkpoints.diffusers_json import (
     TEXT_STEMS,
     UNET_STEM,
     VAE_STEM,
-    Json,
+    adapter_frames,
     adapter_metadata,
+    folder_metadata,
     image_metadata,
+    optional_json,
 )
-from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
-from animatediff.checkpoints.identify import (
-    CONDITIONED_MOTION,
-    MOTION_KINDS,
-    adapter_config,
-    identify_tensors,
-    motion_part,
-    refusal,
-)
+from animatediff.checkpoints.file_kinds import motion_part
+from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_state_dict
+from animatediff.checkpoints.identify import CONDITIONED_MOTION, MOTION_KINDS, adapter_config, identify_tensors, refusal
 from animatediff.checkpoints.keymaps import (
     LDM_BOOKKEEPING,
     LDM_PARTS,
@@ -41,14 +37,13 @@ from animatediff.checkpoints.keymaps import (
     vae_layout,
     vae_table,
 )
+from animatediff.checkpoints.metadata import MARKERS, marked
 from animatediff.checkpoints.sizes import SDXL_METADATA, adapter_length
 from animatediff.utils import UserError
 
 TEXT_FOLDERS = {"text_encoder": "text", "text_encoder_2": "text_2"}  # of a diffusers folder -> field of ImageParts
 IMAGE_KINDS = ("sd1-checkpoint", "sdxl-checkpoint")  # that a single file can be
 FOLDER_KINDS = ("sd1-unet", "sdxl-checkpoint", "motion-adapter", "motion-module")  # that a folder's unet/ can be
-# Entries of a single file that are no weights but tell how it was trained -> metadata.
-MARKERS = {"v_pred": {"prediction_type": "v_prediction"}, "ztsnr": {"rescale_betas_zero_snr": "true"}}
 VAE_ATTENTION_MATRIX = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight")
 
 
@@ -111,10 +106,18 @@ def read_image_parts(path: str | Path) -> ImageParts:
         UserError: it is something else (named), damaged, or has entries that belong to no known network.
     """
     path = Path(path)
+    weights = path
     if path.is_dir():
-        return _read_diffusers(path)
-    file = read_state_dict(path)
+        weights = find_weights(path, UNET_STEM, UNET_STEM)
+        if weights is None or (path / "unet").is_dir():
+            return _read_diffusers(path)
+    file = read_state_dict(weights)
     info = identify_tensors(file.tensors, file.metadata, path=path)
+    if info.kind == "sd1-unet":
+        config = optional_json(weights.with_name("config.json")) if path.is_dir() else {}
+        metadata = file.metadata | image_metadata(unet=config)
+        notes = [*file.notes, "a UNet alone, the rest is a base model's"]
+        return ImageParts(path, info.kind, file.tensors, None, None, None, metadata, notes)
     if info.kind not in IMAGE_KINDS:
         raise refusal(info, "an image model")
     return _split_ldm(file, info.kind)
@@ -137,7 +140,7 @@ def read_vae_parts(path: str | Path) -> VAEParts:
         raise refusal(info, "a VAE")
     notes = list(file.notes)
     if any(key.startswith("encoder.down_blocks.") for key in file.tensors):
-        config = _optional_json(weights.with_name("config.json"))
+        config = optional_json(weights.with_name("config.json"))
         metadata = image_metadata(vae=config) | file.metadata
         return VAEParts(path, _vae_from_diffusers(file.tensors), metadata, notes)
     if info.kind == "vae":
@@ -177,7 +180,7 @@ def read_motion_parts(path: str | Path) -> MotionParts:
     if info.kind == "motion-adapter":
         config = adapter_config(weights)
         metadata = adapter_metadata(config) | metadata
-        length = adapter_length(tensors, length or config.get("motion_max_seq_length"))
+        length = adapter_length(tensors, length or adapter_frames(config))
     if info.kind in CONDITIONED_MOTION:  # the rest is for load_motion_condition
         metadata, unused = adapter_metadata(adapter_config(weights)) | metadata, []
         metadata |= {"version": CONDITIONED_MOTION[info.kind]}
@@ -189,13 +192,13 @@ def read_motion_parts(path: str | Path) -> MotionParts:
 
 def _split_ldm(file: LoadedFile, kind: str) -> ImageParts:
     groups: dict[str, StateDict] = {prefix: {} for prefix in LDM_PARTS}
-    bookkeeping, strangers, metadata = [], [], dict(file.metadata)
+    bookkeeping, strangers, metadata = [], [], marked(file.tensors, file.metadata)
     for key, tensor in file.tensors.items():
         prefix = next((p for p in groups if key.startswith(p)), None)
         if LDM_BOOKKEEPING.fullmatch(key):
             bookkeeping.append(key)
         elif key in MARKERS:
-            metadata = MARKERS[key] | metadata
+            continue
         elif prefix is None:
             strangers.append(key)
         else:
@@ -285,10 +288,7 @@ def _read_diffusers(path: Path) -> ImageParts:
     found = {"unet": unet_file, "vae": _read_part(path, "vae", VAE_STEM)}
     found |= {name: _read_part(path, name, *TEXT_STEMS) for name in TEXT_FOLDERS}
     files = {name: file for name, file in found.items() if file}
-    metadata = unet_file.metadata | image_metadata(
-        **{name: _optional_json(path / name / "config.json") for name in found},
-        scheduler=_optional_json(path / "scheduler" / "scheduler_config.json"),
-    )
+    metadata = unet_file.metadata | folder_metadata(path)
     notes = [f"{file.path.relative_to(path)}: {note}" for file in files.values() for note in file.notes]
     names = [file.path.name for file in files.values()]
     notes += [f"only the fp16 variant {name} is there" for name in names if ".fp16." in name]
@@ -319,7 +319,3 @@ def _vae_from_diffusers(tensors: StateDict) -> StateDict:
 def _read_part(path: Path, name: str, stem: str, pickle_stem: str | None = None) -> LoadedFile | None:
     weights = find_weights(path / name, stem, pickle_stem or stem)
     return read_state_dict(weights) if weights else None
-
-
-def _optional_json(path: Path) -> Json:
-    return read_json(path) if path.is_file() else {}

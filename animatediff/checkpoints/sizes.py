@@ -11,11 +11,12 @@ keys are in our names (see keymaps.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 from animatediff.checkpoints.files import StateDict
 from animatediff.checkpoints.keymaps import MOTION_MARK, POSITIONAL_ENDINGS
+from animatediff.checkpoints.metadata import Metadata, choice, integer, number
 from animatediff.config.networks import (
     MOTION_VERSIONS,
     MotionConfig,
@@ -26,8 +27,6 @@ from animatediff.config.networks import (
 )
 from animatediff.utils import UserError
 
-Metadata = Mapping[str, str]
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TEXT_ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's CLIP, OpenCLIP
 HEAD_WIDTH_OF_CLIP = 64
 # What no shape of an SDXL file tells, where its metadata do not either.
@@ -47,7 +46,7 @@ def unet_config(tensors: StateDict, metadata: Metadata) -> UNetConfig:
     Raises:
         UserError: the heads or norm groups do not divide a width; say which in the metadata.
     """
-    return replace(encoder_config(tensors, metadata), out_channels=_shape(tensors, "conv_out.weight")[0])
+    return replace(encoder_config(tensors, metadata), out_channels=_shape(tensors, "conv_out.weight", 4)[0])
 
 
 def encoder_config(tensors: StateDict, metadata: Metadata) -> UNetConfig:
@@ -60,17 +59,17 @@ def encoder_config(tensors: StateDict, metadata: Metadata) -> UNetConfig:
     middle = _count(tensors, f"mid_block.{blocks}")
     same = {middle, *depths} <= {middle, 0}
     config = UNetConfig(
-        in_channels=_shape(tensors, "conv_in.weight")[1],
+        in_channels=_shape(tensors, "conv_in.weight", 4)[1],
         block_out_channels=widths,
         attention_levels=attention,
         layers_per_block=_count(tensors, "down_blocks.0.resnets."),
-        context_dim=_shape(tensors, f"{mid}transformer_blocks.0.attn2.to_k.weight")[1],
-        num_heads=_integer(metadata, "num_heads", 8),
+        context_dim=_shape(tensors, f"{mid}transformer_blocks.0.attn2.to_k.weight", 2)[1],
+        num_heads=integer(metadata, "num_heads", 8),
         num_transformer_blocks=middle if same else (*depths[:-1], middle),
-        norm_num_groups=_integer(metadata, "norm_num_groups", 32),
+        norm_num_groups=integer(metadata, "norm_num_groups", 32),
         linear_projection=len(_shape(tensors, f"{mid}proj_in.weight")) == 2,
-        head_dim=0 if "num_heads" in metadata else _integer(metadata, "head_dim", 0, least=0),
-        added_channels=_shape(tensors, f"{added}.weight")[1] if f"{added}.weight" in tensors else 0,
+        head_dim=0 if "num_heads" in metadata else integer(metadata, "head_dim", 0, least=0),
+        added_channels=_shape(tensors, f"{added}.weight", 2)[1] if f"{added}.weight" in tensors else 0,
     )
     with_attention = [w for w, a in zip(widths, (*attention[:-1], True), strict=True) if a]  # the middle always has
     name = "head_dim" if config.head_dim else "num_heads"
@@ -82,12 +81,12 @@ def encoder_config(tensors: StateDict, metadata: Metadata) -> UNetConfig:
 def vae_config(tensors: StateDict, metadata: Metadata) -> VAEConfig:
     """Sizes of an autoencoder."""
     config = VAEConfig(
-        in_channels=_shape(tensors, "encoder.conv_in.weight")[1],
-        latent_channels=_shape(tensors, "decoder.conv_in.weight")[1],
+        in_channels=_shape(tensors, "encoder.conv_in.weight", 4)[1],
+        latent_channels=_shape(tensors, "decoder.conv_in.weight", 4)[1],
         block_out_channels=_widths(tensors, "encoder.down_blocks.{}.resnets.0.conv1.weight"),
         layers_per_block=_count(tensors, "encoder.down_blocks.0.resnets."),
-        norm_num_groups=_integer(metadata, "vae_norm_num_groups", 32),
-        scaling_factor=_number(metadata, "vae_scaling_factor", 0.18215),
+        norm_num_groups=integer(metadata, "vae_norm_num_groups", 32),
+        scaling_factor=number(metadata, "vae_scaling_factor", 0.18215),
     )
     _check_divides("vae_norm_num_groups", config.norm_num_groups, config.block_out_channels)
     return config
@@ -95,16 +94,16 @@ def vae_config(tensors: StateDict, metadata: Metadata) -> VAEConfig:
 
 def text_config(tensors: StateDict, metadata: Metadata, *, name: str = "text") -> TextConfig:
     """Sizes of a CLIP text encoder; `name` is "text_2" for SDXL's second."""
-    vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight")
+    vocab_size, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", 2)
     config = TextConfig(
         vocab_size=vocab_size,
         width=width,
         layers=_count(tensors, "text_model.encoder.layers."),
-        num_heads=_integer(metadata, f"{name}_num_heads", max(1, width // HEAD_WIDTH_OF_CLIP)),
-        mlp_width=_shape(tensors, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        max_length=_shape(tensors, "text_model.embeddings.position_embedding.weight")[0],
-        activation=_choice(metadata, f"{name}_activation", TEXT_ACTIVATIONS) or TEXT_ACTIVATIONS[0],
-        projection_width=tensors["text_projection.weight"].shape[0] if "text_projection.weight" in tensors else 0,
+        num_heads=integer(metadata, f"{name}_num_heads", max(1, width // HEAD_WIDTH_OF_CLIP)),
+        mlp_width=_shape(tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        max_length=_shape(tensors, "text_model.embeddings.position_embedding.weight", 2)[0],
+        activation=choice(metadata, f"{name}_activation", TEXT_ACTIVATIONS) or TEXT_ACTIVATIONS[0],
+        projection_width=_shape(tensors, "text_projection.weight", 2)[0] if "text_projection.weight" in tensors else 0,
     )
     _check_divides(f"{name}_num_heads", config.num_heads, [width])
     return config
@@ -146,7 +145,9 @@ def motion_metadata_of(config: MotionConfig, *, norm_num_groups: int = 32) -> di
     return metadata | ({"norm_num_groups": str(norm_num_groups)} if norm_num_groups != 32 else {})
 
 
-def sparsectrl_config(tensors: StateDict, metadata: Metadata, *, length: int | None = None) -> SparseCtrlConfig:
+def sparsectrl_config(
+    tensors: StateDict, metadata: Metadata, *, length: int | None = None, norm_over_frames: bool = False
+) -> SparseCtrlConfig:
     """Sizes of a SparseCtrl encoder in official names; `length` is its positional encoding's, where it has one.
 
     Raises:
@@ -160,13 +161,14 @@ def sparsectrl_config(tensors: StateDict, metadata: Metadata, *, length: int | N
         {new: metadata[old] for old, new in SPARSECTRL_MOTION.items() if old in metadata},
         levels=len(unet.block_out_channels),
         length=length,
+        norm_over_frames=norm_over_frames,
     )
-    widths = [_shape(tensors, f"{embedding}conv_in.weight")[0]] if pixels else []
+    widths = [_shape(tensors, f"{embedding}conv_in.weight", 4)[0]] if pixels else []
     while (key := f"{embedding}blocks.{2 * len(widths) - 1}.weight") in tensors:
-        widths.append(tensors[key].shape[0])
+        widths.append(_shape(tensors, key, 4)[0])
     return SparseCtrlConfig(
         unet=unet.with_motion(motion),
-        condition_channels=_shape(tensors, f"{embedding}{'conv_in.' * pixels}weight")[1] - 1,
+        condition_channels=_shape(tensors, f"{embedding}{'conv_in.' * pixels}weight", 4)[1] - 1,
         pixel_channels=tuple(widths),
     )
 
@@ -179,16 +181,6 @@ def sparsectrl_metadata_of(config: SparseCtrlConfig) -> dict[str, str]:
     of_motion = {old: facts[new] for old, new in SPARSECTRL_MOTION.items() if new in facts}
     groups = {"norm_num_groups": facts["norm_num_groups"]} if "norm_num_groups" in facts else {}
     return {"num_heads": str(unet.num_heads)} | of_motion | groups
-
-
-def motion_norm_groups(metadata: Metadata) -> int:
-    """Groups of a motion module's GroupNorm; they are those of the UNet it was trained in."""
-    return _integer(metadata, "norm_num_groups", 32)
-
-
-def prediction_type(metadata: Metadata) -> str | None:
-    """What the UNet predicts, where the metadata says so."""
-    return _choice(metadata, "prediction_type", PREDICTION_TYPES)
 
 
 def motion_config(
@@ -223,14 +215,14 @@ def motion_config(
         base,
         max_frames=trained_frames(metadata, length=length, version=base.version),
         mid_block=has_mid_block(tensors),
-        num_heads=_integer(metadata, "num_heads", 8),
+        num_heads=integer(metadata, "num_heads", 8),
         num_transformer_blocks=1 + max((b for b, _ in inside), default=0),
         attentions_per_block=1 + max((a for _, a in inside), default=0),
         resolutions=tuple(2**i for i in sorted(levels_down | levels_up) if i >= 0),
         up_block_modules=bool(levels_up),
         norm_over_frames=base.norm_over_frames or norm_over_frames or metadata.get("norm_over_frames") == "true",
         temporal="convolution" if any(".conv." in key for key in tensors) else "attention",
-        positional_encoding=_choice(metadata, "positional_encoding", ("true", "false")) != "false",
+        positional_encoding=choice(metadata, "positional_encoding", ("true", "false")) != "false",
     )
     if config.temporal == "attention":
         _check_divides("num_heads", config.num_heads, motion_widths(tensors).values())
@@ -239,7 +231,7 @@ def motion_config(
 
 def trained_frames(metadata: Metadata, *, length: int | None, version: str) -> int:
     """The longest clip a motion module saw: by its metadata, its positional encoding's length, or its version."""
-    return _integer(metadata, "max_frames", length or MOTION_VERSIONS[version].max_frames)
+    return integer(metadata, "max_frames", length or MOTION_VERSIONS[version].max_frames)
 
 
 def has_mid_block(tensors: StateDict) -> bool:
@@ -311,7 +303,8 @@ def resolve_version(tensors: StateDict, metadata: Metadata, *, length: int | Non
 
 def positional_length(tensors: StateDict) -> int | None:
     """Frames of the positional encoding that older files carry, (1, frames, channels)."""
-    return next((t.shape[1] for key, t in tensors.items() if key.endswith(POSITIONAL_ENDINGS)), None)
+    tables = [t for key, t in tensors.items() if key.endswith(POSITIONAL_ENDINGS) and t.dim() == 3]
+    return tables[0].shape[1] if tables else None
 
 
 def adapter_length(tensors: StateDict, length: int | None) -> int | None:
@@ -333,54 +326,44 @@ def motion_levels(tensors: StateDict) -> int:
 def motion_widths(tensors: StateDict, *, side: str = "down") -> dict[int, int]:
     """Channels of a motion module in official names, by the number of the down (or up) block."""
     pattern = re.compile(rf"{side}_blocks\.(\d+)\.motion_modules\.0\.temporal_transformer\.norm\.weight")
-    return {int(m[1]): tensors[key].shape[0] for key in tensors if (m := pattern.fullmatch(key))}
+    return {int(m[1]): _shape(tensors, key, 1)[0] for key in tensors if (m := pattern.fullmatch(key))}
 
 
-def _shape(tensors: StateDict, key: str) -> tuple[int, ...]:
+def _shape(tensors: StateDict, key: str, dims: int = 0) -> tuple[int, ...]:
+    """The shape of a weight, of `dims` dimensions where that is told."""
     if key not in tensors:
         raise UserError(f"got weights without {key}, expected a complete network: the file lacks parts, choose another")
-    return tuple(tensors[key].shape)
+    shape = tuple(tensors[key].shape)
+    if dims and len(shape) != dims:
+        raise UserError(
+            f"got shape {shape} of {key}, expected {dims} dimensions: the file is damaged or another network's"
+        )
+    return shape
 
 
 def _widths(tensors: StateDict, template: str) -> tuple[int, ...]:
     widths = []
     while (key := template.format(len(widths))) in tensors:
-        widths.append(tensors[key].shape[0])
+        widths.append(_shape(tensors, key, 4)[0])
+    if not widths:
+        raise UserError(f"got weights without {template.format(0)}, expected a complete network: choose another file")
     return tuple(widths)
 
 
 def _indices(keys: Iterable[str], prefix: str) -> set[int]:
     """The numbers that follow `prefix` in motion or other keys."""
-    return {int(key[len(prefix) :].split(".", 1)[0]) for key in keys if key.startswith(prefix)}
+    number = re.compile(re.escape(prefix) + r"([0-9]{1,6})\.")
+    found = set()
+    for key in keys:
+        if key.startswith(prefix):
+            if not (match := number.match(key)):
+                raise UserError(f"got {key}, expected a number after {prefix}: the file is damaged")
+            found.add(int(match[1]))
+    return found
 
 
 def _count(tensors: StateDict, prefix: str) -> int:
     return len(_indices(tensors, prefix))
-
-
-def _choice(metadata: Metadata, name: str, choices: tuple[str, ...]) -> str | None:
-    value = metadata.get(name)
-    if value is not None and value not in choices:
-        raise UserError(f"got {name} {value!r} in the metadata, expected one of {', '.join(choices)}")
-    return value
-
-
-def _integer(metadata: Metadata, name: str, default: int, *, least: int = 1) -> int:
-    text = metadata.get(name, str(default))
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"got {name} {text!r} in the metadata, expected a whole number from {least}")
-    return int(text)
-
-
-def _number(metadata: Metadata, name: str, default: float) -> float:
-    text = metadata.get(name, str(default))
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise UserError(f"got {name} {text!r} in the metadata, expected a positive number")
-    return value
 
 
 def _check_divides(name: str, divisor: int, widths: Iterable[int]) -> None:

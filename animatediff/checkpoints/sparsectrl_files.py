@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from animatediff.checkpoints.controlnet_files import check_encoder_fits
-from animatediff.checkpoints.diffusers_json import UNET_STEM
+from animatediff.checkpoints.diffusers_json import UNET_STEM, optional_json, sparsectrl_metadata
 from animatediff.checkpoints.files import file_sha256, find_weights, read_state_dict, write_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
 from animatediff.checkpoints.keymaps import MOTION_MARK, POSITIONAL_ENDINGS, motion_to_official
@@ -21,12 +21,15 @@ from animatediff.models.vae import VAE
 from animatediff.utils import UserError, naming
 
 
-def load_sparsectrl(path: str | Path, unet: UNet, vae: VAE) -> tuple[SparseCtrl, LoadReport]:
+def load_sparsectrl(
+    path: str | Path, unet: UNet, vae: VAE, *, norm_over_frames: bool = False
+) -> tuple[SparseCtrl, LoadReport]:
     """Load a SparseCtrl encoder for an image model, in the UNet's dtype and on its device, in evaluation mode.
 
     Args:
         path: an official file or one of diffusers' SparseControlNet (file or folder).
-        unet, vae: what it has to fit. Heads and norm groups are the UNet's where the file does not say.
+        unet, vae: what it has to fit. Heads and norm groups are the UNet's where no file and no config.json says.
+        norm_over_frames: let its motion modules' GroupNorm pool over frames, as diffusers runs them.
 
     Raises:
         UserError: the file is something else, incomplete, or made for another model.
@@ -46,7 +49,9 @@ def load_sparsectrl(path: str | Path, unet: UNet, vae: VAE) -> tuple[SparseCtrl,
     }
     base = {"num_heads": str(unet.config.num_heads), "norm_num_groups": str(unet.config.norm_num_groups)}
     with naming(path):
-        config = sparsectrl_config(tensors, base | file.metadata, length=info.positional_length)
+        facts = base | sparsectrl_metadata(optional_json(weights.with_name("config.json"))) | file.metadata
+        length = info.positional_length
+        config = sparsectrl_config(tensors, facts, length=length, norm_over_frames=norm_over_frames)
     check_fits(config, unet, vae, path)
     sample = next(unet.parameters())
     ready = {key: t.to(sample.device, sample.dtype) for key, t in tensors.items()}

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from animatediff.checkpoints.file_kinds import embedding_vectors
 from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict
-from animatediff.checkpoints.identify import embedding_vectors, identify_tensors, refusal
+from animatediff.checkpoints.identify import identify_tensors, refusal
 from animatediff.checkpoints.load import LoadReport
+from animatediff.checkpoints.weight_checks import check_finite
 from animatediff.models.lora import LoRA
 from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import Tokenizer
@@ -50,6 +52,7 @@ def load_textual_inversion(
     vectors = embedding_vectors(file.tensors)
     if vectors is None or info.kind not in ("textual-inversion", "sdxl-textual-inversion"):
         raise refusal(info, "a textual inversion")
+    check_finite(file.tensors, path)
     own = next(key for key in file.tensors if not key.startswith("string_to_token."))
     words = [name or path.stem]
     if not name and own not in ("emb_params", *SDXL_KEYS, path.stem) and not own.startswith("string_to_param."):

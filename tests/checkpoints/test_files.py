@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from animatediff.checkpoints import files
+from animatediff.checkpoints import pickles
 from animatediff.checkpoints.files import file_sha256, find_weights, read_state_dict, write_state_dict
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import equal
@@ -115,7 +115,7 @@ def test_groups_of_state_dicts_are_flattened(tmp_path):
 
 def test_training_bookkeeping_classes_are_not_needed(tmp_path, monkeypatch):
     """Old LDM checkpoints mention a callback of a library that is not installed."""
-    package, _, name = files.BOOKKEEPING_CLASSES[0].rpartition(".")
+    package, _, name = pickles.BOOKKEEPING_CLASSES[0].rpartition(".")
     callback = type(name, (), {"__module__": package})
     with monkeypatch.context() as installed:
         parents = package.split(".")
@@ -212,7 +212,7 @@ def test_archives_and_objects_that_are_no_weights(tmp_path):
     with pytest.raises(UserError, match="a zip archive that holds no readable torch weights"):
         read_state_dict(tmp_path / "x.ckpt")
     torch.save([torch.zeros(1)], tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match="holding a list, expected named tensors"):
+    with pytest.raises(UserError, match="holding a list.*expected named tensors"):
         read_state_dict(tmp_path / "x.ckpt")
     torch.save({"epoch": 1}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="without a single tensor"):

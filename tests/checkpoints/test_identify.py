@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from animatediff.checkpoints.file_kinds import KINDS
 from animatediff.checkpoints.files import write_state_dict
-from animatediff.checkpoints.identify import KINDS, identify, identify_tensors, refusal
+from animatediff.checkpoints.identify import identify, identify_tensors, refusal
 from animatediff.checkpoints.keymaps import LDM_UNET, LDM_VAE, motion_to_diffusers
 from animatediff.utils import UserError
 from tests import sdxl
@@ -72,6 +73,7 @@ CASES: dict[str, tuple[str, object]] = {
         "sdxl-lora",
         lambda: {"lora_unet_x_attn2_to_k.lora_down.weight": torch.empty(4, 2048, device="meta")},
     ),
+    "hellomeme": ("hellomeme", lambda: zeros(reference_modules_down__0__x__weight=(4, 4))),
     "flux lora": ("unsupported-lora", lambda: zeros(transformer__blocks__lora_A__weight=(4, 4))),
     "loha": ("lora", lambda: zeros(lora_unet_x__hada_w1_a=(4, 4))),
     "lokr": ("lora", lambda: zeros(lora_unet_x__lokr_w1=(4, 4))),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from animatediff.checkpoints.export import write_diffusers, write_motion_adapter
@@ -25,7 +26,7 @@ from tests.checkpoints.synthetic import (
     write,
 )
 
-GOLDEN = read_state_dict(Path(__file__).parents[1] / "golden/nano/expected.safetensors").tensors
+GOLDEN = load_file(Path(__file__).parents[1] / "golden/nano/expected.safetensors")
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 

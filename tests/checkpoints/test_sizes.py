@@ -5,6 +5,7 @@ import torch
 
 from animatediff.checkpoints import sizes
 from animatediff.checkpoints.keymaps import MOTION_MARK
+from animatediff.checkpoints.metadata import prediction_type
 from animatediff.config.networks import MOTION_VERSIONS, MotionConfig, TextConfig, UNetConfig, VAEConfig
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
@@ -162,7 +163,7 @@ def test_unknown_text_activations_are_named():
 
 
 def test_prediction_types():
-    assert sizes.prediction_type({}) is None
-    assert sizes.prediction_type({"prediction_type": "v_prediction"}) == "v_prediction"
+    assert prediction_type({}) is None
+    assert prediction_type({"prediction_type": "v_prediction"}) == "v_prediction"
     with pytest.raises(UserError, match="prediction_type 'noise'"):
-        sizes.prediction_type({"prediction_type": "noise"})
+        prediction_type({"prediction_type": "noise"})

@@ -1,0 +1,323 @@
+"""Damaged copies of weight files, drawn from a seed, and a process of its own that reads them.
+
+`python -m tests.checkpoints.mutants --count 2000 [--seed 0]` tries many and says what came of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import resource
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from animatediff.checkpoints.file_kinds import KINDS
+from animatediff.checkpoints.files import read_state_dict, write_state_dict
+from animatediff.utils import UserError
+from tests.checkpoints.synthetic import METADATA, ldm_tensors, lora_tensors, motion_tensors, with_positional, write
+
+FORMATS = ("safetensors", "ckpt", "folder", "tokenizer")
+SECONDS, BYTES = 10, 2 << 30  # that one file may take
+OUTCOMES = ("read", "refused")
+
+
+# --- good files ------------------------------------------------------------------------------------------------------
+
+
+def good_tensors(rng: random.Random) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Some kind of weight file and its metadata."""
+    kind = rng.choice(("ldm", "motion", "kohya", "motion_lora", "domain_adapter", "embedding"))
+    if kind == "ldm":
+        return ldm_tensors(), METADATA
+    if kind == "motion":
+        return with_positional(motion_tensors(rng.choice(("v1", "v2", "v3"))), rng.choice((16, 24, 32))), {}
+    if kind == "embedding":
+        return {"emb_params": torch.randn(2, 768)}, {}
+    return lora_tensors({"kohya": "kohya_lora"}.get(kind, kind)), {"ss_base_model_version": "sd_v1"}
+
+
+ODD_NUMBERS = ("x", "²", "", "-1", "99999999", "9" * 5000, "0", "7", "\x1b[2J", "1e400", "nan", "true", "null")
+
+
+def odd_key(key: str, rng: random.Random) -> str:
+    parts = key.split(".")
+    i = rng.randrange(len(parts))
+    choice = rng.randrange(4)
+    if choice == 0:
+        parts[i] = rng.choice(ODD_NUMBERS)
+    elif choice == 1:
+        del parts[i]
+    elif choice == 2:
+        parts.insert(i, parts[i])
+    else:
+        parts[i] = parts[i][::-1]
+    return ".".join(parts)
+
+
+def odd_tensor(t: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    changes: list[Callable[[], torch.Tensor]] = [
+        lambda: t.flatten(),
+        lambda: t.flatten()[:0],
+        lambda: t.flatten()[0].clone() if t.numel() else t,
+        lambda: t[None],
+        lambda: torch.cat([t, t]) if t.dim() else t,
+        lambda: t.mT.contiguous() if t.dim() > 1 else t,
+        lambda: t.to(
+            rng.choice((torch.int8, torch.int16, torch.bool, torch.float64, torch.float8_e5m2, torch.bfloat16))
+        ),
+        lambda: t * float("nan"),
+        lambda: t * 1e38 * 1e38,
+        lambda: t[..., :-1] if t.dim() else t,
+    ]
+    return rng.choice(changes)()
+
+
+def mutated_tensors(rng: random.Random) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors, metadata = good_tensors(rng)
+    tensors, metadata = dict(tensors), dict(metadata)
+    for _ in range(rng.choice((0, 1, 1, 2, 5))):
+        key = rng.choice(list(tensors))
+        choice = rng.randrange(4)
+        if choice == 0:
+            tensors[odd_key(key, rng)] = tensors.pop(key)
+        elif choice == 1:
+            tensors[key] = odd_tensor(tensors[key], rng)
+        elif choice == 2:
+            tensors.pop(key)
+        else:
+            name = rng.choice(
+                (
+                    "num_heads",
+                    "version",
+                    "vae_scaling_factor",
+                    "prediction_type",
+                    "max_frames",
+                    "x",
+                    "lora_adapter_metadata",
+                    "norm_num_groups",
+                    "text_num_heads",
+                    "ss_base_model_version",
+                )
+            )
+            metadata[name] = rng.choice((*ODD_NUMBERS, "v1", "{", "[" * 5000, '{"lora_alpha": []}', "8", "1e-320"))
+        if not tensors:
+            tensors["a"] = torch.ones(1)
+    return tensors, metadata
+
+
+def mutated_bytes(data: bytes, rng: random.Random, *, front: int = 4000) -> bytes:
+    """Bits, bytes and pieces changed, most of them where the structure is: in front and at the end."""
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8, 64))):
+        size = len(out)
+        if not size:
+            break
+        place = rng.choice(
+            (rng.randrange(min(size, front)), max(0, size - 1 - rng.randrange(min(size, front))), rng.randrange(size))
+        )
+        choice = rng.randrange(6)
+        if choice == 0:
+            out[place] ^= 1 << rng.randrange(8)
+        elif choice == 1:
+            out[place] = rng.choice((0, 0x7F, 0x80, 0xFF, ord("9"), ord("{"), ord("["), ord(".")))
+        elif choice == 2:
+            del out[place : place + rng.choice((1, 2, 8, 100))]
+        elif choice == 3:
+            out[place:place] = bytes(rng.randrange(256) for _ in range(rng.choice((1, 4, 8))))
+        elif choice == 4:
+            del out[place:]
+        else:
+            out[place : place + 8] = struct.pack("<Q", rng.choice((0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)))
+    return bytes(out)
+
+
+def mutated_json(content: object, rng: random.Random) -> object:
+    """One value anywhere replaced."""
+    if isinstance(content, dict) and content and rng.random() < 0.9:
+        key = rng.choice(list(content))
+        if rng.random() < 0.1:
+            return {name: value for name, value in content.items() if name != key}
+        return content | {key: mutated_json(content[key], rng)}
+    if isinstance(content, list) and content and rng.random() < 0.7:
+        i = rng.randrange(len(content))
+        return [mutated_json(value, rng) if j == i else value for j, value in enumerate(content)]
+    return rng.choice(
+        (None, True, False, 0, -1, 7, 10**30, 1e308, 1e-320, "", "x", "\x1b[2J", [], {}, [0], [1, "a"], {"a": {}})
+    )
+
+
+# --- one mutant ------------------------------------------------------------------------------------------------------
+
+
+def make_mutant(format: str, seed: int, folder: Path) -> Path:
+    """Write the damaged file (or folder) of a seed, and say where."""
+    rng = random.Random(f"{format} {seed}")
+    if format in ("safetensors", "ckpt"):
+        path = folder / f"x.{format}"
+        tensors, metadata = mutated_tensors(rng)
+        if format == "ckpt" and rng.random() < 0.3:
+            torch.save({"state_dict": tensors, "epoch": 1}, path, _use_new_zipfile_serialization=False)
+        else:
+            write_state_dict(path, tensors, metadata=metadata)
+        if rng.random() < 0.6:
+            path.write_bytes(mutated_bytes(path.read_bytes(), rng))
+        return path
+    return make_folder(folder / "model", rng, tokenizer=format == "tokenizer")
+
+
+def make_folder(folder: Path, rng: random.Random, *, tokenizer: bool) -> Path:
+    """A diffusers folder of which one text file is damaged."""
+    from animatediff.checkpoints import diffusers_json as dj
+    from animatediff.checkpoints.parts import read_image_parts
+    from animatediff.checkpoints.sizes import text_config, unet_config, vae_config
+    from animatediff.config.networks import ScheduleConfig
+
+    parts = read_image_parts(write(folder.parent / "good.safetensors", ldm_tensors(), **METADATA))
+    configs = {
+        "unet/config.json": dj.unet_json(unet_config(parts.unet, parts.metadata)),
+        "vae/config.json": dj.vae_json(vae_config(parts.vae or {}, parts.metadata)),
+        "text_encoder/config.json": dj.text_json(text_config(parts.text or {}, parts.metadata)),
+        "scheduler/scheduler_config.json": dj.scheduler_json(ScheduleConfig()),
+        "model_index.json": dj.model_index_json(),
+        "tokenizer/vocab.json": {"a": 0, "b": 1, "ab</w>": 2, "<|startoftext|>": 3, "<|endoftext|>": 4},
+        "tokenizer/tokenizer_config.json": {"model_max_length": 77, "bos_token": "<|startoftext|>"},
+        "tokenizer/special_tokens_map.json": {"pad_token": "<|endoftext|>"},
+    }
+    texts = {name: json.dumps(content) for name, content in configs.items()}
+    texts["tokenizer/merges.txt"] = "#version: 0.2\na b</w>\n"
+    stem = {"text_encoder": dj.TEXT_STEMS[0]}
+    for name, tensors in (("unet", parts.unet), ("vae", parts.vae), ("text_encoder", parts.text)):
+        (folder / name).mkdir(parents=True)
+        write_state_dict(folder / name / f"{stem.get(name, dj.UNET_STEM)}.safetensors", tensors or {})
+    victim = rng.choice([name for name in texts if name.startswith("tokenizer/") == tokenizer])
+    for name, text in texts.items():
+        data = text.encode()
+        if name == victim and name in configs and rng.random() < 0.7:
+            data = json.dumps(mutated_json(configs[name], rng)).encode()
+        elif name == victim:
+            data = mutated_bytes(data, rng)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def load(path: Path) -> None:
+    """As a person's run would: say what it is, then load it as that."""
+    from animatediff.checkpoints.identify import identify
+    from animatediff.checkpoints.load import load_base, load_motion_module
+    from animatediff.checkpoints.lora_files import read_lora
+    from animatediff.models.lora import LoRAStack
+    from animatediff.models.tokenizer import Tokenizer
+
+    info = identify(path)
+    assert info.kind in KINDS and info.config_line
+    if info.kind in ("sd1-checkpoint", "diffusers-folder"):
+        load_base(path)
+    elif info.kind in ("motion-module", "motion-adapter", "motion-lora", "lora", "domain-adapter"):
+        base = load_base(os.environ["MUTANTS_BASE"])
+        if "lora" in info.kind or info.kind == "domain-adapter":
+            stack = LoRAStack(base.unet, base.text_encoder)
+            stack.add(read_lora(path))
+            stack.merge()
+        else:
+            load_motion_module(base.unet, path)
+    elif info.kind == "textual-inversion":
+        read_state_dict(path)
+    if path.is_dir() and (path / "tokenizer").is_dir():
+        Tokenizer.from_folder(path / "tokenizer")("a b ab")
+
+
+def outcome(path: Path) -> str:
+    """What came of loading a file: one of OUTCOMES, else what went wrong."""
+    try:
+        load(path)
+    except UserError as error:
+        text = str(error)
+        clear = len(text) < 2000 and text.isprintable()
+        return "refused" if clear else f"a poor message: {text[:200]!r}"
+    except Exception as error:  # noqa: BLE001 (that is what the test is about)
+        import traceback
+
+        return f"{type(error).__name__}: {traceback.format_exc()[-900:]}"
+    return "read"
+
+
+def worker(format: str, first: int, count: int) -> None:
+    """Try the mutants of some seeds, each within SECONDS and BYTES; a line of JSON for each."""
+    import signal
+
+    torch.set_num_threads(1)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["MUTANTS_BASE"] = str(write(Path(name) / "base.safetensors", ldm_tensors(), **METADATA))
+        for seed in range(first, first + count):
+            with tempfile.TemporaryDirectory(dir=name) as folder:
+                path = make_mutant(format, seed, Path(folder))
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, limit))
+                print(json.dumps({"seed": seed, "outcome": "started"}), flush=True)
+                signal.setitimer(
+                    signal.ITIMER_PROF, SECONDS + 1
+                )  # of the processor; ends the process, a hang in foreign code too
+                signal.alarm(12 * SECONDS)  # of the clock: a busy machine is no hang, waiting for a pipe is
+                start = time.process_time()
+                result = outcome(path)
+                spent = time.process_time() - start
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                signal.alarm(0)
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+                result = f"took {spent:.0f} s" if spent > SECONDS else result
+                print(json.dumps({"seed": seed, "outcome": result}), flush=True)
+
+
+def try_mutants(format: str, first: int, count: int) -> dict[int, str]:
+    """Seed -> outcome, from processes that may crash."""
+    found: dict[int, str] = {}
+    end, seed = first + count, first
+    while seed < end:
+        command = [sys.executable, "-m", "tests.checkpoints.mutants", "--worker", format, str(seed), str(end - seed)]
+        root = Path(__file__).parents[2]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        for line in done.stdout.splitlines():
+            row = json.loads(line)
+            found[row["seed"]] = row["outcome"]
+        if done.returncode == 0:
+            break
+        if not found or found[max(found)] != "started":
+            raise AssertionError(f"the worker failed: {done.stderr[-2000:]}")
+        seed = max(found)
+        found[seed] = f"the process ended with {done.returncode} (-27: more than {SECONDS} s): {done.stderr[-300:]}"
+        seed += 1
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Read damaged weight files and say what came of it.")
+    parser.add_argument("--count", type=int, default=500, help="mutants of every format")
+    parser.add_argument("--seed", type=int, default=0, help="of the first")
+    parser.add_argument("--worker", nargs=3, metavar=("FORMAT", "FIRST", "COUNT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker[0], int(args.worker[1]), int(args.worker[2]))
+    for format in FORMATS:
+        found = try_mutants(format, args.seed, args.count)
+        bad = {seed: result for seed, result in found.items() if result not in OUTCOMES}
+        print(format, dict(collections.Counter(r if r in OUTCOMES else "WRONG" for r in found.values())), flush=True)
+        for seed, result in bad.items():
+            print(f"  {format} {seed}: {result}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

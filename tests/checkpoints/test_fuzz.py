@@ -1,0 +1,18 @@
+"""Damaged weight files, configs and tokenizers: read rightly or refused in a line, within 10 s and 2 GB."""
+
+import pytest
+
+from tests.checkpoints.mutants import FORMATS, OUTCOMES, try_mutants
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_few_mutants(format):
+    found = try_mutants(format, 0, 20)
+    assert len(found) == 20 and not {seed: result for seed, result in found.items() if result not in OUTCOMES}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", FORMATS)
+def test_many_mutants(format):
+    found = try_mutants(format, 1000, 300)
+    assert len(found) == 300 and not {seed: result for seed, result in found.items() if result not in OUTCOMES}
