@@ -101,7 +101,11 @@ class FileInfo:
 
 def _yaml(text: str) -> str:
     """A text as a YAML value, quoted where it has to be."""
-    return text if re.fullmatch(r"[\w./\\~+@][\w./\\~+@-]*", text) else json.dumps(text, ensure_ascii=False)
+    return (
+        text
+        if re.fullmatch(r"[\w./\\~+@]([\w./\\~+@ -]*[\w./\\~+@-])?", text)
+        else json.dumps(text, ensure_ascii=False)
+    )
 
 
 def identify(path: str | Path) -> FileInfo:

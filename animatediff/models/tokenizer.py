@@ -9,12 +9,13 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from animatediff.models.prompt_weighting import Section
-from animatediff.utils import UserError
+from animatediff.utils import UserError, naming
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -105,22 +106,24 @@ class Tokenizer:
             UserError: the folder holds neither, or its files do not belong together.
         """
         folder = Path(folder)
-        added = _read_json(folder / "added_tokens.json")
+        added = _token_ids(_read_json(folder / "added_tokens.json"), folder / "added_tokens.json")
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocabulary = _read_json(folder / "vocab.json")
-            merges = parse_merges((folder / "merges.txt").read_text(encoding="utf-8").splitlines())
+            vocabulary = _token_ids(_read_json(folder / "vocab.json"), folder / "vocab.json")
+            merges = parse_merges(_read_text(folder / "merges.txt").splitlines())
         elif (folder / "tokenizer.json").is_file():
-            saved = _read_json(folder / "tokenizer.json")
-            vocabulary = saved["model"]["vocab"]
-            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in saved["model"]["merges"]]
-            added |= {token["content"]: token["id"] for token in saved.get("added_tokens", [])}
+            vocabulary, merges, more = _read_fast_tokenizer(folder / "tokenizer.json")
+            added |= more
         else:
             raise UserError(
                 f"got {folder} without a tokenizer, expected vocab.json and merges.txt (or tokenizer.json) in it: "
                 "restore them, or remove the folder to use the bundled CLIP table"
             )
         pad = _read_json(folder / "tokenizer_config.json").get("pad_token") or END
-        return cls(merges, vocabulary, added_tokens=added, pad_token=pad["content"] if isinstance(pad, dict) else pad)
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        if not isinstance(pad, str):
+            raise UserError(f"got pad_token {pad!r} in {folder / 'tokenizer_config.json'}, expected a token")
+        with naming(folder):
+            return cls(merges, vocabulary, added_tokens=added, pad_token=pad)
 
     def __call__(self, prompts: list[str], *, max_length: int = 77) -> Tensor:
         """Token ids of prompts of any length, cut into chunks that the encoder can take.
@@ -308,10 +311,43 @@ def _whole_word(word: str) -> str:
     return before + re.escape(word) + after
 
 
-def _read_json(path: Path) -> dict:
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"got {path} with broken content ({error}), expected UTF-8: fetch the file again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file."""
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"got {path} with broken content ({error}), expected JSON: fetch the file again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"got {path} holding a {type(content).__name__}, expected an object: fetch the file again")
+    return content
+
+
+def _token_ids(content: Any, path: Path) -> dict[str, int]:
+    """Token -> id, as a file says it."""
+    if not isinstance(content, dict) or not all(type(i) is int and 0 <= i < 10_000_000 for i in content.values()):
+        raise UserError(f"got {path} with ids that are no whole numbers, expected a token's id each: fetch it again")
+    return content
+
+
+def _read_fast_tokenizer(path: Path) -> tuple[dict[str, int], list[Merge], dict[str, int]]:
+    """Vocabulary, merges and added tokens of a tokenizer.json."""
+    saved = _read_json(path)
+    model, extra = saved.get("model"), saved.get("added_tokens") or []
+    pairs = model.get("merges") if isinstance(model, dict) else None
+    if not isinstance(pairs, list) or not isinstance(extra, list) or not all(isinstance(row, dict) for row in extra):
+        raise UserError(f"got {path}, expected a model with vocab and merges, and added_tokens: fetch it again")
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else pair for pair in pairs]
+    for pair in merges:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(token, str) for token in pair):
+            raise UserError(f"got the merge {str(pair)[:80]!r} in {path}, expected two tokens: fetch it again")
+    added = {str(row.get("content")): row.get("id") for row in extra}
+    return _token_ids(model.get("vocab"), path), [(a, b) for a, b in merges], _token_ids(added, path)
