@@ -59,6 +59,9 @@ class IPAdapters(nn.Module):
         self.adapters = nn.ModuleList(adapters)
         self.clip = encoder.model
 
+    def __len__(self) -> int:
+        return len(self.adapters)
+
     @property
     def encoder(self) -> ImageEncoder:
         return ImageEncoder(self.clip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -34,6 +35,7 @@ class Facts:
         motion: how messages call the motion module; "" without one.
         max_frames: the longest clip it takes; None without one.
         tells_positions: whether it has a positional encoding.
+        loaded: how many networks each group of the request has; None where they are yet to be loaded.
         picture: the group that its picture belongs to, of motion modules that animate one: "pia", "i2v", else "".
         sparsectrl: how messages call the SparseCtrl encoder.
         sparsectrl_frames: the longest clip it takes; None without one.
@@ -46,6 +48,7 @@ class Facts:
     motion: str = ""
     max_frames: int | None = None
     tells_positions: bool = True
+    loaded: Mapping[str, int] | None = None
     picture: str = ""
     sparsectrl: str = ""
     sparsectrl_frames: int | None = None
@@ -63,6 +66,7 @@ def facts_of(model: Model) -> Facts:
         motion=f"the {motion.version} motion module" if motion else "",
         max_frames=motion.max_frames if motion else None,
         tells_positions=motion.tells_positions if motion else True,
+        loaded={group: len(n) if isinstance(n, Sized) else 1 for group, n in model.networks.items()},
         picture=next((group for group in PICTURE_GROUPS.values() if group in model.networks), ""),
         sparsectrl="the SparseCtrl encoder",
         sparsectrl_frames=control.max_frames if control else None,
@@ -89,6 +93,7 @@ def resolve(request: Request, facts: Facts, *, steps: int = DEFAULTS["steps"]) -
     windows = _windows(request, facts)
     _check_sparsectrl(request, windows, facts)
     _check_picture(request, facts)
+    _check_loaded(request, facts)
     return replace(request, sampling=sampling, inputs=inputs, windows=windows)
 
 
@@ -225,3 +230,21 @@ def _check_picture(request: Request, facts: Facts) -> None:
             raise UserError(f"{name} needs {PICTURE_MODULES[group]} as motion_module, got {facts.motion or 'none'}")
         if group == facts.picture and not given:
             raise UserError(f"{facts.motion} animates a picture, got none: set {name}")
+
+
+def _check_loaded(request: Request, facts: Facts) -> None:
+    """Whether a call asks for as many networks as its pipeline has."""
+    if facts.loaded is None:
+        return
+    asked = {
+        "controlnets.nets": len(request.controlnets.nets),
+        "ip_adapters.adapters": len(request.ip_adapters.adapters),
+        "mixture.modules": len(request.mixture.modules),
+        "camera.path": int(bool(request.camera.path)),
+    }
+    for option, count in asked.items():
+        if count and count != (loaded := facts.loaded.get(option.partition(".")[0], 0)):
+            raise UserError(
+                f"{called(request, option)}: got {count}, expected {loaded}, as many as the pipeline has loaded: name "
+                "them in its config"
+            )

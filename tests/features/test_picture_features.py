@@ -18,6 +18,7 @@ from animatediff.features.camera import camera
 from animatediff.features.controlnet import active, controlnet, read_hints
 from animatediff.features.ip_adapter import ip_adapter
 from animatediff.features.pictures import picture_latents
+from animatediff.features.registry import FEATURES
 from animatediff.features.run import Feature, Run
 from animatediff.media.pictures import fit_frames
 from animatediff.media.video import read_video
@@ -113,7 +114,7 @@ def predict(
     """The network's prediction for the golden latents of both parts of the batch, under features."""
     run = Run(
         pipe.model, resolved(pipe, **options), NoiseSchedule(pipe.model.schedule), torch.tensor([981, 481]),
-        lambda frames: CONTEXT, ("unconditional", "conditional"),
+        lambda frames: CONTEXT.to(pipe.dtype), ("unconditional", "conditional"),
     )  # fmt: skip
     at = torch.arange(5) if frames is None else torch.tensor(frames)
     with torch.no_grad(), ExitStack() as stack:
@@ -259,6 +260,24 @@ def test_pictures_are_encoded_at_the_size_of_the_clip(folder, tmp_path):
     picture = fit_frames([Image.open(folder / "a.png").convert("RGB")], 64, 128)
     mean, _ = pipe.vae.encode(picture)
     assert_close(picture_latents(str(folder / "a.png"), run), 0.18215 * mean[0], 1e-6)
+
+
+def test_a_call_cannot_load_networks(folder, image):
+    with pytest.raises(UserError, match="controlnet: got 1, expected 2, as many as the pipeline has loaded"):
+        resolved(image, controlnet=[net(folder)])
+    with pytest.raises(UserError, match="ip_adapter: got 1, expected 3"):
+        resolved(image, ip_adapter=adapter(folder))
+    assert resolved(image, controlnet=[]).controlnets.nets == ()  # may leave them out
+
+
+@pytest.mark.parametrize("family", ["controlnet", "ip_adapter", "pia", "i2v", "camera"])
+def test_half_precision(folder, tmp_path, family):
+    """Nothing stays in another type than the network's, and the prediction is near that of float32."""
+    path = write_config(tmp_path / "x.yaml", entry(folder, H=64, W=128, L=5, **FAMILIES[family](folder)))
+    full, half = (AnimateDiffPipeline.from_config(path, device="cpu", dtype=d) for d in ("float32", "bfloat16"))
+    expected, got = (predict(pipe, *FEATURES, num_inference_steps=4, guidance_scale=2.0) for pipe in (full, half))
+    # Activations of all layers are rounded to 8 bits: the relative error of a network of 60 layers, and not more.
+    assert (got - expected).norm() / expected.norm() < 2**-8 * 60**0.5 * 2
 
 
 FAMILIES = {
