@@ -1,12 +1,33 @@
-"""The golden network as files; and a process per core (pytest-xdist); one thread of torch is enough for each."""
+"""For all tests: a process per core, one seed, the mark of numeric tests, and the golden network as files."""
 
 import os
+import random
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the processes that tests start
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread of torch's is enough for each
+
+COMPUTES = ("checkpoints", "diffusion", "features", "media", "metrics", "models", "training")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of the folders that compute are numeric ones."""
+    for item in items:
+        if Path(item.path).relative_to(Path(__file__).parent).parts[0] in COMPUTES:
+            item.add_marker(pytest.mark.numeric)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every draw without a generator of its own is the same in every run, alone or among others."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def test_group_norm_silu(shape, groups, frames, silu, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("channels", [320, 640, 960, 1280, 1920, 2560])
+@pytest.mark.parametrize("channels", [320, *(pytest.param(n, marks=pytest.mark.slow) for n in (640, 960, 1920, 2560))])
 def test_group_norm_of_the_widths_of_the_network(channels, dtype):
     """In 32 groups: of frames before spatial attention, of clips in v1's motion modules, with the time in ResNets."""
     x = (3 + torch.randn(4, channels, 3, 2)).to(dtype).to(memory_format=torch.channels_last)

@@ -19,6 +19,7 @@ from tests.nano import write_files
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden/nano/expected.safetensors")
 VERSIONS = ("v1", "v2", "v3")
+TOLERANCE = 1e-5  # relative; `test_rounding.py` shows that rounding in float32 does as much
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def golden(name: str) -> torch.Tensor:
     return rearrange(GOLDEN[name], "b c f h w -> b f c h w")
 
 
-def assert_close(got: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) -> None:
+def assert_close(got: torch.Tensor, expected: torch.Tensor, relative: float = TOLERANCE) -> None:
     error = ((got - expected).norm() / expected.norm()).item()
     assert error < relative, f"relative error {error:.2e}"
 
