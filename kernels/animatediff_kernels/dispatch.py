@@ -1,9 +1,9 @@
-"""Which backend computes an operation: torch's own kernels, or the Triton kernels of this package.
+"""Which kernel computes an operation: torch's own, or the Triton kernels of this package.
 
 A request comes from the argument `backend=`, else from `use_backend`, else from the environment variable
-ANIMATEDIFF_KERNELS, else it is "auto". Under "auto" Triton is chosen only where `measured.csv` says that it was faster
-on this architecture, in this dtype, mode and shape, at the nearest numbers of rows. A request for "triton" that cannot
-be met raises.
+ANIMATEDIFF_KERNELS, else it is "auto". Under "auto" the table of this GPU decides (`calibration.py`, which measures
+what the table does not know), then `measured.csv`, the committed measurements of known architectures; what nobody
+measured is torch's. A request for "triton" that cannot be met raises.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from __future__ import annotations
 import csv
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from animatediff_kernels import calibration
+from animatediff_kernels.calibration import Inputs, Kernels
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT = "ANIMATEDIFF_KERNELS"
@@ -58,8 +61,11 @@ _requested: list[list[str]] = []  # by use_backend, of the whole process, becaus
 _lock = threading.Lock()
 
 
+used: dict[Call, str] = {}  # the kernel that computed a call last
+
+
 class Choice(NamedTuple):
-    backend: str
+    backend: str  # "torch", "triton", or one of torch's attention kernels: calibration.SDPA
     reason: str
 
 
@@ -75,6 +81,7 @@ class Call:
         grad: whether a backward pass will follow.
         rows: how much of it there is, in tokens of all images. A choice holds between two measured numbers of rows.
         shape: the other sizes that decide which backend is faster, in the operation's own order.
+        place: the device as torch spells it, whose table decides.
     """
 
     op: str
@@ -83,6 +90,7 @@ class Call:
     grad: bool
     rows: int
     shape: tuple[tuple[str, int], ...]
+    place: str = field(default="", compare=False)
 
     @staticmethod
     def of(op: str, *tensors: Tensor, rows: int, weights: Sequence[Tensor] = (), **shape: int) -> Call:
@@ -95,6 +103,7 @@ class Call:
             torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights)),
             rows,
             tuple(shape.items()),
+            str(first.device),
         )
 
     @property
@@ -169,18 +178,49 @@ def auto(call: Call) -> Choice:
         return Choice("torch", reason)
     if call.device == "interpreter":
         return Choice("torch", "the interpreter is for tests")
-    if dict(call.shape).get("channels_last") == 0:
-        return Choice("torch", "images are measured in channels_last, and these are not")
+    if (entry := calibration.lookup(call)) is not None:
+        return Choice(entry.kernel, "timed here: " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in entry.ms.items()))
+    return committed(call) or Choice("torch", "not timed yet on this GPU")
+
+
+def committed(call: Call) -> Choice | None:
+    """What `measured.csv` says, if anything."""
     measured = MEASURED.get(call.key, {})
     fewer, more = [n for n in measured if n <= call.rows], [n for n in measured if n >= call.rows]
     if not fewer:  # with few rows a launch costs more than the work: the larger measurement says nothing
-        return Choice("torch", "no measurement says that triton is faster here")
+        return None
     near = [max(fewer), *([min(more)] if more else [])]
     shares = [measured[n][0] / measured[n][1] for n in near]
     rows = near[shares.index(max(shares))]  # where triton does worse
     triton, own = measured[rows]
     reason = f"measured at {rows} rows: triton {triton:g} ms, torch {own:g} ms"
     return Choice("triton" if triton < own else "torch", reason)
+
+
+def run(call: Call, backend: str | None, kernels: Kernels, inputs: Inputs, **options: Any) -> Tensor:
+    """Compute a call with the kernel that is chosen for it; under "auto" on a GPU, after measuring what is not known.
+
+    Args:
+        inputs: of the functions in `kernels`, with `options`.
+    Raises: ValueError where "triton" is asked for and cannot be had.
+    """
+    if calibration.possible(inputs) and (backend or requested()) == "auto" and worth_measuring(call):
+        calibration.calibrate(call, kernels, inputs, options)
+    choice = choose(call, backend)
+    if not torch.compiler.is_compiling():
+        used[call] = choice.backend
+    return kernels.run(choice.backend, inputs, options)
+
+
+def worth_measuring(call: Call) -> bool:
+    """Whether nothing is known of a call that a GPU's kernels can do."""
+    known = refusal(call) or call.device == "interpreter" or calibration.lookup(call) or committed(call)
+    return not known
+
+
+def provenance() -> Mapping[str, str]:
+    """Class of calls -> the kernel that computed it, of all that ran in this process outside of compiled code."""
+    return dict(sorted((calibration.key(call), kernel) for call, kernel in used.items()))
 
 
 def requested() -> str:
@@ -240,9 +280,14 @@ def explain(
         raise ValueError(f"got op={op!r}, expected one of {', '.join(SIZES)}")
     if unknown := sorted(shape.keys() - set(SIZES[op])):
         raise ValueError(f"got {unknown[0]}, expected sizes of {op}: {', '.join(SIZES[op])}")
+    place = ""
     if isinstance(device, torch.device) or (device.startswith("cuda") and torch.cuda.is_available()):
+        place = str(torch.empty(0, device=device).device)
         device = device_name(torch.device(device))
-    call = Call(op, device, dtype, grad, rows, tuple((name, shape[name]) for name in SIZES[op] if name in shape))
+        if device.startswith("sm_"):
+            calibration.load(place)
+    sizes = tuple((name, shape[name]) for name in SIZES[op] if name in shape)
+    call = Call(op, device, dtype, grad, rows, sizes, place)
     choice = choose(call, backend)
     print(f"{' '.join(call.key)} rows={rows}: {choice.backend}, {choice.reason}")
     return choice

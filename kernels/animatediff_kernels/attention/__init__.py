@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from animatediff_kernels.attention.op import attention_op
-from animatediff_kernels.dispatch import Call, choose
+from animatediff_kernels.attention.reference import attention_reference
+from animatediff_kernels.calibration import Inputs, Kernels
+from animatediff_kernels.dispatch import Call, run
 
 MAX_BATCH = 32_768  # rows per call: CUDA attention kernels put the batch on a grid axis that ends at 65,535
 
@@ -33,12 +38,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, backend: str |
     itself = (rows, tokens) == (n, s)  # an image attends to itself or to a text
     seen = {"tokens": s} if itself else {"keys": tokens, "shared": int(rows < n)}
     call = Call.of("attention", q, k, v, rows=n * s, head_dim=head_dim, **seen)
-    if choose(call, backend).backend == "triton":
-        return attention_op(q, k, v, num_heads)[0]
-    q = q.reshape(rows, n // rows * s, num_heads, head_dim).transpose(1, 2)
-    k = k.reshape(rows, tokens, num_heads, head_dim).transpose(1, 2)
-    v = v.reshape(rows, tokens, num_heads, head_dim).transpose(1, 2)
-    return sdpa(q, k, v).transpose(1, 2).reshape(n, s, width)
+    return run(call, backend, KERNELS, (q, k, v), num_heads=num_heads)
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    by_head = (x.reshape(len(k), -1, num_heads, x.shape[-1] // num_heads).transpose(1, 2) for x in (q, k, v))
+    return sdpa(*by_head).transpose(1, 2).reshape(q.shape)
+
+
+def _tail(inputs: Inputs, options: Mapping[str, Any]) -> tuple[Inputs, Any]:
+    """The last queries of the last image, which need no others; of an image that attends to itself, all keys."""
+    q, k, v = inputs
+    part = slice(-1, None), slice(-min(256, q.shape[1]), None)
+    return (q[part], k[-1:], v[-1:]), part
+
+
+KERNELS = Kernels(
+    triton=lambda q, k, v, num_heads: attention_op(q, k, v, num_heads)[0],
+    torch=_torch,
+    reference=attention_reference,
+    tail=_tail,
+    attends=True,
+)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

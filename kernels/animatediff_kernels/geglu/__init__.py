@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from animatediff_kernels.dispatch import Call, choose
+from animatediff_kernels.calibration import Kernels
+from animatediff_kernels.dispatch import Call, run
 from animatediff_kernels.geglu.op import geglu_op
+from animatediff_kernels.geglu.reference import geglu_reference
 
 
 def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -22,7 +24,18 @@ def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
     if wide % 2:
         raise ValueError(f"got a width of {wide}, expected values and as many gates")
     call = Call.of("geglu", x, rows=x.numel() // wide, width=wide // 2)
-    if choose(call, backend).backend == "triton":
-        return geglu_op(x)
+    return run(call, backend, KERNELS, (x,))
+
+
+def _torch(x: Tensor) -> Tensor:
     value, gate = x.chunk(2, dim=-1)
-    return value * F.gelu(gate) if call.grad else F.gelu(gate).mul_(value)
+    gate = F.gelu(gate)
+    return value * gate if gate.requires_grad else gate.mul_(value)
+
+
+KERNELS = Kernels(
+    triton=lambda x: geglu_op(x),
+    torch=_torch,
+    reference=geglu_reference,
+    tail=lambda inputs, options: ([x[-1:] for x in inputs], slice(-1, None)),
+)

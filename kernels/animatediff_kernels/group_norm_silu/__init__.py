@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from animatediff_kernels.dispatch import Call, choose
+from animatediff_kernels.calibration import Inputs, Kernels
+from animatediff_kernels.dispatch import Call, run
 from animatediff_kernels.group_norm_silu.op import group_norm_silu_op
-from animatediff_kernels.group_norm_silu.reference import shifted
+from animatediff_kernels.group_norm_silu.reference import group_norm_silu_reference, shifted
 
 
 def group_norm_silu(
@@ -26,8 +30,7 @@ def group_norm_silu(
     """silu(group_norm(x + shift)) (Wu and He 2018, arXiv 1803.08494), or without the SiLU.
 
     Args:
-        x: ((b frames), c, h, w), in any memory format, which the result shares but for torch's on CUDA; "auto" asks
-            torch unless it is channels_last.
+        x: ((b frames), c, h, w), in any memory format, which the result shares but for torch's on CUDA.
         weight, bias: (c,), of any dtype.
         frames: images whose statistics are pooled; 1 normalises every image by itself.
         shift: (n / r, c), of any dtype: what is added to all pixels of r consecutive images, such as the embedding of
@@ -49,12 +52,38 @@ def group_norm_silu(
     sizes = {"channels": channels, "images": frames, "silu": int(silu), "shift": int(shift is not None)}
     sizes |= {"channels_last": int(last)}
     call = Call.of("group_norm_silu", x, weights=weights, rows=x.numel() // channels, **sizes)
-    if choose(call, backend).backend == "triton":
-        return group_norm_silu_op(x, num_groups, weight, bias, shift, eps, frames, silu)[0]
+    options = {"num_groups": num_groups, "eps": eps, "frames": frames, "silu": silu}
+    return run(call, backend, KERNELS, (x, weight, bias, shift), **options)
+
+
+def _torch(
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, num_groups: int, eps: float, frames: int, silu: bool
+) -> Tensor:
     x = shifted(x, shift)
     if frames == 1:
         y = F.group_norm(x, num_groups, weight, bias, eps)
     else:
         clip = x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(3)
         y = F.group_norm(clip, num_groups, weight, bias, eps).transpose(1, 2).reshape(x.shape)
-    return F.silu(y, inplace=not call.grad) if silu else y
+    return F.silu(y, inplace=not y.requires_grad) if silu else y
+
+
+def _tail(inputs: Inputs, options: Mapping[str, Any]) -> tuple[Inputs, Any]:
+    """The images of the last clip, with their rows of the shift."""
+    x, weight, bias, shift = inputs
+    part = slice(-options["frames"], None)
+    if shift is not None:
+        shift = shift[-max(1, options["frames"] * len(shift) // len(x)) :]
+    return (x[part], weight, bias, shift), part
+
+
+KERNELS = Kernels(
+    triton=lambda x, weight, bias, shift, num_groups, eps, frames, silu: group_norm_silu_op(
+        x, num_groups, weight, bias, shift, eps, frames, silu
+    )[0],
+    torch=_torch,
+    reference=lambda x, weight, bias, shift, num_groups, eps, frames, silu: group_norm_silu_reference(
+        x, num_groups, weight, bias, shift, eps, frames, silu
+    ),
+    tail=_tail,
+)

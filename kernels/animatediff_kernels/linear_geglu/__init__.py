@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from animatediff_kernels.dispatch import Call, choose
+from animatediff_kernels.calibration import Kernels
+from animatediff_kernels.dispatch import Call, run
 from animatediff_kernels.geglu import geglu
 from animatediff_kernels.linear_geglu.op import linear_geglu_op
+from animatediff_kernels.linear_geglu.reference import linear_geglu_reference
 
 
 def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
@@ -31,10 +33,25 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None
             f"got x {(*x.shape,)}, weight {(*weight.shape,)}, bias {(*bias.shape,)}, expected (…, w), (2 i, w), (2 i,)"
         )
     call = Call.of("linear_geglu", x, weight, bias, rows=x.numel() // width, width=width, inner=wide // 2)
+    call = replace(call, dtype=_autocast(x) or call.dtype)
+    return run(call, backend, KERNELS, (x, weight, bias), gate=backend)
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes in, where it is on."""
     device = x.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        call = replace(call, dtype=torch.get_autocast_dtype(device))
-    if choose(call, backend).backend == "triton":
-        assert call.dtype is not None  # that is refused
-        return linear_geglu_op(*(t.to(call.dtype) for t in (x, weight, bias)))
-    return geglu(F.linear(x, weight, bias), backend=backend)
+    on = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor, gate: str | None) -> Tensor:
+    dtype = _autocast(x) or x.dtype
+    return linear_geglu_op(*(t.to(dtype) for t in (x, weight, bias)))
+
+
+KERNELS = Kernels(
+    triton=_triton,
+    torch=lambda x, weight, bias, gate: geglu(F.linear(x, weight, bias), backend=gate),
+    reference=lambda x, weight, bias, gate: linear_geglu_reference(x, weight, bias),
+    tail=lambda inputs, options: ((inputs[0][-1:], *inputs[1:]), slice(-1, None)),
+)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from animatediff_kernels.attention import sdpa
-from animatediff_kernels.dispatch import Call, choose
+from animatediff_kernels.calibration import Inputs, Kernels
+from animatediff_kernels.dispatch import Call, run
 from animatediff_kernels.temporal_attention.op import temporal_attention_op
+from animatediff_kernels.temporal_attention.reference import temporal_attention_reference
 
 
 def temporal_attention(
@@ -29,9 +34,7 @@ def temporal_attention(
     if width % num_heads:
         raise ValueError(f"got a width of {width}, expected a multiple of num_heads={num_heads}")
     call = Call.of("temporal_attention", q, k, v, rows=n * s, frames=frames, head_dim=width // num_heads)
-    if choose(call, backend).backend == "triton":
-        return temporal_attention_op(q, k, v, frames, num_heads)
-    return _torch(q, k, v, frames, num_heads)
+    return run(call, backend, KERNELS, (q, k, v), frames=frames, num_heads=num_heads)
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, frames: int, num_heads: int) -> Tensor:
@@ -43,3 +46,18 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, frames: int, num_heads: int) -> Tens
 
     clips = zip(by_pixel(q), by_pixel(k), by_pixel(v), strict=True)
     return torch.stack([sdpa(*clip).permute(2, 0, 1, 3) for clip in clips]).reshape(n, s, width)
+
+
+def _tail(inputs: Inputs, options: Mapping[str, Any]) -> tuple[Inputs, Any]:
+    """The last pixels of the last clip."""
+    part = slice(-options["frames"], None), slice(-64, None)
+    return [x[part] for x in inputs], part
+
+
+KERNELS = Kernels(
+    triton=lambda q, k, v, frames, num_heads: temporal_attention_op(q, k, v, frames, num_heads),
+    torch=_torch,
+    reference=temporal_attention_reference,
+    tail=_tail,
+    attends=True,
+)
