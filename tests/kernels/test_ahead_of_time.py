@@ -73,7 +73,7 @@ def check(reports: list[dict]) -> None:
     ("arch", "cases", "kernels"),
     [
         ("sm_80", ("text77-160-bfloat16", "temporal16-80-bfloat16", "one-group"), 8),
-        ("sm_89", ("others", "attention-80-masked-float16", "temporal32-160-bfloat16", "temporal16-40-float32"), 17),
+        ("sm_89", ("others", "attention-80-masked-float16", "temporal32-160-bfloat16", "temporal16-40-float32"), 16),
         ("sm_90", ("attention-40-bfloat16", "temporal16-40-bfloat16", "gated-40-bfloat16"), 6),
     ],
 )
