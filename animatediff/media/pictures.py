@@ -15,6 +15,7 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 from imageio.core.request import InitializationError
+from imageio.core.v3_plugin_api import PluginV3
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +25,8 @@ Picture = str | Path | Image.Image | np.ndarray
 ANIMATED = (".gif", ".webp", ".png", ".apng")  # of other files the first picture is taken
 MAX_PIXELS = 2**27  # of one picture: 16384 x 8192
 EXIF_ORIENTATION = 0x0112
+# How files begin that Pillow knows and that are no pictures: for PostScript it starts a program; WMF, EMF are drawings.
+OTHERS = (b"%!PS", b"\xc5\xd0\xd3\xc6", b"\xd7\xcd\xc6\x9a", b"\x01\0\0\0")
 WHITE, BLACK = 255, 0
 # What Pillow raises for damaged files, depending on where the damage is.
 DAMAGE = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
@@ -53,8 +56,8 @@ def read_animation(path: str | Path, *, background: int = WHITE) -> Iterator[tup
     Raises:
         UserError: as `read_picture`, when the frame is come to.
     """
-    path = require_file(path)
-    with _naming_damage(path), iio.imopen(path.absolute(), "r", plugin="pillow") as file:
+    path = Path(path)
+    with _open(path) as file:
         orientation = None
         for index in itertools.count():
             try:
@@ -81,8 +84,7 @@ def read_info(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or none that can be read.
     """
-    path = require_file(path)
-    with _naming_damage(path), iio.imopen(path.absolute(), "r", plugin="pillow") as file:
+    with _open(Path(path)) as file:
         return file.metadata(index=0)
 
 
@@ -121,17 +123,27 @@ def encode(pixels: np.ndarray, ending: str, **options: Any) -> bytes:
     return iio.imwrite("<bytes>", pixels, plugin="pillow", extension=ending, **options)
 
 
-def require_file(path: str | Path) -> Path:
-    """The path, if there is a file; a named pipe, which might never end, is none.
+@contextmanager
+def _open(path: Path) -> Iterator[PluginV3]:
+    """A picture file in imageio.
 
     Raises:
-        UserError: it is missing, or something else.
+        UserError: it is missing, no file (such as a named pipe, which might never end), no picture, or damaged.
     """
-    path = Path(path)
     if not path.is_file():
         what = "which is no file" if path.exists() else "which does not exist"
         raise UserError(f"got {path}, {what}: check the path")
-    return path
+    none = UserError(f"got {path}, expected a picture (GIF, WebP, PNG, JPEG …): it is none")
+    with _naming_damage(path):
+        with path.open("rb") as file:
+            if file.read(4) in OTHERS:
+                raise none
+        try:
+            picture = iio.imopen(path.absolute(), "r", plugin="pillow")
+        except OSError as error:
+            raise none if isinstance(error.__cause__, InitializationError) else error from None
+        with picture:
+            yield picture
 
 
 @contextmanager
@@ -142,8 +154,6 @@ def _naming_damage(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except DAMAGE as error:
-        if isinstance(error.__cause__, InitializationError):
-            raise UserError(f"got {path}, expected a picture (GIF, WebP, PNG, JPEG …): it is none") from None
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"got {path}, which cannot be decoded ({reason}): it may be cut off") from None
 

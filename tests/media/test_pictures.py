@@ -201,6 +201,34 @@ def test_a_camera_s_orientation(tmp_path, mode, orientation):
     assert read_mask(path, height=expected.shape[0], width=expected.shape[1]).shape == expected.shape[:2]
 
 
+def test_drawings_and_programs_are_no_pictures(tmp_path):
+    """Pillow would start Ghostscript for PostScript, whatever the file's name."""
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\n%%EOF\n"
+    wmf = b"\xd7\xcd\xc6\x9a" + bytes(18) + b"\x01\0\x09\0" + bytes(40)
+    for content in (eps, b"\xc5\xd0\xd3\xc6" + bytes(26) + eps, wmf, b"", b"/* XPM */ static char", bytes(100)):
+        (tmp_path / "x.png").write_bytes(content)
+        for read in (read_video, read_picture, read_metadata):
+            with pytest.raises(UserError, match="x.png, expected a picture .*: it is none"):
+                read(tmp_path / "x.png")
+
+
+def test_bombs(tmp_path):
+    """Small files of large pictures, and of long texts."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    text = b"Comment\0\0" + zlib.compress(bytes(2**26))
+    for kind, data in ((b"IHDR", header), (b"zTXt", text)):
+        parts = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0))] if kind != b"IHDR" else []
+        parts += [(kind, data), (b"IDAT", zlib.compress(bytes(52))), (b"IEND", b"")]
+        chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
+        (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+        for read in (read_video, read_picture, read_metadata):
+            with pytest.raises(UserError, match="x.png"):
+                read(tmp_path / "x.png")
+    (tmp_path / "x.gif").write_bytes(b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b",;")
+    with pytest.raises(UserError, match="x.gif"):
+        read_video(tmp_path / "x.gif")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
 @pytest.mark.parametrize("name", ["x.png", "x.gif", "x.mp4", "x"])
 def test_a_named_pipe_is_refused(tmp_path, name):
