@@ -50,7 +50,9 @@ def run(argv: list[str] | None, log: Callable[[str], None]) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: CUDA where it is")
     parser.add_argument("--check-data", action="store_true", help="look at every file, report, and do nothing else")
     parser.add_argument("--cache", action="store_true", help="encode every clip once, before the start (cache: true)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change top-level values of the YAML")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change values of the YAML: seed=1, loop.steps=10"
+    )
     args = parser.parse_args(argv)
     configs = [load_train_config(path, args.overrides) for path in args.config]
     for flag, given in (("--check-data", args.check_data), ("--cache", args.cache)):

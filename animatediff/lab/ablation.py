@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from animatediff.config.dataclass_io import build_dataclass, read_yaml
 from animatediff.config.prompt_yaml import load_config
-from animatediff.lab.results import (
-    device_name,
-    keeping_strip,
-    markdown,
-    read_result,
-    spread,
-    stack_strips,
-    write_result,
-)
+from animatediff.config.settings import Int, Many, build, opt, options, read_yaml
+from animatediff.lab.cells import Task, once, run_tasks, train_stage
+from animatediff.lab.results import device_name, keeping_strip, markdown, spread, stack_strips, write_text
 from animatediff.lab.run_model import clip_maker
 from animatediff.lab.stages import build_stage
 from animatediff.metrics.tables import align, write_csv
 from animatediff.pipeline.device import pick_device
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
-from animatediff.training.sources import existing
+from animatediff.training.sources import resolve_path
 from animatediff.training.stages import MotionModule
 from animatediff.utils import UserError, naming
 from animatediff.world.evaluate import evaluate_shapes
 from animatediff.world.shapes import MOTIONS
 
-Log = Callable[[str], None]
 SHOWN = 3  # number of the caption whose clips are in strips.png, or the last
 MEASURES = {
     "motion": "motion %",
@@ -47,23 +35,19 @@ MEASURES = {
 }
 
 
-@dataclass(frozen=True)
+@options
 class Grid:
-    """Which trainings to compare.
+    """Which trainings to compare."""
 
-    Raises:
-        UserError: no cell, no seed, or a value out of its range.
-    """
-
-    output_dir: str
-    train: str  # the training YAML of every cell, a stage motion_module on the built-in world
-    animate: str  # the prompt config whose sampling the clips are made with
-    cells: dict  # name -> values that differ from it, nested as they are there
-    common: dict  # values that differ from it in every cell
-    quick: dict  # with --quick: fields of this grid; `common` is added to the one above
-    sampling: dict = field(default_factory=dict)  # keys of the prompt config that differ in every cell
-    seeds: tuple[int, ...] = (0, 1, 2)
-    captions: int = 100  # clips that are scored
+    output_dir: str = opt(..., "gets a folder for every training, and the table")
+    train: str = opt(..., "the training YAML of every cell, a stage motion_module on Shapes")
+    animate: str = opt(..., "the prompt config whose sampling the clips are made with")
+    cells: dict[str, dict[str, Any] | None] = opt(..., "name -> values that differ from it, nested as they are there")
+    common: dict[str, Any] = opt({}, "values that differ from it in every cell")
+    quick: dict[str, Any] = opt({}, "with --quick: fields of this grid; `common` is added to the one above")
+    sampling: dict[str, Any] = opt({}, "keys of the prompt config that differ in every cell")
+    seeds: Many[Int] = opt((0, 1, 2), "of the trainings of each cell")
+    captions: Int = opt(100, "clips that are scored")
 
     def __post_init__(self) -> None:
         if not self.cells or not self.seeds or self.captions < 1:
@@ -80,7 +64,7 @@ class Grid:
         """
         folder = Path(self.output_dir) / cell / str(seed)
         own = {"output_dir": str(folder), "seed": seed, "loop": {"seed": seed}}
-        values = merged(read_yaml(existing(self.train)), self.common, self.cells[cell] or {}, own)
+        values = merged(read_yaml(resolve_path(self.train)), self.common, self.cells[cell] or {}, own)
         with naming(f"cell {cell!r}"):
             stage = build_stage(values, where=self.train)
             if not isinstance(stage, MotionModule) or stage.world is None:
@@ -91,9 +75,9 @@ class Grid:
 def load_grid(path: str | Path, *, quick: bool = False) -> Grid:
     """Read a grid's YAML. Raises: UserError for an unknown key, or a missing or mistyped value."""
     values = read_yaml(path)
-    grid = build_dataclass(Grid, values, where=str(path))
+    grid = build(Grid, values, where=str(path))
     if quick:
-        grid = build_dataclass(Grid, merged(values, grid.quick), where=f"{path}: quick")
+        grid = build(Grid, merged(values, grid.quick), where=f"{path}: quick")
     return grid
 
 
@@ -107,7 +91,7 @@ def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def run_grid(grid: Grid, *, jobs: int = 1, device: str = "cpu", log: Log = print) -> str:
+def run_grid(grid: Grid, *, jobs: int = 1, device: str = "cpu") -> str:
     """Train and measure what is missing; writes table.md, table.csv and strips.png into `output_dir`.
 
     Args:
@@ -121,52 +105,54 @@ def run_grid(grid: Grid, *, jobs: int = 1, device: str = "cpu", log: Log = print
     Raises:
         UserError: a cell cannot be trained, or its folder holds the result of another one.
     """
-    target = str(pick_device(device))
-    tasks = [(grid, cell, seed, target) for cell in grid.cells for seed in grid.seeds]
-    for _, cell, seed, _ in tasks:
-        grid.stage(cell, seed)  # mistakes are told before anything starts
-    if jobs == 1:
-        results = [run_cell(*task, log=log) for task in tasks]
-    else:
-        spawned = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=spawned, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            results = list(pool.map(run_cell, *zip(*tasks, strict=True)))
-    by_cell = {name: [r for task, r in zip(tasks, results, strict=True) if task[1] == name] for name in grid.cells}
-    rows = [table_row(cell, found) for cell, found in by_cell.items()]
-    stage = grid.stage(tasks[0][1], tasks[0][2])
+    run_tasks(grid_tasks(grid), jobs=jobs, device=str(pick_device(device)))
+    return write_grid_table(grid)
+
+
+def grid_tasks(grid: Grid) -> dict[str, Task]:
+    """A task for every cell and seed, by its folder. Raises: UserError for mistakes, before anything starts."""
+    pairs = [(cell, seed) for cell in grid.cells for seed in grid.seeds]
+    return {grid.stage(*pair).output_dir: Task(run_cell, (grid, *pair)) for pair in pairs}
+
+
+def write_grid_table(grid: Grid) -> str:
+    """The table of results that are all there, as text; also as table.md, table.csv and strips.png."""
+    found = {cell: [run_cell(grid, cell, seed) for seed in grid.seeds] for cell in grid.cells}
+    rows = [table_row(cell, results) for cell, results in found.items()]
+    stage = grid.stage(next(iter(grid.cells)), grid.seeds[0])
     loop, world = stage.loop, stage.world
     assert world is not None
     seen = loop.steps * loop.batch_size * loop.micro_batches
-    entry = load_config(existing(grid.animate), grid.sampling).entries[0]
+    entry = load_config(resolve_path(grid.animate), grid.sampling).entries[0]
+    devices = {result["device"] for results in found.values() for result in results}
     caption = (
         f"{loop.steps} steps, {seen} clips seen, of {world.clips} that show {', '.join(world.motions or MOTIONS)}; "
         f"{grid.captions} captions, {entry.sampler or 'ddim'}, {entry.steps} steps; mean ± standard deviation over "
-        f"the trainings of each ({len(grid.seeds)}); {', '.join(sorted({r['device'] for r in results}))}"
+        f"the trainings of each ({len(grid.seeds)}); {', '.join(sorted(devices))}"
     )
     header = ["", *(title or name for name, title in MEASURES.items())]
     lines = [[row["cell"], *(row[name] for name in MEASURES)] for row in rows]
     folder = Path(grid.output_dir)
-    (folder / "table.md").write_text(f"{markdown(header, lines)}\n\n{caption}\n", encoding="utf-8")
+    write_text(folder / "table.md", f"{markdown(header, lines)}\n\n{caption}\n")
     write_csv(folder / "table.csv", rows)
     stack_strips({cell: folder / cell / str(grid.seeds[0]) for cell in grid.cells}, folder / "strips.png")
     return f"{align([header, *lines])}\n{caption}"
 
 
-def run_cell(grid: Grid, cell: str, seed: int, device: str = "cpu", log: Log = print) -> dict[str, Any]:
+def run_cell(grid: Grid, cell: str, seed: int, device: str = "cpu") -> dict[str, Any]:
     """What one training scores; read from its folder where it is done."""
     stage = grid.stage(cell, seed)
-    path, made = Path(stage.output_dir) / "result.json", repr((stage, grid.captions, grid.sampling))
-    if (result := read_result(path, made)) is None:
-        torch.set_flush_denormal(True)
-        stage.run(lambda line: log(f"{cell}, seed {seed}: {line}"), torch.device(device))
-        result = {**measure(grid, stage, device), "device": device_name(device)}
-        write_result(path, made, result)
-    return result
+
+    def make() -> dict[str, Any]:
+        train_stage(stage, f"{cell}, seed {seed}", device)
+        return {**measure(grid, stage, device), "device": device_name(device)}
+
+    return once(Path(stage.output_dir) / "result.json", repr((stage, grid.captions, grid.sampling)), make)
 
 
 def measure(grid: Grid, stage: MotionModule, device: str) -> dict[str, Any]:
     """Scores of held-out captions, animated by what a stage has written, with its own noise schedule."""
-    config, folder = existing(grid.animate), Path(stage.output_dir)
+    config, folder = resolve_path(grid.animate), Path(stage.output_dir)
     overrides = grid.sampling | {
         "pretrained_model_path": stage.pretrained_model_path,
         "motion_module": str(folder / "motion.safetensors"),

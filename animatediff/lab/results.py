@@ -15,7 +15,7 @@ from torch import Tensor
 from animatediff.media.pictures import read_picture, write_picture
 from animatediff.media.video import to_uint8
 from animatediff.metrics.tables import INK, contact_sheet
-from animatediff.utils import UserError
+from animatediff.utils import UserError, replacing
 from animatediff.world.evaluate import Generate
 
 STRIP = "strip.png"
@@ -29,22 +29,31 @@ def read_result(path: Path, made: str) -> dict[str, Any] | None:
         made: all that the result depends on.
 
     Raises:
-        UserError: it is the result of something else.
+        UserError: it is the result of something else, or damaged.
     """
     if not path.exists():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if result["made"] != made:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found = result["made"]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise UserError(
+            f"got {path}, which is damaged ({error}): delete it and run again, which makes it anew"
+        ) from None
+    if found != made:
         raise UserError(f"got {path} of other values than the config's, expected the same: take another output_dir")
     return result
 
 
 def write_result(path: Path, made: str, result: Mapping[str, Any]) -> None:
     """Write a file that appears whole or not at all."""
+    write_text(path, json.dumps({"made": made, **result}, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"made": made, **result}, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def keeping_strip(generate: Generate, folder: Path, number: int) -> Generate:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from animatediff.config.networks import SmallCLIPConfig
+from animatediff.config.settings import Int, opt, options
 from animatediff.models.tokenizer import Tokenizer
-from animatediff.training.limits import check_numbers
-from animatediff.training.loop import LoopConfig, Stage, train, world
+from animatediff.training.distributed import rank_and_world_size
+from animatediff.training.loop import LoopConfig, Stage, train
+from animatediff.training.stage_config import Log, StageConfig
 from animatediff.world.encoder import (
     WorldEncoder,
     draw_frames,
@@ -27,7 +27,6 @@ from animatediff.world.shapes import make_scene
 from animatediff.world.small_clip import SmallCLIP
 
 FILE = "encoder.safetensors"
-CPU = torch.device("cpu")
 
 
 class ContrastiveStage(Stage):
@@ -63,26 +62,21 @@ class ContrastiveStage(Stage):
         save_encoder(self.model, folder / FILE, metadata)
 
 
-@dataclass(frozen=True)
-class ShapesEncoder:
-    """A small CLIP of Shapes, the toy data set."""
+@options
+class ShapesEncoder(StageConfig):
+    """A small CLIP of Shapes; writes encoder.safetensors and logs how well it does on held-out scenes."""
 
     name: ClassVar[str] = "shapes_encoder"
-    output_dir: str
-    loop: LoopConfig
-    encoder: SmallCLIPConfig = SmallCLIPConfig()
-    version: int = 1  # of the data set
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_numbers(self)
+    loop: LoopConfig = opt(..., "steps, batches and rates")
+    encoder: SmallCLIPConfig = opt(SmallCLIPConfig(), "its sizes")
+    version: Int = opt(1, "of the data set", ge=1)
 
-    def run(self, log: Callable[[str], None], device: torch.device = CPU) -> None:
-        """Train, or go on; writes `output_dir`/encoder.safetensors and logs how well it does on held-out scenes."""
-        folder = Path(self.output_dir)
+    def train(self, folder: Path, log: Log, device: torch.device) -> None:
+        """As `StageConfig.run`."""
         torch.manual_seed(self.seed)
         stage = ContrastiveStage(new_small_clip(self.encoder).to(device), data_seed=self.seed, version=self.version)
         train(stage, self.loop, folder, log=log, stage_config=self)
-        if world()[0] == 0:
+        if rank_and_world_size()[0] == 0:
             found = retrieval(WorldEncoder.from_file(folder / FILE), version=self.version)
             log("held-out scenes, percent right: " + ", ".join(f"{name} {value}" for name, value in found.items()))

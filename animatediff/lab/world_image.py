@@ -2,69 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
 from animatediff.checkpoints.export import save_image_model
 from animatediff.config.networks import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
-from animatediff.lab.world_vae import AutoencoderStage, DecoderStage
+from animatediff.config.settings import Int, Many, opt, options
+from animatediff.lab.world_vae import VAE_FILE, AutoencoderStage, DecoderStage
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
 from animatediff.training.diffusion_stages import DiffusionStage
+from animatediff.training.distributed import first_process_first
 from animatediff.training.latents import LatentClips
-from animatediff.training.limits import check_numbers
-from animatediff.training.loop import LoopConfig, first_process_first, train
-from animatediff.training.sources import load_complete
+from animatediff.training.loop import LoopConfig, train
+from animatediff.training.output_folder import damaged, read_tensors
+from animatediff.training.sources import load_image_model
+from animatediff.training.stage_config import Log, StageConfig
 from animatediff.utils import UserError
 from animatediff.world.series import World
 from animatediff.world.styles import STYLES
 
-Log = Callable[[str], None]
-CPU = torch.device("cpu")
 
-
-@dataclass(frozen=True)
-class ShapesImage:
-    """VAE, then text encoder and UNet, on single frames of Shapes."""
+@options
+class ShapesImage(StageConfig):
+    """VAE, then text encoder and UNet, on single frames of Shapes, the toy data set; writes image.safetensors."""
 
     name: ClassVar[str] = "shapes_image"
-    output_dir: str
-    clips: int  # how many clips are encoded once and drawn from
-    vae: VAEConfig
-    unet: UNetConfig
-    text: TextConfig
-    autoencoder: LoopConfig
-    image: LoopConfig
-    version: int = 1  # of the data set
-    oversampled: tuple[str, ...] = ()  # motions to draw more often than others
-    prediction_type: str = "epsilon"  # what the UNet learns to predict: epsilon, v_prediction or sample
-    init_from: str = ""  # an image model to start from, of these sizes; its VAE is kept
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_numbers(self)
+    clips: Int = opt(..., "how many clips are encoded once and drawn from", ge=1)
+    vae: VAEConfig = opt(..., "sizes of the VAE,")
+    unet: UNetConfig = opt(..., "of the UNet,")
+    text: TextConfig = opt(..., "and of the text encoder")
+    autoencoder: LoopConfig = opt(..., "the VAE's training,")
+    image: LoopConfig = opt(..., "and that of the other two")
+    version: Int = opt(1, "of the data set", ge=1)
+    oversampled: Many[str] = opt((), "motions to draw more often than others")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = opt("epsilon", "what the UNet predicts")
+    init_from: str = opt("", "an image model to start from, of these sizes; its VAE is kept")
 
-    def run(self, log: Log, device: torch.device = CPU) -> None:
-        """Train, or go on; writes `output_dir`/image.safetensors, an SD 1.x single file.
-
-        Raises: UserError where `init_from` has no VAE or other sizes than the config.
-        """
-        folder, world = (
-            Path(self.output_dir),
-            World(self.clips, oversampled=self.oversampled, seed=self.seed, version=self.version),
-        )
-        base = load_complete(self.init_from) if self.init_from else None
+    def train(self, folder: Path, log: Log, device: torch.device) -> None:
+        """As `StageConfig.run`. Raises: UserError where `init_from` has no VAE or other sizes than the config."""
+        world = World(self.clips, oversampled=self.oversampled, seed=self.seed, version=self.version)
+        base = load_image_model(self.init_from) if self.init_from else None
         vae = base.vae if base else self._autoencoder(folder / "vae", log, device)
         assert vae is not None
         vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
-        folder.mkdir(parents=True, exist_ok=True)
         with first_process_first():
             clips = LatentClips.of_world(folder / "clips.pt", vae, world, log=log)
         clips.single_frames = True
@@ -82,64 +69,62 @@ class ShapesImage:
         else:
             zero_unused_token_embeddings(text_encoder, clips)
         schedule = ScheduleConfig(prediction_type=self.prediction_type)
-        learns = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
+        trainable = nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
 
         def save(folder: Path, metadata: dict[str, str]) -> None:
             model = SimpleNamespace(unet=unet, vae=vae, text_encoder=text_encoder, schedule=schedule)
             facts = metadata | {"beta_schedule": schedule.beta_schedule}
             save_image_model(model, folder / "image.safetensors", metadata=facts, dtype=torch.float16)
 
-        stage = DiffusionStage("image", unet, text_encoder, schedule, clips, learns=learns, save=save)
+        stage = DiffusionStage("image", unet, text_encoder, schedule, clips, trainable=trainable, save=save)
         train(stage, self.image, folder, log=log, stage_config=self)
 
     def _autoencoder(self, folder: Path, log: Log, device: torch.device) -> VAE:
         """The trained VAE of an earlier start, or a new one."""
-        if not (folder / "vae.pt").exists():
+        path = folder / VAE_FILE
+        if not path.exists():
             torch.manual_seed(self.seed)
             stage = AutoencoderStage(self.vae, data_seed=self.seed, version=self.version)
             stage.modules().to(device)
             train(stage, self.autoencoder, folder, log=log, stage_config=self)
         vae = VAE(self.vae)
-        vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True))
+        remedy = "which writes it again"
+        state = read_tensors(path, keys=set(vae.state_dict()), remedy=remedy)
+        try:
+            vae.load_state_dict(state)
+        except RuntimeError as error:
+            raise damaged(path, error, remedy) from None
         return vae
 
 
-@dataclass(frozen=True)
-class ShapesDecoder:
-    """An image model of Shapes whose VAE also draws other looks."""
+@options
+class ShapesDecoder(StageConfig):
+    """An image model of Shapes whose VAE also draws other looks: image.safetensors, and that VAE alone as
+    vae.safetensors.
+    """
 
     name: ClassVar[str] = "shapes_decoder"
-    output_dir: str
-    pretrained_model_path: str
-    loop: LoopConfig
-    styles: tuple[str, ...] = tuple(STYLES)
-    watermarks: bool = True
-    version: int = 1  # of the data set
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        if unknown := sorted(set(self.styles) - set(STYLES)):
-            raise UserError(f"styles: got {unknown[0]!r}, expected some of {', '.join(STYLES)}")
+    pretrained_model_path: str = opt(..., "an image model of Shapes")
+    loop: LoopConfig = opt(..., "steps, batches and rates")
+    styles: Many[Literal[tuple(STYLES)]] = opt(tuple(STYLES), "that it draws")
+    watermarks: bool = opt(True, "stamp half of the frames")
+    version: Int = opt(1, "of the data set", ge=1)
 
-    def run(self, log: Log, device: torch.device = CPU) -> None:
-        """Train, or go on; writes `output_dir`/image.safetensors, which takes the place of the model, and its VAE alone
-        as vae.safetensors.
-
-        Raises: UserError where the model has no VAE.
-        """
-        base = load_complete(self.pretrained_model_path)
+    def train(self, folder: Path, log: Log, device: torch.device) -> None:
+        """As `StageConfig.run`. Raises: UserError where the model has no VAE."""
+        base = load_image_model(self.pretrained_model_path)
         stage = DecoderStage(
             base, data_seed=self.seed, version=self.version, styles=self.styles, watermarks=self.watermarks
         )
         stage.modules().to(device)
-        train(stage, self.loop, Path(self.output_dir), log=log, stage_config=self)
+        train(stage, self.loop, folder, log=log, stage_config=self)
 
 
 @torch.no_grad()
 def zero_unused_token_embeddings(text_encoder: TextEncoder, clips: LatentClips) -> None:
     """Tokens that no caption has get embeddings of zeros, which stay zeros, so the file compresses."""
     table = text_encoder.get_parameter("text_model.embeddings.token_embedding.weight")
-    said = torch.zeros(len(table), 1)
-    said[torch.cat([clips.tokens.unique(), clips.empty.unique()]).long()] = 1
-    table *= said
+    used = torch.zeros(len(table), 1)
+    used[torch.cat([clips.tokens.unique(), clips.empty.unique()]).long()] = 1
+    table *= used

@@ -15,9 +15,11 @@ from animatediff.checkpoints.load import ImageModel
 from animatediff.config.networks import VAEConfig
 from animatediff.models.vae import VAE
 from animatediff.training.loop import Stage
+from animatediff.training.output_folder import write_tensors
 from animatediff.world.shapes import FRAMES, make_scene, render
 from animatediff.world.styles import STYLES, stamp
 
+VAE_FILE = "vae.pt"
 NOISE_LOG_VARIANCE = -6.0  # of the posterior; fixed, so that no channel can drown in its own noise
 
 
@@ -76,7 +78,7 @@ class AutoencoderStage(Stage):
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
         """Write vae.pt, its latents normalised."""
         normalise_latents(self.vae, data_seed=self.data_seed, version=self.version)
-        torch.save(self.vae.cpu().state_dict(), folder / "vae.pt")
+        write_tensors(folder / VAE_FILE, self.vae.cpu().state_dict())
 
 
 class DecoderStage(AutoencoderStage):

@@ -22,15 +22,16 @@ from animatediff.media.video import read_metadata, read_video
 from animatediff.metrics.clip_metrics import ClipMetrics, Encoder, encode_frames, measure_clip
 from animatediff.metrics.fvd import Extractor, frechet_distance
 from animatediff.metrics.references import find_pictures, read_pictures, signed
-from animatediff.metrics.tables import INK, Row, align, contact_sheet, write_csv
+from animatediff.metrics.tables import INK, Row, align, contact_sheet, printable, write_csv
 from animatediff.metrics.video_metrics import VideoMetrics, diversity, measure_video, shrink
-from animatediff.utils import UserError
+from animatediff.utils import UserError, replacing
 
 ENDINGS = (".gif", ".mp4", ".webp")
 CSV = "clips.csv"
 AVERAGED = tuple(name for name in VideoMetrics.__annotations__ if name != "direction")  # a mean of angles means nothing
 EMBEDDED = tuple(ClipMetrics.__annotations__)
 ON_SHEET = ("speed", "top_speed", "evenness", "flicker", "warp_error", "seam")
+MAX_PROMPT = 2000  # characters of a prompt in a table
 SHEET_CLIPS, SHEET_FRAMES, SHEET_SIZE = 40, 16, 96  # at most: rows, frames in a row, pixels of a frame's longer side
 
 
@@ -102,7 +103,8 @@ def evaluate_videos(
             "extractor": getattr(extractor, "name", type(extractor).__name__),
         }
     if folder is not None:
-        (folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        with replacing(folder / "summary.json") as file:
+            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         write_csv(folder / CSV, [clip.row for clip in clips])
         write_picture(contact_sheet([_sheet_row(clip) for clip in clips[:SHEET_CLIPS]]), folder / "sheet.png")
     return result
@@ -203,9 +205,11 @@ def _texts(paths: str | Sequence[str | Path]) -> str | list[str]:
     return paths if isinstance(paths, str) else [str(path) for path in paths]
 
 
-def _text(prompt: str | Mapping[str, str] | None) -> str | None:
-    """A prompt in one cell of a table, keyframes in a row."""
-    return "; ".join(f"{k}: {v}" for k, v in prompt.items()) if isinstance(prompt, Mapping) else prompt
+def _text(prompt: Any) -> str | None:
+    """A prompt in one cell of a table, keyframes in a row. What a file says may be anything."""
+    if isinstance(prompt, Mapping):
+        prompt = "; ".join(f"{k}: {v}" for k, v in prompt.items())
+    return None if prompt is None else printable(str(prompt)[:MAX_PROMPT])
 
 
 def _thumbnail(frame: np.ndarray) -> np.ndarray:

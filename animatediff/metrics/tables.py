@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from animatediff.utils import replacing
 
 CAPTION_HEIGHT, MARGIN = 16, 4  # pixels of a contact sheet
 RIGHT, WRONG, INK, PAPER = (20, 120, 40), (190, 20, 20), (20, 20, 20), (255, 255, 255)
@@ -25,15 +28,29 @@ def align(lines: Sequence[Sequence[str]]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the keys of the first as the header; None is an empty cell."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    """Write rows with the keys of the first as the header; None is an empty cell.
+
+    A text that a spreadsheet would run as a formula starts with an apostrophe.
+    """
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({key: _inert(value) for key, value in row.items()} for row in rows)
+
+
+def _inert(value: Any) -> Any:
+    runs = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    return f"'{value}" if runs and not re.fullmatch(r"-|-?[\d.]+( ± [\d.]+)?", value) else value
+
+
+def printable(text: str) -> str:
+    """In one line, without control characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
     """The frames of each clip side by side, under a line of words."""
+    rows = [([(printable(word), color) for word, color in words], frames) for words, frames in rows]
     strips = [np.concatenate(list(frames), axis=1) for _, frames in rows]
     draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default()
     lengths = [draw.textlength("   ".join(word for word, _ in words), font=font) for words, _ in rows]

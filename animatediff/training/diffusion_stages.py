@@ -37,7 +37,7 @@ class ClipSource(Protocol):
     def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Scaled latents (b, f, c, h, w), float32, and caption tokens (b, 77) of micro-batch `index` of the run.
 
-        A share `latents.CAPTION_DROPOUT` of the captions is empty. Pictures are clips of one frame.
+        A fraction `latents.CAPTION_DROPOUT` of the captions is empty. Pictures are clips of one frame.
         """
         ...
 
@@ -50,10 +50,10 @@ class DiffusionStage(Stage):
         unet, text_encoder: what denoises.
         schedule: its noise, and what it predicts.
         clips: what is learnt from.
-        learns: the module whose parameters with `requires_grad` are trained.
+        trainable: the module whose parameters with `requires_grad` are trained.
         save: writes what was learnt: (folder, metadata).
         loss: variants of the loss.
-        noisy_share: of clips that are noised beyond the middle of the schedule whatever was drawn.
+        high_noise_fraction: of clips that are noised beyond the middle of the schedule whatever was drawn.
         autocast: run the UNet's matrix products and convolutions in this dtype.
     """
 
@@ -65,20 +65,20 @@ class DiffusionStage(Stage):
         schedule: ScheduleConfig,
         clips: ClipSource,
         *,
-        learns: nn.Module,
+        trainable: nn.Module,
         save: Save,
         loss: LossConfig = MEAN_SQUARE,
-        noisy_share: float = 0.0,
+        high_noise_fraction: float = 0.0,
         autocast: torch.dtype | None = None,
     ):
         self.name, self.unet, self.text_encoder, self.clips = name, unet, text_encoder, clips
         self.schedule = NoiseSchedule(schedule)
-        self.learns, self.save = learns, save
-        self.loss_config, self.noisy_share, self.autocast = loss, noisy_share, autocast
+        self.trainable, self.save = trainable, save
+        self.loss_config, self.high_noise_fraction, self.autocast = loss, high_noise_fraction, autocast
         self.scale_loss = autocast == torch.float16
 
     def modules(self) -> nn.Module:
-        return self.learns
+        return self.trainable
 
     def names(self) -> list[str]:
         return self.clips.names
@@ -91,8 +91,8 @@ class DiffusionStage(Stage):
         device = next(self.unet.parameters()).device
         total = self.schedule.config.num_train_timesteps
         t = torch.randint(total, (batch_size,), generator=generator)
-        if self.noisy_share:
-            noisy = torch.rand(batch_size, generator=generator) < self.noisy_share
+        if self.high_noise_fraction:
+            noisy = torch.rand(batch_size, generator=generator) < self.high_noise_fraction
             t = torch.where(noisy, total // 2 + t // 2, t)
         x0, context = x0.to(device), self.text_encoder(tokens.to(device))
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
@@ -112,8 +112,8 @@ def freeze(*networks: nn.Module) -> None:
         network.requires_grad_(False)
 
 
-def learn_motion(unet: UNet) -> UNet:
-    """Let the motion modules of a frozen UNet learn."""
+def unfreeze_motion_modules(unet: UNet) -> UNet:
+    """Of a frozen UNet: its motion modules are what is trained."""
     for _, parameter in unet.motion_parameters():
         parameter.requires_grad_(True)
     return unet

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,17 @@ from torch import Tensor
 from animatediff.media.scribble import draw_scribbles, pack, unpack
 from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.vae import VAE
-from animatediff.training.data.clips import Series
-from animatediff.training.loop import world
+from animatediff.training.data.reader import ClipBatch, ClipReader
+from animatediff.training.distributed import rank_and_world_size
+from animatediff.training.output_folder import read_tensors, write_tensors
 from animatediff.world.series import World
 
-CAPTION_DROPOUT = 0.1  # share of empty captions, which teaches the unconditional half of guidance
+CAPTION_DROPOUT = 0.1  # fraction of empty captions, which teaches the unconditional half of guidance
 CHUNK = 16  # clips rendered and encoded at a time
 SCRIBBLED = {"scribbled": 1}  # in the key of clips with scribbles; another number where they are drawn differently
 OVERSAMPLING = 4.0  # how many times as often an oversampled motion is drawn
 
 Log = Callable[[str], None]
-Batch = tuple[Tensor, list[str]]  # clips (b, f, 3, H, W) in [-1, 1] and their captions
 
 
 class LatentClips:
@@ -68,8 +67,8 @@ class LatentClips:
         which = self.draw(batch_size, generator)
         self.names = [self.files[i] if self.files else f"clip {i}" for i in which.tolist()]
         if self.lines is not None:
-            cell = self.lines.shape[-2] // self.latents.shape[-2]
-            self.scribbles = unpack(self.lines[which], cell * self.latents.shape[-1])
+            downsampling = self.lines.shape[-2] // self.latents.shape[-2]
+            self.scribbles = unpack(self.lines[which], downsampling * self.latents.shape[-1])
         if self.single_frames:
             frame = torch.randint(self.latents.shape[1], (batch_size,), generator=generator)
             return self.latents[which, frame].float()[:, None], self.captions(which, generator)
@@ -79,14 +78,10 @@ class LatentClips:
     def of_world(cls, path: Path, vae: VAE, world: World, *, scribbles: bool = False, log: Log = print) -> LatentClips:
         """Clips of the built-in world; oversampled motions are drawn more often."""
 
-        def batches() -> Iterator[Batch]:
-            for start in range(0, world.clips, CHUNK):
-                yield world.render(range(start, min(start + CHUNK, world.clips)))
-
         clips = cls.build(
             path,
             {"world": world.key()},
-            batches(),
+            (ClipBatch(*world.render(numbers), []) for numbers in in_chunks(world.clips)),
             vae,
             Tokenizer(),
             count=world.clips,
@@ -104,14 +99,13 @@ class LatentClips:
         cls,
         path: Path,
         key: dict[str, Any],
-        batches: Iterable[Batch],
+        batches: Iterable[ClipBatch],
         vae: VAE,
         tokenizer: Tokenizer,
         *,
         count: int,
         chunk_frames: int = 16,
         scribbles: bool = False,
-        name: Callable[[int], str] | None = None,
         log: Log = print,
     ) -> LatentClips:
         """Read the clips at `path`, or encode `batches` and write that file.
@@ -123,67 +117,39 @@ class LatentClips:
             vae, tokenizer: of the image model.
             chunk_frames: pictures encoded at a time.
             scribbles: draw them too.
-            name: the file of a clip whose batch was made, by its number.
             log: told how far it is.
         """
         empty = tokenize(tokenizer, [""])[0]
         key = key | SCRIBBLED if scribbles else key
-        if made_from(path, key):
-            state = torch.load(path, weights_only=True, mmap=True)
+        if state := made_from(path, key):
             lines = state["lines"] if scribbles else None
             return cls(state["latents"], state["tokens"], empty, lines, state.get("files", ()))
         latents, tokens, lines, files, done = [], [], [], [], 0
-        for number, (video, captions) in enumerate(batches):
+        for number, (video, captions, names) in enumerate(batches):
             latents.append(encode(vae, video, chunk_frames=chunk_frames).half().cpu())
             tokens.append(tokenize(tokenizer, captions))
             if scribbles:
                 lines.append(pack(draw_scribbles(video.to(vae.quant_conv.weight.device))))
-            if name:
-                files += [name(index) for index in range(done, done + len(captions))]
+            files += names
             done += len(captions)
             if number % 32 == 0 or done == count:
                 log(f"encoded {done}/{count} clips")
         clips = cls(torch.cat(latents), torch.cat(tokens), empty, torch.cat(lines) if scribbles else None, files)
-        temporary = path.with_suffix(".tmp")
         drawn = {"lines": clips.lines} if scribbles else {}
-        torch.save({**key, "latents": clips.latents, "tokens": clips.tokens, "files": files, **drawn}, temporary)
-        os.replace(temporary, path)
+        write_tensors(path, {**key, "latents": clips.latents, "tokens": clips.tokens, "files": files, **drawn})
         return clips
 
 
-def made_from(path: Path, key: dict[str, Any]) -> bool:
-    """Whether `path` is there and holds the clips of `key`."""
+def made_from(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The clips of `key` that `path` holds, if it is there and does."""
     if not path.exists():
-        return False
-    state = torch.load(path, weights_only=True, mmap=True)
-    return all(state.get(name) == value for name, value in key.items())
-
-
-class ClipReader:
-    """Reads clips in threads, each of which waits for a process of ffmpeg's."""
-
-    def __init__(self, clips: Series, *, threads: int):
-        self.clips, self.threads = clips, threads
-        self._pool = ThreadPoolExecutor(threads)
-        self._reads: dict[int, Future[tuple[Tensor, str]]] = {}
-
-    def read(self, wanted: range, following: Sequence[int]) -> Batch:
-        """The clips with the numbers `wanted`; `following` are read meanwhile, and are what is wanted next."""
-        for number in (*wanted, *following):
-            if number not in self._reads:
-                self._reads[number] = self._pool.submit(self.clips.clip, number)
-        videos, captions = zip(*(self._reads.pop(number).result() for number in wanted), strict=True)
-        return torch.stack(videos), list(captions)
-
-    def batches(self, count: int) -> Iterator[Batch]:
-        """The first `count` clips of the series."""
-        for start in range(0, count, CHUNK):
-            middle, end = min(start + CHUNK, count), min(start + 2 * CHUNK, count)
-            yield self.read(range(start, middle), range(middle, end))
+        return None
+    state = read_tensors(path, keys={"latents", "tokens"}, remedy="which encodes the clips again")
+    return state if all(state.get(name) == value for name, value in key.items()) else None
 
 
 class StreamedClips:
-    """Clips of video files, encoded as they are needed: micro-batch `index` of size b begins with clip b * index."""
+    """Clips of files, encoded as they are needed: micro-batch `index` of size b begins with clip b * index."""
 
     def __init__(self, reader: ClipReader, vae: VAE, tokenizer: Tokenizer, *, scribbles: bool = False):
         self.reader, self.vae, self.tokenizer = reader, vae, tokenizer
@@ -191,19 +157,27 @@ class StreamedClips:
         self.scribbles: Tensor | None = None
         self.names: list[str] = []
         self.empty = tokenize(tokenizer, [""])[0]
+        self._batches: Iterator[ClipBatch] = iter(())
+        self._next: tuple[int, int] | None = None  # micro-batch that `_batches` gives next, and its size
 
     def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Clips of the series: a `ClipSource`."""
-        ahead = max(1, round(self.reader.threads / batch_size))  # micro-batches that keep the threads busy
-        indices = [index + n * world()[1] for n in range(1 + ahead)]  # those this process is asked for
-        wanted, *following = (range(i * batch_size, (i + 1) * batch_size) for i in indices)
-        video, captions = self.reader.read(wanted, [number for part in following for number in part])
-        self.names = [self.reader.clips.name(number) for number in wanted]
+        processes = rank_and_world_size()[1]
+        if self._next != (index, batch_size):  # the first, from which on they are read ahead
+            micro_batches = itertools.count(index, processes)
+            self._batches = self.reader.batches(range(i * batch_size, (i + 1) * batch_size) for i in micro_batches)
+        video, captions, self.names = next(self._batches)
+        self._next = (index + processes, batch_size)
         with torch.no_grad():
             latents = encode(self.vae, video).float()
         if self.draws:
             self.scribbles = draw_scribbles(video.to(self.vae.quant_conv.weight.device))
         return latents, drop_captions(tokenize(self.tokenizer, captions), self.empty, generator)
+
+
+def in_chunks(count: int) -> Iterator[range]:
+    """The numbers of `count` clips, CHUNK at a time."""
+    return (range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
 
 
 def encode(vae: VAE, video: Tensor, *, chunk_frames: int = 16) -> Tensor:
@@ -221,6 +195,6 @@ def tokenize(tokenizer: Tokenizer, captions: list[str]) -> Tensor:
 
 
 def drop_captions(tokens: Tensor, empty: Tensor, generator: torch.Generator) -> Tensor:
-    """Tokens (b, l) int64, a share CAPTION_DROPOUT of the rows replaced by `empty` (l,)."""
+    """Tokens (b, l) int64, a fraction CAPTION_DROPOUT of the rows replaced by `empty` (l,)."""
     dropped = torch.rand(len(tokens), 1, generator=generator) < CAPTION_DROPOUT
     return torch.where(dropped, empty, tokens).long()

@@ -7,53 +7,53 @@ changes the pace and not the result.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
+from animatediff.config.settings import Float, Int, opt, options
+from animatediff.training.distributed import (
+    first_process_first,
+    gathered,
+    mean_over_processes,
+    rank_and_world_size,
+    shared_loss,
+    without_sharing,
+)
 from animatediff.training.record import Record
 from animatediff.training.run_state import RunState
 from animatediff.utils import UserError
 
 
-@dataclass(frozen=True)
+@options
 class LoopConfig:
-    steps: int
-    batch_size: int  # samples of one micro-batch
-    learning_rate: float
-    micro_batches: int = 1  # averaged in one step
-    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate after the warm-up
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    seed: int = 0
-    log_every: int = 20
-    checkpoint_every: int = 200
-    tensorboard: bool = False  # scalars for TensorBoard too, in output_dir/tensorboard
+    """How long and how fast, in which batches."""
 
-    def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "micro_batches", "log_every", "checkpoint_every"):
-            self._require(key, getattr(self, key) >= 1, "at least 1")
-        for key in ("learning_rate", "max_grad_norm"):
-            self._require(key, getattr(self, key) > 0, "more than 0")
-        for key in ("warmup_steps", "weight_decay"):
-            self._require(key, getattr(self, key) >= 0, "0 or more")
-        self._require("ema_decay", 0 <= self.ema_decay < 1, "0 (no average) to less than 1")
-        self._require("seed", 0 <= self.seed < 2**32, "0 to 2^32 - 1")
-
-    def _require(self, key: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise UserError(f"{key}: got {getattr(self, key)}, expected {expected}")
+    steps: Int = opt(..., "of the optimizer", ge=1)
+    batch_size: Int = opt(..., "samples of one micro-batch", ge=1)
+    learning_rate: Float = opt(..., "of AdamW, at its highest", gt=0, le=1e6)
+    micro_batches: Int = opt(1, "averaged in one step", ge=1)
+    schedule: Literal["cosine", "constant"] = opt("cosine", "of the learning rate after the warm-up")
+    warmup_steps: Int = opt(100, "in which the learning rate rises", ge=0)
+    weight_decay: Float = opt(0.01, "of AdamW", ge=0)
+    max_grad_norm: Float = opt(1.0, "to which gradients are clipped", gt=0)
+    ema_decay: Float = opt(0.999, "of the averaged weights, which are what is saved; 0: no average", ge=0, lt=1)
+    seed: Int = opt(0, "of all that is drawn in the steps", ge=0, lt=2**32)
+    log_every: Int = opt(20, "steps", ge=1)
+    checkpoint_every: Int = opt(200, "steps", ge=1)
+    tensorboard: bool = opt(False, "scalars for TensorBoard too, in output_dir/tensorboard")
 
 
 Batch = tuple[Tensor, list[str]]  # the loss of a micro-batch, and what it was computed from
@@ -92,71 +92,116 @@ class Sampler(Protocol):
         ...
 
 
-def learning_rate(config: LoopConfig, step: int) -> float:
-    """Linear warm-up, then the same for ever, or a cosine down to a hundredth of the peak."""
+def rate_factor(config: LoopConfig, step: int) -> float:
+    """What multiplies the learning rate: a linear warm-up, then 1 for ever, or a cosine down to a hundredth."""
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+        return 1.0
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def batch_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed((seed << 32) + index)
 
 
-def world() -> tuple[int, int]:
-    """Number of this process and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-@contextmanager
-def first_process_first() -> Iterator[None]:
-    """What the first process does inside is done before the others begin: to write a file that they read."""
-    rank, processes = world()
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and processes > 1:
-        dist.barrier()
-
-
-def sum_over_processes(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
-    """Sum gradients and loss, in one flat message. Returns the summed loss."""
-    if world()[1] == 1:
-        return loss
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([*(p.grad.reshape(-1) for p in parameters), loss.reshape(1)])
-    dist.all_reduce(flat)
-    *parts, total = flat.split([*(p.numel() for p in parameters), 1])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad.copy_(part.view(parameter.shape))
-    return total
-
-
 def step_gradients(
-    stage: Stage,
-    parameters: list[nn.Parameter],
+    loss_of: nn.Module,
     config: LoopConfig,
     step: int,
     scale: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> tuple[float, list[Batch], dict[str, float]]:
-    """Give `parameters` the gradients of a step, averaged over the micro-batches of all processes.
+    """Give the parameters of `shared_loss` the gradients of a step, averaged over all processes' micro-batches.
 
     Returns the average loss, this process's batches, and the stage's numbers of the last.
     """
-    rank, processes = world()
+    rank, processes = rank_and_world_size()
+    own = range(rank, config.micro_batches, processes)
+    stage = getattr(loss_of, "module", loss_of).stage
     batches, numbers = [], {}
-    for micro in range(rank, config.micro_batches, processes):
+    for micro in own:
         index = step * config.micro_batches + micro
-        loss, numbers = stage.loss(index, config.batch_size, batch_generator(config.seed, index))
-        loss = loss / config.micro_batches
-        scale(loss).backward()
+        with nullcontext() if micro == own[-1] else without_sharing(loss_of):
+            loss, numbers = loss_of(index, config.batch_size, batch_generator(config.seed, index))
+            loss = loss / len(own)
+            scale(loss).backward()
         batches.append((loss.detach(), stage.names()))
-    return sum_over_processes(parameters, sum(loss for loss, _ in batches)).item(), batches, numbers
+    return mean_over_processes(sum(loss for loss, _ in batches)).item(), batches, numbers
+
+
+class Trainer:
+    """Parameters, their averages, optimizer and schedule of one run.
+
+    Args:
+        stage: what is trained.
+        config: of the loop.
+    """
+
+    def __init__(self, stage: Stage, config: LoopConfig):
+        self.stage, self.config = stage, config
+        self.named = [(n, p) for n, p in stage.modules().named_parameters() if p.requires_grad]
+        self.parameters = nn.ParameterList(p for _, p in self.named)
+        self.loss = shared_loss(stage, self.parameters)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, foreach=True
+        )
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=stage.scale_loss)
+        self.average = AveragedModel(self.parameters, multi_avg_fn=self._average)
+        self.average.update_parameters(self.parameters)  # which counts the start as the first
+
+    def _average(self, averages: list[Tensor], now: list[Tensor], count: Tensor) -> None:
+        """Exponential, with a decay that grows in the first steps to (1 + n) / (10 + n) after n of them."""
+        decay = min(self.config.ema_decay, int(count) / (9 + int(count)))
+        torch._foreach_lerp_(averages, now, 1 - decay)
+
+    @property
+    def averages(self) -> list[nn.Parameter]:
+        return list(self.average.module)
+
+    def start_at(self, step: int) -> None:
+        """Go on after `step` steps, whose parameters, averages and optimizer state are there already."""
+        self.average.n_averaged.fill_(step + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = self.config.learning_rate
+        self.schedule = LambdaLR(self.optimizer, functools.partial(rate_factor, self.config), last_epoch=step - 1)
+
+    def step(self, step: int) -> dict[str, float]:
+        """One step of the optimizer. Returns what is to be logged.
+
+        Raises: UserError where loss or gradients are not finite.
+        """
+        (lr,) = self.schedule.get_last_lr()
+        value, batches, numbers = step_gradients(self.loss, self.config, step, self.scaler.scale)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm, foreach=True).item()
+        overflow = not math.isfinite(norm) and self.scaler.get_scale() > 1  # of the scaled loss: the step is left out
+        if not math.isfinite(value) or not (math.isfinite(norm) or overflow):
+            raise UserError(_not_finite(self.stage.name, step, value, norm, batches))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with (
+            warnings.catch_warnings()
+        ):  # of a first step that was left out, after which the schedule goes on all the same
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.schedule.step()
+        # Shared gradients stay where they are shared from, so that there is no second copy of them.
+        self.optimizer.zero_grad(set_to_none=rank_and_world_size()[1] == 1)
+        self.average.update_parameters(self.parameters)
+        scale = {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
+        return {"loss": value, "lr": lr, "grad_norm": norm, **scale, **numbers}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averages stand for the parameters inside."""
+        own = [p.data for p in self.parameters]
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            parameter.data = average.data
+        try:
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, own, strict=True):
+                parameter.data = data
 
 
 def train(
@@ -175,77 +220,42 @@ def train(
     Raises UserError where the folder holds a run of another configuration, and when loss or gradients are not finite
     (the last checkpoint and the one before it stay, and their weights are finite).
     """
-    rank, processes = world()
+    rank, processes = rank_and_world_size()
     if config.micro_batches % processes:
         raise UserError(
             f"got {processes} processes for micro_batches={config.micro_batches}, expected a divisor of it: "
             "start fewer processes or change micro_batches"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    named = [(n, p) for n, p in stage.modules().named_parameters() if p.requires_grad]
-    parameters = [p for _, p in named]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, foreach=True
-    )
-    scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=stage.scale_loss)
-    ema = [p.detach().clone() for p in parameters]
-    state = RunState(folder, config, stage_config, named, ema, optimizer, scaler)
+    trainer = Trainer(stage, config)
+    state = RunState(folder, stage_config, trainer)
     start = state.resume(log)
+    trainer.start_at(start)
+    if start == config.steps:
+        log(f"{stage.name}: all {start} steps are done already; with more, it goes on from there")
     record = Record(folder, stage.name, config, start, log) if rank == 0 else None
     with closing(record) if record else nullcontext():
         for step in range(start, config.steps):
-            lr = learning_rate(config, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            value, batches, numbers = step_gradients(stage, parameters, config, step, scaler.scale)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, foreach=True).item()
-            overflow = not math.isfinite(norm) and scaler.get_scale() > 1  # of the scaled loss: the step is left out
-            if not math.isfinite(value) or not (math.isfinite(norm) or overflow):
-                raise UserError(_not_finite(stage.name, step, value, norm, batches))
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            decay = min(config.ema_decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - decay)
-            done = step + 1
+            numbers, done = trainer.step(step), step + 1
             if record is None:
                 continue
-            scale = {"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}
-            record(done, {"loss": value, "lr": lr, "grad_norm": norm}, scale | numbers)
+            record(done, numbers)
             if done % config.checkpoint_every == 0 or done == config.steps:
                 state.save(done)
             if sampler and done % sampler.every == 0:
-                with averaged(parameters, ema):
+                with trainer.averaged():
                     sampler(folder / "samples", done)
-    for parameter, average in zip(parameters, ema, strict=True):
-        parameter.data.copy_(average)
-    if rank == 0:
-        stage.export(folder, {"training": json.dumps({"stage": stage.name, **asdict(config)})})
-    if processes > 1:
-        dist.barrier()
-
-
-@contextmanager
-def averaged(parameters: list[nn.Parameter], ema: list[Tensor]) -> Iterator[None]:
-    """The averages stand for the parameters inside."""
-    own = [p.data for p in parameters]
-    for parameter, average in zip(parameters, ema, strict=True):
-        parameter.data = average
-    try:
-        yield
-    finally:
-        for parameter, data in zip(parameters, own, strict=True):
-            parameter.data = data
+    for parameter, average in zip(trainer.parameters, trainer.averages, strict=True):
+        parameter.data.copy_(average.data)
+    with first_process_first():
+        if rank == 0:
+            stage.export(folder, {"training": json.dumps({"stage": stage.name, **asdict(config)})})
 
 
 def _not_finite(stage: str, step: int, value: float, norm: float, batches: list[Batch]) -> str:
     """The same message in every process."""
-    found = [(bool(loss.isfinite()), names) for loss, names in batches]
-    everywhere = [found] * world()[1]
-    if len(everywhere) > 1:
-        dist.all_gather_object(everywhere, found)
-    of_all = [batch for process in everywhere for batch in process]
+    found = gathered([(bool(loss.isfinite()), names) for loss, names in batches])
+    of_all = [batch for process in found for batch in process]
     bad = [name for finite, names in of_all if not finite for name in names]
     seen = bad or [name for _, names in of_all for name in names]
     where = f" (the batch: {', '.join(seen)})" if seen else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from animatediff.checkpoints.lora_files import write_lora
 from animatediff.checkpoints.lora_keys import lora_keys
@@ -19,6 +21,7 @@ from animatediff.models.unet import UNet
 from animatediff.utils import UserError
 
 Kind = Literal["lora", "motion-lora", "domain-adapter"]
+Algorithm = Literal["lora", "locon", "loha", "lokr", "dora"]  # locon: lora that changes convolutions too
 QKV_OUT = r"to_(q|k|v|out\.0)"
 SPATIAL = r"(.*\.)?attentions\.\d+\."
 TRANSFORMER = r"transformer_blocks\.\d+\."
@@ -56,6 +59,7 @@ def attach_lora(
     rank: int,
     alpha: float | None = None,
     convolutions: bool = False,
+    algorithm: Algorithm = "lora",
 ) -> TrainableLoRA:
     """Put a fresh LoRA, which changes nothing yet, on the layers of its kind.
 
@@ -66,12 +70,15 @@ def attach_lora(
         rank: of every change.
         alpha: the change is multiplied by alpha / rank; rank by default. Only for "lora", the others know no alpha.
         convolutions: change the ResNet blocks and what scales between resolutions as well. Only for "lora".
+        algorithm: what a change is made of (`models.lora_algorithms`). AnimateDiff's own keys know plain LoRAs alone:
+            others are saved under LyCORIS'.
 
     Raises:
         UserError: a rank below 1, or a network without such layers.
     """
     if rank < 1:
         raise UserError(f"rank: got {rank}, expected at least 1")
+    convolutions = kind == "lora" and (convolutions or algorithm == "locon")
     wanted = f"{LAYERS[kind]}|{CONVOLUTIONS}" if convolutions else LAYERS[kind]
     layers = [("unet", name, layer) for name, layer in unet.named_modules() if re.fullmatch(wanted, name)]
     if text_encoder is not None:
@@ -82,7 +89,9 @@ def attach_lora(
     if kind == "lora":
         alpha = float(rank) if alpha is None else alpha
         facts = {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
-    entries = tuple(_fresh(kind, network, name, layer.weight, rank, alpha) for network, name, layer in layers)
+    entries = tuple(
+        _fresh(kind, network, name, layer.weight, rank, alpha, algorithm) for network, name, layer in layers
+    )
     lora = LoRA("trained", kind, entries, metadata=facts)
     stack = LoRAStack(unet, text_encoder)
     stack.add(lora)
@@ -91,14 +100,55 @@ def attach_lora(
     return TrainableLoRA(lora, attached)
 
 
-def _fresh(kind: str, network: str, name: str, weight: torch.Tensor, rank: int, alpha: float | None) -> LoRAEntry:
+def _fresh(
+    kind: str, network: str, name: str, weight: Tensor, rank: int, alpha: float | None, algorithm: Algorithm
+) -> LoRAEntry:
+    tensors = {"loha": _fresh_loha, "lokr": _fresh_lokr}.get(algorithm, _fresh_lora)(weight.cpu(), rank)
+    if algorithm == "dora":  # magnitudes of the rows, which make the sum W at first (arXiv 2402.09353, Eq. 5)
+        tensors["magnitude"] = weight.detach().cpu().float().flatten(1).norm(dim=1, keepdim=True)
+    formula = "lora" if "down" in tensors else algorithm
+    if formula == "lokr" and "w2" in tensors:
+        alpha = None  # without low-rank factors it has no meaning
+    names = [*tensors, *(["alpha"] if alpha is not None else [])]
+    if kind == "lora" or tensors.keys() != {"down", "up"}:
+        keys = lora_keys("lora", network, name, algorithm=formula, names=names)
+    else:
+        keys = lora_keys(kind, network, name)
+    target = f"{network}.{name.replace('.', '_')}"
+    return LoRAEntry(target, tensors, alpha=alpha, algorithm=formula, keys=keys)
+
+
+def _fresh_lora(weight: Tensor, rank: int) -> dict[str, Tensor]:
     """down is normal, up zero (Hu et al. 2021, arXiv 2106.09685, sec. 4.1)."""
-    return LoRAEntry(
-        target=f"{network}.{name.replace('.', '_')}",
-        tensors={
-            "down": torch.randn(rank, *weight.shape[1:]) / rank,
-            "up": torch.zeros(weight.shape[0], rank, *(1 for _ in weight.shape[2:])),
-        },
-        alpha=alpha,
-        keys=lora_keys(kind, network, name),
-    )
+    return {
+        "down": torch.randn(rank, *weight.shape[1:]) / rank,
+        "up": torch.zeros(weight.shape[0], rank, *(1 for _ in weight.shape[2:])),
+    }
+
+
+def _fresh_loha(weight: Tensor, rank: int) -> dict[str, Tensor]:
+    """Three factors are normal, one is zero (LyCORIS, arXiv 2309.14859, sec. 3.2)."""
+    outputs, inputs = weight.flatten(1).shape
+    return {
+        "w1_a": 0.1 * torch.randn(outputs, rank),
+        "w1_b": torch.randn(rank, inputs),
+        "w2_a": torch.zeros(outputs, rank),
+        "w2_b": torch.randn(rank, inputs),
+    }
+
+
+def _fresh_lokr(weight: Tensor, rank: int) -> dict[str, Tensor]:
+    """w1 of the smaller factors of both sides, whole; w2 of the larger ones, low-rank where that is smaller."""
+    outputs, inputs = weight.shape[:2]
+    (a, c), (b, d) = factors(outputs), factors(inputs)
+    tensors = {"w1": torch.randn(a, b) / b**0.5}
+    kernel = weight[0, 0].numel()
+    if rank * (c + d * kernel) >= c * d * kernel:
+        return tensors | {"w2": torch.zeros(c, d, *weight.shape[2:])}
+    return tensors | {"w2_a": torch.randn(c, rank) / rank**0.5, "w2_b": torch.zeros(rank, d * kernel)}
+
+
+def factors(size: int) -> tuple[int, int]:
+    """A size as a product of two whole numbers as near each other as can be, the smaller first."""
+    small = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+    return small, size // small

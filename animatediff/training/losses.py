@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from animatediff.config.settings import Float, opt, options
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.utils import UserError
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x (b, f, c, h, w), t (b,) -> prediction
 
 
-@dataclass(frozen=True)
+@options
 class LossConfig:
     """Variants of the mean squared error; 0 is off."""
 
-    min_snr_gamma: float = 0.0  # limits the weight of hardly noised clips; 5 in Hang et al. 2023, arXiv 2303.09556
-    noise_offset: float = 0.0  # of a noise that is the same for all pixels of a clip: 0.1 lets dark and light be learnt
-
-    def __post_init__(self) -> None:
-        for key in ("min_snr_gamma", "noise_offset"):
-            if (value := getattr(self, key)) < 0:
-                raise UserError(f"{key}: got {value:g}, expected 0 (off) or more")
+    min_snr_gamma: Float = opt(
+        0.0, "limits the weight of hardly noised clips; 5 in Hang et al. 2023, arXiv 2303.09556", ge=0
+    )
+    noise_offset: Float = opt(
+        0.0, "of a noise that is the same for all pixels of a clip: 0.1 lets dark and light be learnt", ge=0
+    )
 
 
 MEAN_SQUARE = LossConfig()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from animatediff.utils import UserError
+from animatediff.utils import UserError, replacing
 
 
 class Record:
@@ -39,15 +38,15 @@ class Record:
         self.bar = tqdm(desc=stage, total=config.steps, initial=start, unit="step", disable=not bar)
         self.began = time.monotonic()
 
-    def __call__(self, done: int, values: Mapping[str, float], more: Mapping[str, float]) -> None:
-        """Tell of the last of `done` steps. values: `loss` and others of the loop. more: the stage's own."""
+    def __call__(self, done: int, values: Mapping[str, float]) -> None:
+        """Tell of the last of `done` steps. values: `loss` and other numbers of the loop and the stage."""
         pace = (done - self.start) / (time.monotonic() - self.began)
         samples = pace * self.config.batch_size * self.config.micro_batches
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {samples:.2f} samples/s", refresh=False)
         self.bar.update()
         if done % self.config.log_every and done != self.config.steps:
             return
-        self._write(done, {**values, "steps_per_s": pace, **more})
+        self._write(done, {**values, "steps_per_s": pace})
         if self.bar.disable:
             left = duration((self.config.steps - done) / pace)
             self.log(
@@ -62,8 +61,11 @@ class Record:
 
     def _write(self, done: int, values: Mapping[str, float]) -> None:
         finite = {k: float(f"{v:.5g}") for k, v in values.items() if math.isfinite(v)}  # JSON has no infinity
-        with open(self.file, "a") as file:
-            file.write(json.dumps({"step": done, **finite}) + "\n")
+        try:
+            with open(self.file, "a") as file:
+                file.write(json.dumps({"step": done, **finite}) + "\n")
+        except OSError as error:
+            raise UserError(f"got {self.file} to write to, expected a file with room: {error.strerror}") from None
         if self.board:
             for name, value in finite.items():
                 self.board.add_scalar(name, value, done)
@@ -85,19 +87,18 @@ def keep_steps(file: Path, last: int) -> None:
     """Cut what follows step `last` off a log, and what can be no line of it."""
     if not file.exists():
         return
-    lines = file.read_text().splitlines(keepends=True)
+    lines = file.read_text(errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if step_of(line) <= last]
     if kept != lines:
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, file)
+        with replacing(file) as temporary:
+            temporary.write_text("".join(kept))
 
 
 def step_of(line: str) -> float:
     """Infinity for a line that was not written to its end."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except ValueError:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, LookupError, RecursionError):
         return math.inf
 
 

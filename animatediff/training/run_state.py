@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
+from animatediff.training.output_folder import DAMAGED, damaged, read_tensors, write_tensors
 from animatediff.utils import UserError
 
+if TYPE_CHECKING:
+    from animatediff.training.loop import Trainer
+
 # What may differ when a run goes on: of the loop,
-MAY_CHANGE = ("log_every", "checkpoint_every", "tensorboard", "learning_rate")
+MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "tensorboard", "learning_rate")
 # and of the stage, where loops are compared by themselves.
-NOT_OF_THE_RUN = ("loop", "autoencoder", "image", "output_dir", "samples", "cache", "threads", "gradient_checkpointing")
+NOT_OF_THE_RUN = (
+    "loop", "autoencoder", "image", "output_dir", "samples", "cache", "num_workers", "gradient_checkpointing"
+)  # fmt: skip
+REQUIRED = ("steps", "batch_size", "learning_rate")  # of a loop
 
 
 class RunState:
@@ -25,44 +27,27 @@ class RunState:
 
     Args:
         folder: where state.pt is, and state.previous.pt, the one before it.
-        loop: a LoopConfig.
         stage: the config of the stage, where it has one.
-        named, ema: parameters that learn, and their averages.
-        optimizer, scaler: theirs.
+        trainer: of the run.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        loop: Any,
-        stage: Any,
-        named: Sequence[tuple[str, nn.Parameter]],
-        ema: Sequence[Tensor],
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-    ):
+    def __init__(self, folder: Path, stage: Any, trainer: Trainer):
         self.path, self.previous = folder / "state.pt", folder / "state.previous.pt"
-        self.loop, self.stage = loop, flat(stage) if stage else {}
-        self.named, self.ema, self.optimizer, self.scaler = named, ema, optimizer, scaler
+        self.trainer, self.loop, self.stage = trainer, trainer.config, flat(stage) if stage else {}
 
     def save(self, step: int) -> None:
+        """Write what `resume` reads, after `step` steps."""
+        names = [name for name, _ in self.trainer.named]
         state = {
             "config": asdict(self.loop),
             "stage": self.stage,
             "step": step,
-            "model": {n: p.detach() for n, p in self.named},
-            "ema": {n: e for (n, _), e in zip(self.named, self.ema, strict=True)},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "model": {name: p.detach() for name, p in self.trainer.named},
+            "ema": {name: p.detach() for name, p in zip(names, self.trainer.averages, strict=True)},
+            "optimizer": self.trainer.optimizer.state_dict(),
+            "scaler": self.trainer.scaler.state_dict(),
         }
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if self.path.exists():
-            os.replace(self.path, self.previous)  # a run that is killed here goes on from it
-        os.replace(temporary, self.path)
+        write_tensors(self.path, state, previous=self.previous)
 
     def resume(self, log: Callable[[str], None] = print) -> int:
         """Put everything back as it was; returns the number of steps done.
@@ -73,41 +58,54 @@ class RunState:
         path = next((p for p in (self.path, self.previous) if p.exists()), None)
         if path is None:
             return 0
-        state = self._read(path)
-        self._check(state)
-        began = state["config"].get("learning_rate")
-        if began != self.loop.learning_rate:
-            log(f"learning_rate {self.loop.learning_rate:g} from step {state['step']} on, {began:g} before")
-        for (name, parameter), average in zip(self.named, self.ema, strict=True):
-            parameter.data.copy_(state["model"][name])
-            average.copy_(state["ema"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        return state["step"]
-
-    def _read(self, path: Path) -> dict[str, Any]:
+        others = self.previous.name if path == self.path and self.previous.exists() else "step 0"
+        remedy = f"which goes on from {others}"
+        state = read_tensors(path, keys={"config", "step", "model", "ema", "optimizer"}, remedy=remedy)
         try:
-            # Mapped, as every process of a machine reads it; on Windows that would keep it from being replaced.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            others = self.previous.name if path == self.path and self.previous.exists() else "step 0"
+            if type(state["step"]) is not int:
+                raise ValueError("its step is no number")
+            self._check(state)
+            self._say_changes(state, log)
+            for (name, parameter), average in zip(self.trainer.named, self.trainer.averages, strict=True):
+                parameter.data.copy_(state["model"][name])
+                average.data.copy_(state["ema"][name])
+            self.trainer.optimizer.load_state_dict(state["optimizer"])
+            if state.get("scaler"):
+                self.trainer.scaler.load_state_dict(state["scaler"])
+            return state["step"]
+        except UserError:
+            raise
+        except DAMAGED as error:
+            raise damaged(path, error, remedy) from None
+
+    def _say_changes(self, state: dict[str, Any], log: Callable[[str], None]) -> None:
+        """Raises: UserError where the run has more steps than it is to have."""
+        loop, began, done = self.loop, state["config"], state["step"]
+        if done > loop.steps:
             raise UserError(
-                f"got {path}, which cannot be read ({' '.join(str(error).split())[:100]}), expected the checkpoint of "
-                f"a run: if it is damaged, delete it and run again, which goes on from {others}"
-            ) from None
+                f"got steps={loop.steps} for the run in {self.path.parent}, expected at least the {done} that it has "
+                "done: give more, or choose another output folder"
+            )
+        if (rate := began.get("learning_rate")) != loop.learning_rate:
+            log(f"learning_rate {loop.learning_rate:g} from step {done} on, {rate:g} before")
+        if (steps := began.get("steps")) != loop.steps and done < loop.steps:
+            rate = f"{loop.schedule} learning rate"
+            bend = "stays" if loop.schedule == "constant" else f"is from step {done} on that of a run of {loop.steps}"
+            log(f"{loop.steps} steps in place of {steps}: the {rate} {bend}")
 
     def _check(self, state: dict[str, Any]) -> None:
-        defaults = {f.name: f.default for f in fields(self.loop) if f.default is not MISSING}  # newer than the run
-        began, now = defaults | state["config"], asdict(self.loop)
+        defaults = type(self.loop)(**{key: getattr(self.loop, key) for key in REQUIRED})  # newer keys than the run
+        began, now = asdict(defaults) | state["config"], asdict(self.loop)
         for key, value in now.items():
             if key not in MAY_CHANGE:
                 self._same(key, began[key], value)
         for key, value in self.stage.items():
             self._same(key, state.get("stage", {}).get(key, value), value)
-        began, now = ({n: tuple(t.shape) for n, t in tensors} for tensors in (state["model"].items(), self.named))
-        for name in sorted(began.keys() | now.keys()):
-            self._same(f"{name}.shape", began.get(name), now.get(name))
+        model, average = ({n: tuple(t.shape) for n, t in state[part].items()} for part in ("model", "ema"))
+        own = {n: tuple(t.shape) for n, t in self.trainer.named}
+        for began in (model, average):
+            for name in sorted(began.keys() | own.keys()):
+                self._same(f"{name}.shape", began.get(name), own.get(name))
 
     def _same(self, key: str, began: object, now: object) -> None:
         if began != now:

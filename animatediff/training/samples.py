@@ -3,53 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from animatediff.config.clip_formats import check_fps
 from animatediff.config.refusals import condition_frames
-from animatediff.config.request import Request, Size, SparseCtrl
+from animatediff.config.request import MAX_FRAMES, MAX_SIDE, Request, Size, SparseCtrl
+from animatediff.config.settings import Float, Int, Many, opt, options
 from animatediff.features.noise import seeded
 from animatediff.features.sparsectrl import condition_pixels
 from animatediff.media.video import save_video
 from animatediff.pipeline.model import Model
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
-from animatediff.training.limits import check_numbers
-from animatediff.training.sources import existing
+from animatediff.training.sources import resolve_path
 from animatediff.utils import UserError, naming
 
 
-@dataclass(frozen=True)
+@options
 class SampleConfig:
-    """What to draw, and how often.
+    """What to draw, and how often."""
 
-    Raises:
-        UserError: a value is out of its range.
-    """
-
-    every: int  # steps
-    prompt: tuple[str, ...]
-    n_prompt: str = ""
-    seed: int = 0  # of the first prompt; the next has seed + 1
-    steps: int = 25
-    guidance_scale: float = 7.5
-    L: int = 16  # frames; 1 where no motion module takes part
-    H: int = 256  # pixels
-    W: int = 256
-    fps: float = 8.0
-    controlnet_images: tuple[str, ...] = ()  # for a SparseCtrl encoder that is being trained,
-    controlnet_image_indexs: tuple[int, ...] = (0,)  # the frame of each
+    every: Int = opt(..., "steps", ge=1)
+    prompt: Many[str] = opt(..., "one or several", min_length=1)
+    n_prompt: str = opt("", "negative prompt", "negative_prompt")
+    seed: Int = opt(0, "of the first prompt; the next has seed + 1", ge=0, le=2**63)
+    steps: Int = opt(25, "of sampling", "num_inference_steps", ge=1)
+    guidance_scale: Float = opt(7.5, "of classifier-free guidance", ge=0)
+    L: Int = opt(16, "frames; 1 where no motion module takes part", "num_frames", ge=1, le=MAX_FRAMES)
+    H: Int = opt(256, "pixels", "height", ge=8, le=MAX_SIDE, multiple_of=8)
+    W: Int = opt(256, "pixels", "width", ge=8, le=MAX_SIDE, multiple_of=8)
+    fps: Float = opt(8.0, "of the GIFs")
+    controlnet_images: Many[str] = opt((), "for a SparseCtrl encoder that is being trained,")
+    controlnet_image_indexs: Many[Int] = opt((0,), "the frame of each")
 
     def __post_init__(self) -> None:
-        check_numbers(self)
         check_fps(self.fps, "gif")
-        for key in ("every", "steps", "L", "H", "W"):
-            if (value := getattr(self, key)) < 1:
-                raise UserError(f"{key}: got {value}, expected at least 1")
-        if not self.prompt:
-            raise UserError("prompt: got none, expected at least one")
 
 
 class SampleClips:
@@ -62,14 +51,16 @@ class SampleClips:
     def __init__(self, config: SampleConfig, components: Model, log: Callable[[str], None]):
         self.config, self.log, self.every = config, log, config.every
         self.pipeline = AnimateDiffPipeline(components, Request(size=Size(height=config.H, width=config.W)))
-        cell, motion = components.vae.config.downsampling, components.unet.config.motion
-        if side := next((s for s in (config.H, config.W) if s % cell), None):
-            raise UserError(f"samples: got a side of {side} pixels, expected multiples of {cell}: change H or W")
+        downsampling, motion = components.vae.config.downsampling, components.unet.config.motion
+        if side := next((s for s in (config.H, config.W) if s % downsampling), None):
+            raise UserError(
+                f"samples: got a side of {side} pixels, expected multiples of {downsampling}: change H or W"
+            )
         if motion and config.L > motion.max_frames:
             raise UserError(f"samples: L: got {config.L}, expected at most {motion.max_frames}, what the module holds")
         if bool(config.controlnet_images) != (components.sparsectrl is not None):
             raise UserError("samples: expected controlnet_images where a SparseCtrl encoder is trained, and only there")
-        self.images = [existing(path) for path in config.controlnet_images] or None
+        self.images = [resolve_path(path) for path in config.controlnet_images] or None
         if self.images:
             with naming("samples"):
                 condition_frames(config.controlnet_image_indexs, images=len(self.images), frames=config.L)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,13 +12,13 @@ from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.vae import VAE
 from animatediff.training.data.clips import ClipConfig, Clips, Series
 from animatediff.training.data.images import ImageConfig, Images
+from animatediff.training.data.reader import ClipReader
 from animatediff.training.diffusion_stages import ClipSource
-from animatediff.training.latents import SCRIBBLED, ClipReader, LatentClips, StreamedClips, made_from
-from animatediff.training.loop import first_process_first
+from animatediff.training.distributed import first_process_first
+from animatediff.training.latents import SCRIBBLED, LatentClips, StreamedClips, in_chunks, made_from
+from animatediff.training.stage_config import Log
 from animatediff.utils import UserError
 from animatediff.world.series import World
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,13 @@ class Data:
         files = self.videos or self.images
         return files.size if files else None
 
-    def series(self, log: Log) -> Series:
+    def series(self) -> Series:
         """The files as an endless series of clips."""
         if self.images:
-            return Images(self.images, seed=self.seed, log=log)
+            return Images(self.images, seed=self.seed)
         assert self.videos is not None
         videos = replace(self.videos, sample_n_frames=1) if self.single_frames else self.videos
-        return Clips(videos, seed=self.seed, log=log)
+        return Clips(videos, seed=self.seed)
 
     def check(self, log: Log) -> None:
         """Look at every file and log the report.
@@ -69,7 +68,7 @@ class Data:
         """
         if self.world:
             raise UserError("got --check-data for the built-in world, which draws its own clips, expected files")
-        report = self.series(log).scan()
+        report = self.series().scan(log=log)
         log(str(report))
         if not report.usable:
             raise UserError(
@@ -85,14 +84,14 @@ class Data:
             )
 
     def source(
-        self, base: ImageModel, base_path: Path, folder: Path, *, cache: bool, threads: int, log: Log
+        self, base: ImageModel, base_path: Path, folder: Path, *, cache: bool, num_workers: int, log: Log
     ) -> ClipSource:
         """Latents by the image model's VAE; those that are kept are in `folder`/clips.pt."""
         assert base.vae is not None
         if self.world:
             return self._of_world(self.world, base.vae, base_path, folder, log)
-        series, tokenizer = self.series(log), own_tokenizer(base_path)
-        reader = ClipReader(series, threads=threads)
+        series, tokenizer = self.series(), load_tokenizer(base_path)
+        reader = ClipReader(series, num_workers=num_workers, log=log)
         if not cache:
             return StreamedClips(reader, base.vae, tokenizer, scribbles=self.scribbles)
         files = [(file, _version(file.path)) for file in series.files]
@@ -102,12 +101,11 @@ class Data:
             return LatentClips.build(
                 folder / "clips.pt",
                 key,
-                reader.batches(count),
+                reader.batches(in_chunks(count)),
                 base.vae,
                 tokenizer,
                 count=count,
                 scribbles=self.scribbles,
-                name=series.name,
                 log=log,
             )
 
@@ -129,13 +127,13 @@ def _version(path: Path) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def own_tokenizer(model: Path) -> Tokenizer:
+def load_tokenizer(model: Path) -> Tokenizer:
     """The tokenizer in a model folder, or CLIP's."""
     folder = model / "tokenizer"
     return Tokenizer.from_folder(folder) if folder.is_dir() else Tokenizer()
 
 
-def existing(path: str) -> Path:
+def resolve_path(path: str) -> Path:
     """A file or folder, from the current folder or the repository's root.
 
     Raises: UserError where there is none.
@@ -145,12 +143,12 @@ def existing(path: str) -> Path:
     return found
 
 
-def load_complete(path: str | Path) -> ImageModel:
+def load_image_model(path: str | Path) -> ImageModel:
     """An image model with a VAE.
 
     Raises: UserError where the file has none.
     """
-    model = load_base(existing(str(path)))
+    model = load_base(resolve_path(str(path)))
     if model.vae is None:
         raise UserError(f"got {path} without a VAE, expected a complete image model: take a file that has one")
     return model

@@ -22,32 +22,32 @@ def draw_given(clips: int, frames: int, generator: torch.Generator) -> Tensor:
 
 
 class SparseCtrlStage(DiffusionStage):
-    """`learns` is the encoder; what it adds goes into the frozen network, through which its gradients come.
+    """`trainable` is the encoder; what it adds goes into the frozen network, through which its gradients come.
 
     The given frames of an rgb condition are the clean latents themselves: sources encode to the posterior's mean, as
     does the pipeline with the images that it is given.
     """
 
-    learns: SparseCtrl
+    trainable: SparseCtrl
 
     def denoiser(self, x0: Tensor, context: Tensor, generator: torch.Generator) -> Denoise:
         given = draw_given(*x0.shape[:2], generator).to(x0.device)
         shown = x0
-        if self.learns.config.kind == "scribble":
+        if self.trainable.config.kind == "scribble":
             assert self.clips.scribbles is not None
             shown = self.clips.scribbles[:, :, None].expand(-1, -1, 3, -1, -1).to(x0)
         condition = (shown * given[:, :, None, None, None]).flatten(0, 1)
-        embedded = rearrange(self.learns.embed(condition, given.flatten()), "(b f) ... -> b f ...", b=len(x0))
+        embedded = rearrange(self.trainable.embed(condition, given.flatten()), "(b f) ... -> b f ...", b=len(x0))
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            down, mid = self.learns(embedded, t, context)
+            down, mid = self.trainable(embedded, t, context)
             return self.unet(x, t, context, down_residuals=down, mid_residual=mid)
 
         return denoise
 
 
-def learn_control(encoder: SparseCtrl) -> SparseCtrl:
-    """Let an encoder learn, but for the weights of `conv_in`.
+def unfreeze_sparsectrl(encoder: SparseCtrl) -> SparseCtrl:
+    """Of a frozen encoder: all is trained but the weights of `conv_in`.
 
     Their input is zero, so they have neither effect nor gradient; they stay the image model's, as the files want them.
     """

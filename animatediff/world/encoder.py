@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from animatediff.checkpoints.files import file_sha256, read_state_dict, write_state_dict
-from animatediff.config.dataclass_io import build_dataclass
 from animatediff.config.networks import SmallCLIPConfig
+from animatediff.config.settings import build
 from animatediff.metrics.clip_metrics import Encoder
 from animatediff.metrics.encoders import LocalCLIP
 from animatediff.metrics.references import cover
@@ -37,6 +37,7 @@ from animatediff.world.small_clip import SmallCLIP
 
 WORLD = "world"  # the name of the bundled encoder
 BUNDLED = "assets/shapes_encoder.safetensors"
+MAX_SIZE = 1024  # pixels of a picture
 CONFIG_KEY = "small_clip"  # of the file's metadata: the sizes, as JSON
 LABELS = {"color": COLORS, "shape": SHAPES, "background": BACKGROUNDS, "motion": MOTIONS}
 
@@ -79,9 +80,17 @@ class WorldEncoder:
         loaded = read_state_dict(path)
         if CONFIG_KEY not in loaded.metadata:
             raise UserError(f"got {path}, expected an encoder of Shapes, the toy data set: train stage shapes_encoder")
-        config = build_dataclass(SmallCLIPConfig, json.loads(loaded.metadata[CONFIG_KEY]), where=str(path))
-        model = SmallCLIP(config, loaded.tensors["tokens"])
-        model.load_state_dict({key: t.float() for key, t in loaded.tensors.items()})
+        try:
+            sizes = json.loads(loaded.metadata[CONFIG_KEY])
+            config = build(SmallCLIPConfig, sizes, where=str(path))
+            if sizes.keys() != asdict(config).keys():
+                raise ValueError(f"sizes of {', '.join(sorted(sizes))}"[:100])
+            model = _with_weights(config, loaded.tensors)
+        except UserError:
+            raise
+        except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(f"got {path}, a damaged encoder ({reason}): train stage shapes_encoder again") from None
         return cls(model, "world" if bundled else f"{path} (sha256 {file_sha256(path)[:16]})")
 
     @torch.no_grad()
@@ -93,6 +102,24 @@ class WorldEncoder:
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit embeddings (n, d) of texts; what goes beyond 30 tokens is cut off."""
         return self.model.encode_tokens(tokenize(self._tokenizer, texts, self.model.config.max_length))
+
+
+def _with_weights(config: SmallCLIPConfig, tensors: Mapping[str, Tensor]) -> SmallCLIP:
+    """Raises: ValueError and the like where the tensors are no weights of these sizes."""
+    if config.text_layers + len(config.channels) > len(tensors):
+        raise ValueError("more layers than tensors")
+    if not config.patch <= config.size <= MAX_SIZE:
+        raise ValueError(f"pictures of {config.size} pixels")
+    with torch.device("meta"):  # sizes of a file are a stranger's: nothing is made that is not there
+        shapes = {key: t.shape for key, t in SmallCLIP(config, tensors["tokens"]).state_dict().items()}
+    found = {key: t.shape for key, t in tensors.items()}
+    if wrong := sorted(key for key in shapes.keys() | found if shapes.get(key) != found.get(key)):
+        raise ValueError(f"{wrong[0]} is missing, unknown or of another shape")
+    if bad := next((key for key, t in tensors.items() if not t.isfinite().all()), None):
+        raise ValueError(f"{bad} is not finite")
+    model = SmallCLIP(config, tensors["tokens"])
+    model.load_state_dict({key: t.float() for key, t in tensors.items()})
+    return model
 
 
 def new_small_clip(config: SmallCLIPConfig) -> SmallCLIP:

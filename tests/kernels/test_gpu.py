@@ -10,9 +10,9 @@ from animatediff_kernels import temporal_attention, use_backend
 
 from animatediff.checkpoints.load import load_motion_module
 from animatediff.pipeline.device import to_device
-from animatediff.training.diffusion_stages import DiffusionStage, freeze, learn_motion
+from animatediff.training.diffusion_stages import DiffusionStage, freeze, unfreeze_motion_modules
 from animatediff.training.latents import LatentClips
-from animatediff.training.sources import load_complete
+from animatediff.training.sources import load_image_model
 from animatediff.world.series import World
 
 ROOT = Path(__file__).parents[2]
@@ -81,13 +81,19 @@ def test_more_pixels_than_a_grid_axis_takes():
 
 def losses(folder: Path, backend: str, device: str, steps: int) -> torch.Tensor:
     """Of the bundled model's motion module, trained on in the built-in world."""
-    base = load_complete(str(ASSETS / "shapes.safetensors"))
+    base = load_image_model(str(ASSETS / "shapes.safetensors"))
     unet, _ = load_motion_module(base.unet, ASSETS / "shapes_motion.safetensors")
     clips = LatentClips.of_world(folder / "clips.pt", base.vae, World(clips=16), log=lambda line: None)
     unet, text_encoder = (to_device(m, torch.device(device), torch.float32) for m in (unet, base.text_encoder))
     freeze(unet, text_encoder)
     stage = DiffusionStage(
-        "motion", unet, text_encoder, base.schedule, clips, learns=learn_motion(unet), save=lambda *_: None
+        "motion",
+        unet,
+        text_encoder,
+        base.schedule,
+        clips,
+        trainable=unfreeze_motion_modules(unet),
+        save=lambda *_: None,
     )
     optimizer = torch.optim.AdamW((p for _, p in unet.motion_parameters()), lr=1e-4)
     found = []

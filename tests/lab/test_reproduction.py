@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from animatediff.lab import reproduction
-from animatediff.lab.reproduction import Reproduction, load_reproduction, lookup, ordered, plan_tasks
+from animatediff.lab.cells import ordered
+from animatediff.lab.reproduction import Reproduction, load_reproduction, lookup, plan_tasks
 from animatediff.lab.results import spread
 from animatediff.utils import UserError
 from scripts import reproduce

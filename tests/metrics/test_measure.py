@@ -11,6 +11,7 @@ from torch import Tensor
 
 from animatediff.media.video import save_video
 from animatediff.metrics.measure import evaluate_videos, find_clips, format_table
+from animatediff.metrics.tables import write_csv
 from animatediff.utils import UserError
 from animatediff.world.evaluate import shuffle_frames
 from animatediff.world.shapes import make_scene, render
@@ -127,3 +128,33 @@ def test_damaged_clips_are_named(tmp_path):
     Image.new("RGB", (4, 4)).save(frames / "0002.png")
     with pytest.raises(UserError, match="frames of 4x4 and 16x16 pixels, expected one size"):
         evaluate_videos([frames])
+
+
+@pytest.mark.parametrize("prompt", [7, 1.5, True, [1, None], {"0": 3}, "a\nb\x1b[2J", "x" * 10_000, None])
+def test_what_a_file_says_of_its_prompt_may_be_anything(tmp_path, prompt):
+    for name in ("a\nb", "c"):  # a name of two lines, too
+        save_video(gray(0.1, 0.5), tmp_path / f"clips/{name}.gif", fps=8, metadata={"prompt": prompt, "seed": [prompt]})
+    result = evaluate_videos([tmp_path / "clips"], output_dir=tmp_path / "out")
+    table = format_table(result)
+    assert all(line.isprintable() for line in table.splitlines()) and "diversity of " in table
+    assert {row["seed"] for row in rows(tmp_path / "out")} == {""}
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+a", "'+a"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("-2+3+cmd|' /C calc'!A0", "'-2+3+cmd|' /C calc'!A0"),
+        ("\t=1", "'\t=1"),
+        ("-0.2 ± 0.1", "-0.2 ± 0.1"),
+        ("-", "-"),
+        ("a = b", "a = b"),
+        (-0.5, "-0.5"),
+        (None, ""),
+    ],
+)
+def test_no_cell_is_a_formula(tmp_path, text, cell):
+    write_csv(tmp_path / "x.csv", [{"a": text}])
+    assert list(csv.reader((tmp_path / "x.csv").open(newline="", encoding="utf-8"))) in ([["a"], [cell]], [["a"], []])

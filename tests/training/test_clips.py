@@ -1,12 +1,17 @@
 """Lists of every kind, crops, and files of every kind of brokenness; a clip depends on its seed and number alone."""
 
 import json
+import os
+import signal
 from collections import Counter
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
-from animatediff.training.data.clips import ClipConfig, Clips, list_videos
+from animatediff.config.settings import build
+from animatediff.training.data.clips import Clip, ClipConfig, Clips, list_videos
+from animatediff.training.data.reader import ClipReader
 from animatediff.utils import UserError
 from tests.media.videos import encode, numbers, write, write_broken
 
@@ -72,6 +77,9 @@ def test_lists(tmp_path, name, text, video_folder, expected):
         ("x.csv", "path,caption\n", "without a video"),
         ("x.csv", f"path,caption\n1.mp4,a\n2.mp4,{'a' * 200_000}\n", r"x.csv whose row 2 is no CSV \(field larger"),
         ("x.jsonl", '{"path": "a"}\n{"path":', "line 2 is no JSON"),
+        ("x.jsonl", "[" * 100_000, "line 1 is no JSON"),
+        ("x.jsonl", '{"path": ' + "1" * 5000 + "}", "line 1 is no JSON"),
+        ("x.jsonl", '{"path": "a", "caption": "\\ud800"}', "row 1 is not UTF-8"),
         ("x.jsonl", "[1]\n", "line 1 is no JSON object"),
         ("none.csv", None, "none.csv, which is no file"),
     ],
@@ -81,6 +89,26 @@ def test_bad_lists(tmp_path, name, text, message):
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         list_videos(ClipConfig(csv_path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("x.csv", "x.csv whose row 2"), ("x.jsonl", "x.jsonl whose row 2"), ("x.txt", "x.txt, which")],
+)
+def test_captions_that_are_not_utf8_are_named(tmp_path, name, where):
+    """As Excel on Windows writes them; nothing is guessed."""
+    rows = {
+        "x.csv": "path,caption\n1.mp4,red\n2.mp4,grün\n",
+        "x.jsonl": '{"path": "1.mp4", "caption": "red"}\n{"path": "2.mp4", "caption": "grün"}\n',
+        "x.txt": "grün",
+    }[name]
+    (tmp_path / "x.mp4").write_bytes(b"")
+    (tmp_path / name).write_text(rows, encoding="cp1252")
+    given = {"video_folder": str(tmp_path)} if name == "x.txt" else {"csv_path": str(tmp_path / name)}
+    with pytest.raises(UserError, match=rf"{where} is not UTF-8 text \(byte 0xfc\), expected UTF-8: save it again"):
+        list_videos(ClipConfig(**given))
+    (tmp_path / name).write_text(rows, encoding="utf-8-sig")
+    assert list_videos(ClipConfig(**given))[-1].caption == "grün"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +122,7 @@ def test_bad_lists(tmp_path, name, text, message):
 )
 def test_bad_configs(values, message):
     with pytest.raises(UserError, match=message):
-        ClipConfig(**values)
+        build(ClipConfig, values, where="train_data")
 
 
 # ---- clips
@@ -103,7 +131,7 @@ def test_bad_configs(values, message):
 def test_a_clip(folder):
     clips = Clips(config(folder, sample_n_frames=4, sample_stride=5), seed=3)
     for index in range(3):
-        pixels, caption = clips.clip(index)
+        pixels, caption, *_ = clips[index]
         assert pixels.shape == (4, 3, 24, 24) and pixels.dtype == torch.float32 and pixels.abs().max() <= 1
         found = frame_numbers(pixels)
         assert found == list(range(found[0], found[0] + 20, 5)) and found[-1] < (16 if caption == "third" else 40)
@@ -112,17 +140,17 @@ def test_a_clip(folder):
 def test_a_clip_depends_on_seed_and_number_alone(folder):
     varied = config(folder, crop="random", flip=True)
     one, two = Clips(varied, seed=1), Clips(varied, seed=1)
-    forward = [one.clip(i) for i in (4, 5)]
-    for (pixels, caption), index in zip(reversed(forward), (5, 4), strict=True):
-        again, same = two.clip(index)
-        assert torch.equal(pixels, again) and caption == same
-    assert not torch.equal(Clips(varied, seed=2).clip(4)[0], forward[0][0])
+    forward = [one[i] for i in (4, 5)]
+    for clip, index in zip(reversed(forward), (5, 4), strict=True):
+        again = two[index]
+        assert torch.equal(clip.pixels, again.pixels) and clip[1:] == again[1:]
+    assert not torch.equal(Clips(varied, seed=2)[4].pixels, forward[0].pixels)
 
 
 def test_every_video_comes_once_in_each_round(folder, monkeypatch):
     clips = Clips(config(folder), seed=0)
     monkeypatch.setattr(clips, "_draw", lambda video, rng: torch.zeros(0))
-    captions = [clips.clip(i)[1] for i in range(30)]
+    captions = [clips[i].caption for i in range(30)]
     rounds = [tuple(captions[i : i + 3]) for i in range(0, 30, 3)]
     assert all(sorted(r) == ["first", "second", "third"] for r in rounds) and len(set(rounds)) > 2
 
@@ -135,15 +163,15 @@ def test_crops_and_flips(folder):
         return [bool(row[2]), bool(row[-3])]
 
     center = Clips(config(folder, sample_n_frames=1), seed=0)
-    assert all(red(center.clip(i)[0]) == [True, False] for i in range(2))
+    assert all(red(center[i].pixels) == [True, False] for i in range(2))
     flipped = Clips(config(folder, sample_n_frames=1, flip=True), seed=0)
-    assert {tuple(red(flipped.clip(i)[0])) for i in range(8)} == {(True, False), (False, True)}
+    assert {tuple(red(flipped[i].pixels)) for i in range(8)} == {(True, False), (False, True)}
     square = Clips(config(folder, sample_n_frames=1, sample_size=(48, 16), crop="random"), seed=0)
-    assert len({tuple(red(square.clip(i)[0])) for i in range(8)}) > 1
+    assert len({tuple(red(square[i].pixels)) for i in range(8)}) > 1
 
 
 def test_a_camera_zooms_into_the_middle(folder):
-    clip, _ = Clips(config(folder, camera="zoom_in", sample_size=(24, 32)), seed=0).clip(0)
+    clip = Clips(config(folder, camera="zoom_in", sample_size=(24, 32)), seed=0)[0].pixels
     assert clip.shape == (8, 3, 24, 32)
     assert (frame_numbers(clip)[-1] - frame_numbers(clip)[0]) == 14  # the clip itself goes on
 
@@ -168,22 +196,48 @@ def test_the_report_counts_and_names(broken):
 def test_training_goes_on_with_the_next_video_and_names_the_bad_one_once(broken):
     folder, reasons = broken
     lines = []
-    clips = Clips(config(folder, sample_n_frames=16), seed=0, log=lines.append)
-    assert [clips.clip(index)[1] for index in range(10)] == ["a gray wall"] * 10  # every file's turn comes
+    reader = ClipReader(Clips(config(folder, sample_n_frames=16), seed=0), num_workers=2, log=lines.append)
+    batches = list(reader.batches([range(5), range(5, 10)]))  # every file's turn comes
+    assert [caption for batch in batches for caption in batch.captions] == ["a gray wall"] * 10
+    assert len({name for batch in batches for name in batch.names} - {str(folder / name) for name in reasons}) == 2
     assert sorted(line.split("/")[-1].split(":")[0] for line in lines) == sorted(reasons)
     assert lines[-1].endswith("(8 of 10 files so far)")
 
 
 def test_nothing_but_bad_videos(tmp_path):
     (tmp_path / "list.csv").write_text("videoid,name\n1,a\n2,b\n")
-    clips = Clips(ClipConfig(csv_path=str(tmp_path / "list.csv")), log=lambda line: None)
+    reader = ClipReader(Clips(ClipConfig(csv_path=str(tmp_path / "list.csv"))), num_workers=1, log=lambda line: None)
     with pytest.raises(UserError, match="2 files of which none gives a clip of 61 frames"):
-        clips.clip(0)
+        next(reader.batches([range(1)]))
+
+
+class Numbered(Dataset):
+    """Clip i is the number i; the process of clip 5 is killed."""
+
+    def __getitem__(self, index):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Clip(torch.full((1,), float(index)), str(index), "a", {})
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_the_number_of_workers_changes_nothing(num_workers):
+    """Batches come in the order in which they are asked for; nothing is drawn from torch's own generator."""
+    numbers, before = [range(2), [4, 3], range(7, 9)], torch.get_rng_state()
+    batches = list(ClipReader(Numbered(), num_workers=num_workers).batches(numbers))
+    assert [batch.video.flatten().tolist() for batch in batches] == [[0, 1], [4, 3], [7, 8]]
+    assert [batch.captions for batch in batches] == [["0", "1"], ["4", "3"], ["7", "8"]]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_worker_that_the_system_ends_is_named():
+    with pytest.raises(UserError, match="a reader of clips that the system ended .* lower num_workers"):
+        list(ClipReader(Numbered(), num_workers=1).batches([range(4, 6)]))
 
 
 def test_sound_that_outlasts_the_pictures(tmp_path):
     """The header counts the longest stream; a start behind the last picture falls back to the first."""
     encode(tmp_path / "long.mkv", range(16), sound=3)
     (tmp_path / "long.txt").write_text("gray")
-    pixels, _ = Clips(config(tmp_path), seed=0).clip(0)
+    pixels = Clips(config(tmp_path), seed=0)[0].pixels
     assert frame_numbers(pixels) == list(range(0, 16, 2))

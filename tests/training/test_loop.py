@@ -7,14 +7,15 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from animatediff.training.loop import learning_rate, train
+from animatediff.config.settings import build
+from animatediff.training.loop import LoopConfig, rate_factor, train
 from animatediff.training.record import duration
 from animatediff.utils import UserError
 from tests.training.line import CONFIG, Line, quiet
@@ -55,7 +56,8 @@ def test_a_run_that_is_killed_outright_goes_on_to_the_same_files(tmp_path):
         killed = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})
         assert killed.returncode == -signal.SIGKILL
         assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == step
-    assert (tmp_path / "run/state.tmp").read_bytes() == b"half of a checkpoint"
+    (left,) = (tmp_path / "run").glob(".tmp-*/state.pt")
+    assert left.read_bytes() == b"half of a checkpoint"
     train(Line(), CONFIG, tmp_path / "run", log=quiet)
     assert same_runs(tmp_path / "whole", tmp_path / "run")
     exports = [torch.load(tmp_path / name / "line.pt", weights_only=True) for name in ("whole", "run")]
@@ -232,15 +234,15 @@ def test_durations():
         ({"checkpoint_every": 0}, "checkpoint_every: got 0, expected at least 1"),
         ({"learning_rate": -1.0}, "learning_rate: got -1.0, expected more than 0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm: got 0.0, expected more than 0"),
-        ({"warmup_steps": -1}, "warmup_steps: got -1, expected 0 or more"),
-        ({"weight_decay": -0.1}, "weight_decay: got -0.1, expected 0 or more"),
-        ({"ema_decay": 2.0}, "ema_decay: got 2.0, expected 0"),
-        ({"seed": -1}, "seed: got -1, expected 0 to"),
+        ({"warmup_steps": -1}, "warmup_steps: got -1, expected at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay: got -0.1, expected at least 0"),
+        ({"ema_decay": 2.0}, "ema_decay: got 2.0, expected less than 1"),
+        ({"seed": -1}, "seed: got -1, expected at least 0"),
     ],
 )
 def test_bad_values(change, message):
-    with pytest.raises(UserError, match=message):
-        replace(CONFIG, **change)
+    with pytest.raises(UserError, match=f"^x.yaml: {message}"):
+        build(LoopConfig, asdict(CONFIG) | change, where="x.yaml")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_kept(tmp_path):
@@ -311,14 +313,33 @@ def test_samples_are_drawn_from_the_averages_and_change_nothing(tmp_path):
 
 
 def test_learning_rate_warms_up_and_falls():
-    rates = [learning_rate(CONFIG, step) for step in range(CONFIG.steps)]
-    assert rates[0] == 0.0125 and max(rates) == pytest.approx(0.05) and rates[-1] < 0.002
+    rates = [rate_factor(CONFIG, step) for step in range(CONFIG.steps)]
+    assert rates[0] == 0.25 and max(rates) == 1 and rates[-1] < 0.04
     assert rates[4:] == sorted(rates[4:], reverse=True)
     constant = replace(CONFIG, schedule="constant")
-    assert [learning_rate(constant, step) for step in (0, 3, 4, 39)] == [0.0125, 0.05, 0.05, 0.05]
+    assert [rate_factor(constant, step) for step in (0, 3, 4, 39)] == [0.25, 1, 1, 1]
 
 
 def test_more_processes_than_micro_batches_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("animatediff.training.loop.world", lambda: (0, 2))
+    monkeypatch.setattr("animatediff.training.loop.rank_and_world_size", lambda: (0, 2))
     with pytest.raises(UserError, match="got 2 processes for micro_batches=1, expected a divisor"):
         train(Line(), CONFIG, tmp_path, log=quiet)
+
+
+def test_a_finished_run_may_be_made_longer(tmp_path):
+    """With a constant rate it is then as if it had been meant so; with a cosine it says what becomes of the rate."""
+    constant = replace(CONFIG, schedule="constant", warmup_steps=0)
+    whole, longer, lines = Line(), Line(), []
+    train(whole, constant, tmp_path / "whole", log=quiet)
+    train(Line(), replace(constant, steps=25), tmp_path / "run", log=quiet)
+    train(longer, constant, tmp_path / "run", log=lines.append)
+    assert lines[0] == "40 steps in place of 25: the constant learning rate stays"
+    assert all(torch.equal(longer.exported[k], v) for k, v in whole.exported.items())
+    lines.clear()
+    train(Line(), constant, tmp_path / "run", log=lines.append)
+    assert lines == ["line: all 40 steps are done already; with more, it goes on from there"]
+    with pytest.raises(UserError, match="got steps=39 for the run in .*, expected at least the 40 that it has done"):
+        train(Line(), replace(constant, steps=39), tmp_path / "run", log=quiet)
+    train(Line(), replace(CONFIG, steps=25), tmp_path / "cosine", log=quiet)
+    train(Line(), CONFIG, tmp_path / "cosine", log=lines.append)
+    assert "40 steps in place of 25: the cosine learning rate is from step 25 on that of a run of 40" in lines

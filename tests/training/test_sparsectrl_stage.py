@@ -18,7 +18,7 @@ from animatediff.media.video import read_video
 from animatediff.models.sparsectrl_encoder import build_sparsectrl
 from animatediff.pipeline.run import animate
 from animatediff.training.diffusion_stages import DiffusionStage, freeze
-from animatediff.training.sparsectrl_stage import SparseCtrlStage, draw_given, learn_control
+from animatediff.training.sparsectrl_stage import SparseCtrlStage, draw_given, unfreeze_sparsectrl
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import equal, sparsectrl_tensors
 from tests.media.videos import write
@@ -94,11 +94,11 @@ def test_what_the_encoder_sees_and_what_learns(files, kind):
     """Zeros in frames that are not given; gradients in the zero convolutions at once, in the rest a step later."""
     base = load_base(files / "nano.safetensors")
     unet, _ = load_motion_module(base.unet, files / "mm_v3.safetensors")
-    encoder = learn_control(build_sparsectrl(unet, kind, downsampling=base.vae.config.downsampling))
+    encoder = unfreeze_sparsectrl(build_sparsectrl(unet, kind, downsampling=base.vae.config.downsampling))
     freeze(unet, base.text_encoder)
     clips = Drawn(3, 8 * base.vae.config.downsampling)
     stage = SparseCtrlStage(
-        "sparsectrl", unet, base.text_encoder, ScheduleConfig(), clips, learns=encoder, save=lambda *_: None
+        "sparsectrl", unet, base.text_encoder, ScheduleConfig(), clips, trainable=encoder, save=lambda *_: None
     )
     seen = []
     embed = encoder.embed

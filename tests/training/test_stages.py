@@ -14,6 +14,7 @@ import yaml
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module, load_vae
 from animatediff.lab.stages import load_train_config
+from animatediff.training.distributed import shared_loss
 from animatediff.training.latents import OVERSAMPLING, LatentClips
 from animatediff.training.loop import step_gradients
 from animatediff.utils import UserError
@@ -125,7 +126,7 @@ def test_the_number_of_processes_does_not_change_the_result(trained, tmp_path):
     assert messages[0] == messages[1] and "got loss nan at step 0 of line (the batch: row4, row5" in messages[0]
     whole, halves = Rows(), Rows()
     for stage, config in ((whole, replace(HALVES, batch_size=8, micro_batches=1)), (halves, HALVES)):
-        step_gradients(stage, list(stage.net.parameters()), config, step=0)
+        step_gradients(shared_loss(stage, torch.nn.ParameterList(stage.net.parameters())), config, step=0)
     expected = [p.grad for p in whole.net.parameters()]
     for found in (
         [p.grad for p in halves.net.parameters()],
@@ -195,7 +196,7 @@ def test_latents_are_normalised(trained):
         ({"stage": "shapes"}, "got stage 'shapes', expected one of"),
         ({"clip": 3}, "unknown key 'clip', the nearest known one is 'clips'"),
         ({"clips": "many"}, "clips: got 'many', expected a whole number"),
-        ({"image": LOOP | {"steps": 0}}, "bad.yaml: image: steps: got 0, expected at least 1"),
+        ({"image": LOOP | {"steps": 0}}, "bad.yaml: image.steps: got 0, expected at least 1"),
     ],
 )
 def test_bad_configs(tmp_path, change, message):

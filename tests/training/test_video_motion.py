@@ -18,15 +18,16 @@ from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.pipeline.run import animate
 from animatediff.training import latents
-from animatediff.training.data.clips import Clips
+from animatediff.training.data.clips import ClipConfig, Clips
+from animatediff.training.data.reader import ClipReader
 from animatediff.training.diffusion_stages import (
     DiffusionStage,
     checkpoint_activations,
     freeze,
     insert_motion,
-    learn_motion,
+    unfreeze_motion_modules,
 )
-from animatediff.training.latents import ClipReader, LatentClips, StreamedClips
+from animatediff.training.latents import LatentClips, StreamedClips, in_chunks
 from animatediff.training.stages import MotionModule
 from animatediff.utils import UserError
 from scripts import train
@@ -89,8 +90,8 @@ def motion_stage(**options) -> DiffusionStage:
     tokens = Tokenizer()(["", "a", "b"])[:, 0].int()
     clips = LatentClips(noise, tokens[1:], tokens[0])
     freeze(unet, text_encoder)
-    learns = learn_motion(unet)
-    return DiffusionStage("m", unet, text_encoder, ScheduleConfig(), clips, learns=learns, save=print, **options)
+    learns = unfreeze_motion_modules(unet)
+    return DiffusionStage("m", unet, text_encoder, ScheduleConfig(), clips, trainable=learns, save=print, **options)
 
 
 def unread():
@@ -147,10 +148,10 @@ def test_cached_clips_are_those_that_are_streamed(files, tmp_path):
     """Encoded once, or as they are needed: the same latents and captions."""
     data = config(files, tmp_path).train_data
     vae, tokenizer = load_base(files / "nano.safetensors").vae, Tokenizer()
-    reader = ClipReader(Clips(data, seed=5), threads=2)
+    reader = ClipReader(Clips(data, seed=5), num_workers=2)
     made = {"count": 3, "log": quiet}
-    cached = LatentClips.build(tmp_path / "clips.pt", {"key": 1}, reader.batches(3), vae, tokenizer, **made)
-    streamed = StreamedClips(ClipReader(Clips(data, seed=5), threads=2), vae, tokenizer)
+    cached = LatentClips.build(tmp_path / "clips.pt", {"key": 1}, reader.batches(in_chunks(3)), vae, tokenizer, **made)
+    streamed = StreamedClips(ClipReader(Clips(data, seed=5), num_workers=2), vae, tokenizer)
     for index in range(3):
         generator = torch.Generator().manual_seed(1)  # which drops no caption
         found, tokens = streamed.batch(index, 1, generator)
@@ -169,7 +170,7 @@ def test_a_cached_clip_has_the_name_of_its_file_and_is_made_again_where_that_was
 
     def source() -> tuple[LatentClips, list[str]]:
         lines = []
-        return videos.source(base, path, tmp_path, cache=True, threads=1, log=lines.append), lines
+        return videos.source(base, path, tmp_path, cache=True, num_workers=1, log=lines.append), lines
 
     (made, lines), (read, no_lines) = source(), source()
     assert lines and not no_lines and list(made.files) == list(read.files)
@@ -180,30 +181,17 @@ def test_a_cached_clip_has_the_name_of_its_file_and_is_made_again_where_that_was
     assert source()[1]
 
 
-@pytest.mark.parametrize(("threads", "ahead"), [(1, [6, 7]), (4, [6, 7, 10, 11])])
-def test_the_next_clips_of_this_process_are_read_ahead(monkeypatch, threads, ahead):
-    """As many as keep the threads busy: of two processes, the one with micro-batch 1 goes on with 3 and 5; no clip is
-    read twice.
-    """
-    asked = []
-
-    class Numbered:
-        def clip(self, index):
-            asked.append(index)
-            return torch.full((1, 3, 8, 8), float(index)), str(index)
-
-        def name(self, index):
-            return str(index)
-
-    monkeypatch.setattr(latents, "world", lambda: (1, 2))
+def test_each_process_reads_its_own_micro_batches(files, monkeypatch):
+    """Of two processes, the one that begins with micro-batch 1 goes on with 3; and anew wherever it is asked to."""
+    clips = Clips(ClipConfig(video_folder=str(files / "videos"), **DATA), seed=5)
+    monkeypatch.setattr(latents, "rank_and_world_size", lambda: (1, 2))
     monkeypatch.setattr(latents, "encode", lambda vae, video: video)
-    source = StreamedClips(ClipReader(Numbered(), threads=threads), None, Tokenizer())
-    for index, wanted in {1: [2, 3], 3: [6, 7]}.items():
+    source = StreamedClips(ClipReader(clips, num_workers=1), None, Tokenizer())
+    for index in (1, 3, 8):
         video, _ = source.batch(index, 2, torch.Generator().manual_seed(0))
-        assert video[:, 0, 0, 0, 0].tolist() == wanted
-        for future in list(source.reader._reads.values()):
-            future.result()
-        assert sorted(asked) == [*wanted, *ahead] if index == 1 else len(asked) == len(set(asked)) == 4 + len(ahead)
+        expected = [clips[2 * index + i] for i in range(2)]
+        assert torch.equal(video, torch.stack([clip.pixels for clip in expected]))
+        assert source.names == [clip.path for clip in expected]
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(files, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from animatediff.training.loop import step_gradients, world
+from animatediff.training.distributed import rank_and_world_size, shared_loss
+from animatediff.training.loop import step_gradients
 from animatediff.training.loop import train as run_loop
 from animatediff.training.stages import MotionModule
 from animatediff.utils import UserError, run_main
@@ -20,8 +21,8 @@ HALVES = replace(CONFIG, batch_size=4, micro_batches=2)
 
 
 def look(folder: Path) -> None:
-    stage, rank = Rows(), world()[0]
-    step_gradients(stage, list(stage.net.parameters()), HALVES, step=0)
+    stage, rank = Rows(), rank_and_world_size()[0]
+    step_gradients(shared_loss(stage, torch.nn.ParameterList(stage.net.parameters())), HALVES, step=0)
     torch.save([p.grad for p in stage.net.parameters()], folder / f"gradients{rank}.pt")
     with pytest.raises(UserError) as caught:
         run_loop(Rows(broken=5), HALVES, folder / "broken", log=quiet)

@@ -10,45 +10,40 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from einops import rearrange
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from animatediff.config.request import MAX_SIDE
+from animatediff.config.settings import Int, Many, opt, options
 from animatediff.media.seek import UnusableVideo, VideoInfo, probe, read_frames
 from animatediff.training.data.virtual_camera import CAMERA_MOVES, margin_size, move_camera
-from animatediff.utils import UserError
+from animatediff.utils import UserError, describe
 
 VIDEO_ENDINGS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 Log = Callable[[str], None]
 
 
-@dataclass(frozen=True)
+@options
 class ClipConfig:
-    """Which videos, and which part of them is a clip. The names are the official training YAML's `train_data`.
+    """Which videos, and which part of them is a clip. The names are the official training YAML's `train_data`."""
 
-    Raises:
-        UserError: a value is out of its range.
-    """
-
-    csv_path: str = ""  # .csv with videoid,name (WebVid) or path,caption; .jsonl with path and caption
-    video_folder: str = ""  # what paths in the list start from; without a list, every video here with a .txt beside it
-    sample_size: tuple[int, ...] = (256,)  # pixels: the side of a square, or height and width
-    sample_stride: int = 4  # every 4th frame of the file
-    sample_n_frames: int = 16
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False  # mirror half of the clips; not where captions tell left from right
-    camera: str = ""  # a key of CAMERA_MOVES: a camera that moves over ordinary clips, to train MotionLoRAs
+    csv_path: str = opt("", ".csv with videoid,name (WebVid) or path,caption; .jsonl with path and caption")
+    video_folder: str = opt("", "what paths in the list start from; without a list, every video with a .txt beside it")
+    sample_size: Many[Int] = opt((256,), "pixels: the side of a square, or height and width", min_length=1)
+    sample_stride: Int = opt(4, "every 4th frame of the file", ge=1)
+    sample_n_frames: Int = opt(16, "frames of a clip", ge=1)
+    crop: Literal["center", "random"] = opt("center", "which part of a frame")
+    flip: bool = opt(False, "mirror half of the clips; not where captions tell left from right")
+    camera: str = opt("", "a key of CAMERA_MOVES: a camera that moves over ordinary clips, to train MotionLoRAs")
 
     def __post_init__(self) -> None:
         if not (self.csv_path or self.video_folder):
             raise UserError("got neither csv_path nor video_folder, expected one: say where the videos are")
-        if len(self.sample_size) not in (1, 2) or min(self.sample_size) < 1:
-            raise UserError(f"sample_size: got {self.sample_size}, expected a side, or height and width, in pixels")
-        for key in ("sample_stride", "sample_n_frames"):
-            if (value := getattr(self, key)) < 1:
-                raise UserError(f"{key}: got {value}, expected at least 1")
+        check_size(self.sample_size)
         if self.camera and self.camera not in CAMERA_MOVES:
             raise UserError(f"camera: got {self.camera!r}, expected one of {', '.join(CAMERA_MOVES)}")
 
@@ -94,52 +89,58 @@ class ScanReport:
         return "\n".join(lines)
 
 
-class Series(ABC):
+def check_size(size: tuple[int, ...]) -> None:
+    """Raises: UserError where it is no side, and no height and width, in pixels."""
+    if len(size) > 2 or min(size) < 1 or max(size) > MAX_SIDE:
+        raise UserError(
+            f"sample_size: got {describe(size) if len(size) > 2 else size}, expected a side, or height and width, of 1 "
+            f"to {MAX_SIDE} pixels"
+        )
+
+
+class Clip(NamedTuple):
+    """What a `Series` has at an index."""
+
+    pixels: Tensor | None  # (f, 3, h, w) in [-1, 1]; None where none of the files gives a clip
+    caption: str
+    path: str  # the file that it is from
+    left_out: dict[str, str]  # files in whose place it came, and what is the matter with them, where they were new
+
+
+class Series(ABC, Dataset):
     """An endless series of clips in which every file comes once before any comes again.
 
-    Clip `index` is a function of (seed, index) and the files alone, whoever asks for it and in which order; threads
-    may ask at once. A file that gives no clip is named once and the next one in the series takes its place.
+    Clip `index`, 0 and up, is a function of (seed, index) and the files alone, whichever process asks for it and in
+    which order. A file that gives no clip is left out and the next one in the series takes its place.
 
     Args:
         files: what clips are made from.
         seed: of the order, and of what is drawn for a clip.
-        log: told of every file that is left out.
     """
 
     kind = "files"
     nothing = "clip"  # what none of the files gives, for a message
 
-    def __init__(self, files: list[CaptionedVideo], *, seed: int, log: Log):
-        self.files, self.seed, self.log = files, seed, log
+    def __init__(self, files: list[CaptionedVideo], *, seed: int):
+        self.files, self.seed = files, seed
         self._unusable: set[int] = set()
 
-    def clip(self, index: int) -> tuple[Tensor, str]:
-        """Pixels (f, 3, h, w) in [-1, 1] and caption of clip `index`, 0 and up.
-
-        Raises:
-            UserError: none of the files gives a clip.
-        """
+    def __getitem__(self, index: int) -> Clip:
+        left_out = {}
         for attempt, number in enumerate(self._order(index)):
             if number in self._unusable:
                 continue
             file = self.files[number]
             try:
-                return self._draw(file, np.random.default_rng((self.seed, index, attempt))), file.caption or ""
+                pixels = self._draw(file, np.random.default_rng((self.seed, index, attempt)))
+                return Clip(pixels, file.caption or "", str(file.path), left_out)
             except UnusableVideo as problem:
                 self._unusable.add(number)
-                self.log(f"left out {file.path}: {problem} ({len(self._unusable)} of {len(self.files)} files so far)")
-        raise UserError(
-            f"got {len(self.files)} files of which none gives a {self.nothing}, expected at least one: --check-data "
-            "says what is the matter with each"
-        )
+                left_out[str(file.path)] = str(problem)
+        return Clip(None, "", "", left_out)
 
-    def name(self, index: int) -> str:
-        """The file that clip `index`, which was read already, came from."""
-        number = next(number for number in self._order(index) if number not in self._unusable)
-        return str(self.files[number].path)
-
-    def scan(self, *, threads: int = 4) -> ScanReport:
-        """Look at every file."""
+    def scan(self, *, threads: int = 4, log: Log = print) -> ScanReport:
+        """Look at every file; `log` is told how far it is."""
 
         def look(file: CaptionedVideo) -> bool | UnusableVideo:
             try:
@@ -155,7 +156,7 @@ class Series(ABC):
                 elif result:
                     variable.append(file.path)
                 if i and i % 1000 == 0:
-                    self.log(f"looked at {i} of {len(self.files)} {self.kind}")
+                    log(f"looked at {i} of {len(self.files)} {self.kind}")
         return ScanReport(self.kind, len(self.files), unusable, variable)
 
     def _order(self, index: int) -> Iterator[int]:
@@ -179,7 +180,6 @@ class Clips(Series):
     Args:
         config: which videos, and which part of them.
         seed: of the order, the starts, crops and flips.
-        log: told of every video that is left out.
 
     Raises:
         UserError: the list or folder is missing, broken or empty.
@@ -187,8 +187,8 @@ class Clips(Series):
 
     kind = "videos"
 
-    def __init__(self, config: ClipConfig, *, seed: int = 0, log: Log = print):
-        super().__init__(list_videos(config), seed=seed, log=log)
+    def __init__(self, config: ClipConfig, *, seed: int = 0):
+        super().__init__(list_videos(config), seed=seed)
         self.config = config
         self.nothing = f"clip of {config.span} frames"
 
@@ -266,9 +266,27 @@ def _read_folder(folder: Path) -> Iterator[CaptionedVideo]:
         raise UserError(f"got video_folder {folder}, which is no folder: check the path")
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in VIDEO_ENDINGS:
-            text = path.with_suffix(".txt")
-            caption = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else None
-            yield CaptionedVideo(path, caption)
+            yield CaptionedVideo(path, read_caption(path))
+
+
+def read_caption(path: Path) -> str | None:
+    """The text in the .txt beside a file, None where there is none.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    text = path.with_suffix(".txt")
+    if not text.is_file():
+        return None
+    return _checked(text.read_text(encoding="utf-8-sig", errors="surrogateescape").strip(), f"{text}, which")
+
+
+def _checked(text: str, where: str) -> str:
+    """Text of a file that was read with its other bytes as surrogates."""
+    if bad := next((c for c in text if "\ud800" <= c <= "\udfff"), None):
+        byte = f" (byte {ord(bad) - 0xDC00:#04x})" if "\udc80" <= bad <= "\udcff" else ""
+        raise UserError(f"got {where} is not UTF-8 text{byte}, expected UTF-8: save it again as that")
+    return text
 
 
 def _read_list(config: ClipConfig) -> Iterator[CaptionedVideo]:
@@ -276,7 +294,7 @@ def _read_list(config: ClipConfig) -> Iterator[CaptionedVideo]:
     if not path.is_file():
         raise UserError(f"got csv_path {path}, which is no file: check the path")
     folder = Path(config.video_folder) if config.video_folder else path.parent
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = _json_rows(path, file) if path.suffix.lower() == ".jsonl" else _csv_rows(path, file)
         for number, row in enumerate(rows, 1):
             name, caption = (f"{row['videoid']}.mp4", row.get("name")) if row.get("videoid") else _path_row(row)
@@ -285,7 +303,10 @@ def _read_list(config: ClipConfig) -> Iterator[CaptionedVideo]:
                     f"got {path} with row {number} of {', '.join(map(str, row)) or 'nothing'}, expected videoid and "
                     "name (WebVid), or path and caption: rename the columns"
                 )
-            yield CaptionedVideo(folder / str(name), None if caption is None else str(caption))
+            name, caption = (
+                None if text is None else _checked(str(text), f"{path} whose row {number}") for text in (name, caption)
+            )
+            yield CaptionedVideo(folder / name, caption)
 
 
 def _path_row(row: dict) -> tuple[str | None, str | None]:
@@ -310,8 +331,9 @@ def _json_rows(path: Path, lines) -> Iterator[dict]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"got {path} whose line {number} is no JSON ({error.msg}): correct it") from None
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", str(error))
+            raise UserError(f"got {path} whose line {number} is no JSON ({reason:.100}): correct it") from None
         if not isinstance(row, dict):
             raise UserError(f"got {path} whose line {number} is no JSON object, expected path and caption: correct it")
         yield row

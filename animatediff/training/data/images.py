@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,31 +11,27 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from animatediff.config.settings import Int, Many, opt, options
 from animatediff.media.pictures import read_picture
 from animatediff.media.seek import UnusableVideo
-from animatediff.training.data.clips import CaptionedVideo, Log, Series
+from animatediff.training.data.clips import CaptionedVideo, Series, check_size, read_caption
 from animatediff.utils import UserError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-@dataclass(frozen=True)
+@options
 class ImageConfig:
-    """Which pictures, and how they are cut.
+    """Which pictures, and how they are cut."""
 
-    Raises:
-        UserError: a value is out of its range.
-    """
-
-    image_folder: str  # every picture at any depth, its caption in a .txt of the same name beside it
-    caption: str = ""  # of pictures without a .txt, such as "a photo of sks dog"
-    sample_size: tuple[int, ...] = (512,)  # pixels: the side of a square, or height and width
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False  # mirror half of the pictures; not where captions tell left from right
+    image_folder: str = opt(..., "every picture at any depth, its caption in a .txt of the same name beside it")
+    caption: str = opt("", 'of pictures without a .txt, such as "a photo of sks dog"')
+    sample_size: Many[Int] = opt((512,), "pixels: the side of a square, or height and width", min_length=1)
+    crop: Literal["center", "random"] = opt("center", "which part of a picture")
+    flip: bool = opt(False, "mirror half of the pictures; not where captions tell left from right")
 
     def __post_init__(self) -> None:
-        if len(self.sample_size) not in (1, 2) or min(self.sample_size) < 1:
-            raise UserError(f"sample_size: got {self.sample_size}, expected a side, or height and width, in pixels")
+        check_size(self.sample_size)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -53,8 +48,8 @@ class Images(Series):
 
     kind, nothing = "pictures", "picture"
 
-    def __init__(self, config: ImageConfig, *, seed: int = 0, log: Log = print):
-        super().__init__(list_images(config), seed=seed, log=log)
+    def __init__(self, config: ImageConfig, *, seed: int = 0):
+        super().__init__(list_images(config), seed=seed)
         self.config = config
 
     def _draw(self, file: CaptionedVideo, rng: np.random.Generator) -> Tensor:
@@ -100,9 +95,8 @@ def list_images(config: ImageConfig) -> list[CaptionedVideo]:
     images = []
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in IMAGE_ENDINGS:
-            text = path.with_suffix(".txt")
-            said = text.read_text(encoding="utf-8", errors="replace").strip() if text.is_file() else None
-            images.append(CaptionedVideo(path, said if said is not None else config.caption or None))
+            caption = read_caption(path)
+            images.append(CaptionedVideo(path, caption if caption is not None else config.caption or None))
     if not images:
         raise UserError(f"got {folder} without a picture, expected at least one: {', '.join(IMAGE_ENDINGS)}")
     return images
