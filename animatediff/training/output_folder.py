@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from animatediff.checkpoints.files import PICKLE_ERRORS
+from animatediff.checkpoints.pickles import DAMAGE
 from animatediff.training.distributed import rank_and_world_size
 from animatediff.utils import UserError, remove_leftovers, replacing
 
-DAMAGED = (*PICKLE_ERRORS, OSError)
+DAMAGED = (*DAMAGE, OSError)
 
 
 @contextmanager

@@ -275,7 +275,7 @@ def test_other_worlds(values, message):
         (
             "motion_lora",
             {"samples": {"every": 1, "prompt": "a", "H": 20}},
-            "samples.H: got 20, expected a multiple of 8",
+            "H: got 20, expected a multiple of 8",
         ),
         ("motion_lora", {"samples": {"every": 1, "prompt": "a", "L": 99}}, "samples: L: got 99, expected at most 32"),
     ],
