@@ -100,7 +100,8 @@ class Kind:
         summary: completes "this is …".
         fits: whether a state dict is one.
         needs: what it is used with, or what it would take.
-        config: the line that uses such a file, empty where nothing can.
+        config: the lines that use such a file, empty where nothing can; picture.png and the folder image_encoder stand
+            for files of the reader's.
     """
 
     summary: str
@@ -126,7 +127,7 @@ KINDS: dict[str, Kind] = {
         "an IP-Adapter",
         _any(r"^(image_proj|image_proj_model)\.|" + _IMAGE_KEY),
         "an SD 1.x image model, its image encoder and pictures",
-        "ip_adapter: {{path: {path}, images: …}}   # and image_encoder: …",
+        "ip_adapter: {{path: {path}, images: picture.png}}\nimage_encoder: image_encoder",
     ),
     "control-lora": Kind("a Control-LoRA (low-rank differences of a ControlNet)", _any(r"^lora_controlnet$")),
     "controlllite": Kind("a ControlLLLite", _any(r"^lllite_")),
@@ -135,7 +136,7 @@ KINDS: dict[str, Kind] = {
         "a SparseCtrl encoder",
         _both(_HINT, _MOTION),
         "a v3 motion module and images of some frames",
-        "controlnet_path: {path}   # and controlnet_images: […], controlnet_image_indexs: […]",
+        "controlnet_path: {path}\ncontrolnet_images: [picture.png]\ncontrolnet_image_indexs: [0]",
     ),
     "sdxl-controlnet": Kind(
         "a ControlNet for SDXL",
@@ -151,7 +152,7 @@ KINDS: dict[str, Kind] = {
         "a ControlNet",
         _any(r"^(input_hint_block|controlnet_cond_embedding|controlnet_down_blocks|control_model)\."),
         "an SD 1.x image model and hints",
-        "controlnet: {{path: {path}, images: …}}",
+        "controlnet: {{path: {path}, images: picture.png}}",
     ),
     "cameractrl": Kind(
         "a CameraCtrl camera encoder",
@@ -210,13 +211,13 @@ KINDS: dict[str, Kind] = {
         "an AnimateLCM-I2V motion module",
         _both(_MOTION, _any(r"^(module\.)?img_encoder\.")),
         "an SD 1.x image model and a picture",
-        "motion_module: {path}   # and i2v.image: …",
+        "motion_module: {path}\ni2v: {{image: picture.png}}",
     ),
     "pia": Kind(
         "a PIA motion module",
         _both(_MOTION, _shape(r"^conv_in\.weight$", 1, lambda n: n > 4)),
         "an SD 1.x image model and a picture",
-        "motion_module: {path}   # and pia.image: …",
+        "motion_module: {path}\npia: {{image: picture.png}}",
     ),
     "motion-module": Kind(
         "a motion module",

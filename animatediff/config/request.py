@@ -21,6 +21,7 @@ from animatediff.config.values import (
     MOTION_LORA,
     MOTION_MODULE,
     OTHER,
+    PERSONALISED,
     PICTURES,
     SPARSECTRL,
     VAE_FILE,
@@ -77,7 +78,7 @@ class Model:
     base: Annotated[PathText, IMAGE_MODEL] = opt(
         SD15_FOLDER, "image model: a diffusers folder or an SD 1.x single file", "pretrained_model_path"
     )
-    personalised: Annotated[PathText, IMAGE_MODEL] = opt(
+    personalised: Annotated[PathText, PERSONALISED] = opt(
         "", "personalised model: its UNet, text encoder and, where present, VAE replace the base's", "dreambooth_path"
     )
     vae: Annotated[PathText, VAE_FILE] = opt(

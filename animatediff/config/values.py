@@ -115,6 +115,7 @@ Text = Annotated[str, before(_utf8)]
 PathText = Annotated[str, before(_path)]
 
 IMAGE_MODEL = FileKind("an SD 1.x image model", ("sd1-checkpoint", "diffusers-folder"))
+PERSONALISED = FileKind("an SD 1.x image model", ("sd1-checkpoint", "diffusers-folder", "sd1-unet"))
 MOTION_MODULE = FileKind("a motion module", ("motion-module", "motion-adapter", "pia", "animatelcm-i2v"))
 PLAIN_MOTION_MODULE = FileKind("a motion module without a picture", ("motion-module", "motion-adapter"))
 VAE_FILE = FileKind("a VAE", ("vae", "sd1-checkpoint", "diffusers-folder"))

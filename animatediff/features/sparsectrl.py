@@ -54,7 +54,9 @@ def load(request: Request, headers: Any, image: ImageModel, unet: UNet) -> tuple
     if "sparsectrl.path" not in headers.paths:
         return None
     assert image.vae is not None
-    encoder, report = load_sparsectrl(headers.paths["sparsectrl.path"], image.unet, image.vae)
+    encoder, report = load_sparsectrl(
+        headers.paths["sparsectrl.path"], image.unet, image.vae, norm_over_frames=request.model.norm_over_frames
+    )
     config, motion = encoder.config, encoder.config.unet.motion
     assert motion is not None
     if headers.control is not None:

@@ -10,8 +10,8 @@ from torch import nn
 
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised, load_vae
 from animatediff.checkpoints.lora_files import read_lora
-from animatediff.checkpoints.textual_inversion import load_textual_inversion
-from animatediff.config.networks import distilled_schedule
+from animatediff.checkpoints.textual_inversion import load_bundled_embeddings, load_textual_inversion
+from animatediff.config.networks import ScheduleConfig, distilled_schedule
 from animatediff.config.request import Request
 from animatediff.config.spellings import called
 from animatediff.features.registry import NETWORKS
@@ -66,6 +66,7 @@ class Assembler:
             lora = read_lora(path, name=_unused_name(path, loras))
             roles[lora.name] = role
             reports.append(str(loras.add(lora, scale, alpha_rule=rule)))
+            load_bundled_embeddings(lora, text_encoder, tokenizer)
         loras.merge()
         networks: dict[str, nn.Module] = {}
         for group, load in NETWORKS.items():
@@ -75,7 +76,7 @@ class Assembler:
         for i, embedding in enumerate(request.model.embeddings):
             path = paths[f"model.embeddings[{i}].path"]
             reports.append(str(load_textual_inversion(path, text_encoder, tokenizer, name=embedding.name)))
-        schedule = headers.inference.build_schedule(image.schedule.prediction_type if image.schedule else None)
+        schedule = _schedule(headers, image)
         schedule = distilled_schedule(schedule, headers.distillation(request))
         return Model(
             unet=self._placed(unet),
@@ -150,6 +151,15 @@ def _check_image_model(image: ImageModel, request: Request, tokenizer: Tokenizer
             f"got {image.report.path} whose text encoder knows {known} tokens, expected the tokenizer's "
             f"{tokenizer.vocab_size}: use a model folder with its own tokenizer/"
         )
+
+
+def _schedule(headers: Headers, image: ImageModel) -> ScheduleConfig:
+    """The motion module's betas, and how the image model was trained, where no inference config says otherwise."""
+    if image.schedule is None:
+        return headers.inference.build_schedule()
+    schedule = headers.inference.build_schedule(image.schedule.prediction_type)
+    zero_snr = headers.inference.schedule.get("rescale_betas_zero_snr", image.schedule.rescale_betas_zero_snr)
+    return replace(schedule, rescale_betas_zero_snr=zero_snr)
 
 
 def _loras(request: Request, paths: dict[str, Path]) -> list[tuple[str, Path, float, AlphaRule]]:

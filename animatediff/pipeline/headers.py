@@ -71,6 +71,11 @@ class Headers:
     def facts(self, request: Request) -> Facts:
         """What the headers tell `resolve`."""
         schedule = self.inference.build_schedule("v_prediction")  # what the base model predicts is of no interest yet
+        image = self.infos.get("model.personalised") or self.infos.get("model.base")
+        if image and "timestep_spacing" not in self.inference.schedule:
+            schedule = replace(
+                schedule, timestep_spacing=image.schedule.get("timestep_spacing", schedule.timestep_spacing)
+            )
         schedule = distilled_schedule(schedule, self.distillation(request))
         with naming(self.inference.path):
             NoiseSchedule(schedule)
@@ -174,8 +179,8 @@ def _check_version(request: Request, headers: Headers) -> None:
     where = f"motion_module: {motion.path}"
     if motion.version is None and headers.version(request) is None:
         raise UserError(
-            f"{where}: v1 and v3 modules look the same without their positional encoding: add `version: v1` or "
-            "`version: v3` to the entry"
+            f"{where}: its version cannot be told ({motion.evidence}): add "
+            f"{' or '.join(f'`version: {name}`' for name in motion.candidates)} to the entry"
         )
     if version and motion.version not in (version, "animatelcm", None):  # of these two the file is not sure
         raise UserError(f"{where} is a {motion.version} module, but the entry says `version: {version}`: remove it")

@@ -99,6 +99,24 @@ def test_v_prediction_comes_from_the_base(nano, make_entry):
     assert components.schedule.prediction_type == "v_prediction" and components.schedule.beta_schedule == "linear"
 
 
+def test_zero_terminal_snr_and_spacing_come_from_the_image_model(nano, make_entry):
+    said = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "text_num_heads": "4"}
+    path = write(nano / "zero.safetensors", ldm_tensors() | {"ztsnr": torch.zeros(0)}, **said)
+    (checked,) = check_requests([make_entry(dreambooth_path=str(path))])
+    assert checked.request.sampling.timestep_spacing == "trailing"
+    schedule = Assembler(torch.device("cpu"), torch.float32).assemble(checked).schedule
+    assert schedule.rescale_betas_zero_snr and schedule.prediction_type == "v_prediction"
+
+
+def test_words_that_are_packed_into_a_lora(nano, make_entry):
+    bundled = read_state_dict(nano / "kohya.safetensors").tensors | {"bundle_emb.fluffy": torch.ones(2, 40)}
+    path = write(nano / "bundle.safetensors", bundled)
+    (checked,) = check_requests([make_entry(lora_model_path=str(path))])
+    model = Assembler(torch.device("cpu"), torch.float32).assemble(checked)
+    plain, word = model.tokenizer(["a fox"])[0, 0], model.tokenizer(["a fluffy"])[0, 0]
+    assert (word >= 49408).sum() == 2 and not (plain >= 49408).any()
+
+
 def test_a_base_without_vae(nano, make_entry):
     """Named; and a personalised model without one takes the base's."""
     tensors = {key: t for key, t in ldm_tensors().items() if not key.startswith("first_stage_model.")}
