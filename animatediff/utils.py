@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import os
 import shutil
@@ -104,12 +105,26 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def keep_freed_memory() -> bool:
+    """Let the C library keep what is freed for the next allocation, for the rest of the process; whether it could.
+
+    On Linux every large tensor is otherwise new memory that the system clears page by page. For programs alone: a
+    library that is imported has no business with its process's allocator.
+    """
+    if sys.platform != "linux":
+        return False
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl has none
+    mmap_max, trim_threshold, top_pad = (-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)
+    return bool(set_option and all(set_option(*option) for option in (mmap_max, trim_threshold, top_pad)))
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: 0 done, 2 with one line for a mistake, 130 after Ctrl-C, 141 where nobody reads
     what it prints any more (`… | head`).
 
     A mistake is a `UserError`, or what the system refuses: a full disk, a folder that may not be written to.
     """
+    keep_freed_memory()
     try:
         sys.exit(main() or 0)
     except BrokenPipeError:

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from animatediff.config.networks import UNetConfig
-from animatediff.models.layers import GroupNorm, LayerNorm
+from animatediff.models.layers import GroupNorm, LayerNorm, is_plain
 
 CPU_ROWS = 2048  # tokens whose feed-forward stays in the cache
 
@@ -52,7 +52,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(self.proj) is nn.Linear:
+        if is_plain(self.proj, nn.Linear):
             return linear_geglu(x, self.proj.weight, self.proj.bias)
         return geglu(self.proj(x))
 

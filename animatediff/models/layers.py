@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from animatediff_kernels import group_norm_silu, layer_norm
+from animatediff_kernels.cpu import conv3x3, upsampled_conv3x3
 from torch import Tensor, nn
 
 
@@ -51,6 +52,21 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, code=positional_encoding, eps=self.eps)
 
 
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution that keeps height and width; on a CPU, without gradients, by Winograd where that pays."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv3x3(x, self.weight, self.bias)
+
+
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer can be computed from its weights: nothing stands in its place (a LoRA) or hooks into it."""
+    return type(layer) is kind and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions with GroupNorm and SiLU; the time embedding is added between them."""
 
@@ -66,10 +82,10 @@ class ResnetBlock(nn.Module):
     ):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps=eps, over_frames=norm_over_frames)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels else None
         self.norm2 = GroupNorm(groups, out_channels, eps=eps, over_frames=norm_over_frames)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None, frames: int = 1) -> Tensor:
@@ -118,34 +134,12 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         twice = (2 * x.shape[-2], 2 * x.shape[-1])
         size = size or twice
         measured = x.device.type == "cpu" and x.dtype == self.conv.weight.dtype == torch.float32
-        if measured and size == twice and type(self.conv) is nn.Conv2d and not torch.is_grad_enabled():
-            return upsampled_conv(x, self.conv.weight, self.conv.bias)
+        if measured and size == twice and is_plain(self.conv, Conv3x3) and not torch.is_grad_enabled():
+            return upsampled_conv3x3(x, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
-
-
-def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`conv2d(interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)` from the small map.
-
-    An output row sees its three rows of the large map as two of the small one: an even row as (above, own, own), an odd
-    one as (own, own, below). The same holds for columns, so the 3x3 convolution is four 2x2 ones with the weights of
-    equal inputs summed: 4/9 of the work. x: (n, c, h, w); weight: (o, c, 3, 3). Returns (n, o, 2h, 2w).
-    """
-    n, h, w = x.shape[0], *x.shape[-2:]
-    padded = F.pad(x, (1, 1, 1, 1))
-    out = x.new_empty(n, len(weight), h, 2, w, 2)
-    for i, rows in enumerate(_halves(weight, 2)):
-        for j, kernel in enumerate(_halves(rows, 3)):
-            out[:, :, :, i, :, j] = F.conv2d(padded[:, :, i : i + h + 1, j : j + w + 1], kernel, bias)
-    return out.view(n, len(weight), 2 * h, 2 * w)
-
-
-def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Three taps along an axis as the two of an even and the two of an odd output."""
-    first, middle, last = weight.unbind(dim)
-    return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)

@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from animatediff_kernels import temporal_attention
+from animatediff_kernels.cpu import plain_products
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -61,8 +62,14 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """x: ((b f), s, width), with the positional encoding of the frames in it if there is one."""
-        out = temporal_attention(self.to_q(x), self.to_k(x), self.to_v(x), frames=frames, num_heads=self.num_heads)
-        return self.to_out[0](out)
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.to_out[0](temporal_attention(q, k, v, frames=frames, num_heads=self.num_heads))
+        if x.dtype.itemsize == 2:  # products as small as these are slow in half precision, too
+            q, k, v = q.float(), k.float(), v.float()
+        with plain_products():
+            out = temporal_attention(q, k, v, frames=frames, num_heads=self.num_heads)
+        return self.to_out[0](out.to(x.dtype))
 
 
 class TemporalConvolution(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from animatediff_kernels.cpu import with_fast_products
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -151,6 +152,7 @@ class UNet(nn.Module):
         added = self.add_embedding(torch.cat([pooled, numbers.expand(-1, pooled.shape[1], -1)], dim=-1))
         return (time[:, None] + added).flatten(0, 1)
 
+    @with_fast_products
     def forward(
         self,
         x: Tensor,

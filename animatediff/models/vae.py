@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from animatediff_kernels import attention
+from animatediff_kernels.cpu import with_fast_products
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -78,6 +79,7 @@ class Encoder(nn.Module):
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
+    @with_fast_products
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
@@ -99,6 +101,7 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
+    @with_fast_products
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:

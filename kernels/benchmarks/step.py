@@ -3,10 +3,11 @@
 python kernels/benchmarks/step.py --device cpu --size 256        # beside diffusers, if it is installed
 python kernels/benchmarks/step.py --device cuda --size 512
 
-The networks run in turns, with the same weights, inputs and allocator: all in one process on CUDA, each in its own on
-the CPU, where memory is only known of a process. The least of `--repeat` runs counts. The ratio is of seconds on CUDA,
-of CPU seconds on the CPU, to diffusers run eagerly. The motion module's GroupNorm is pooled over frames, as diffusers
-has it.
+The networks run in turns, with the same weights and inputs: all in one process on CUDA, each in its own on the CPU,
+where memory is only known of a process. There ours has the allocator setting of our command line; ours-torch is without
+it and without fast paths, and diffusers-tuned is diffusers given that setting and oneDNN's products. The least of
+`--repeat` runs counts. The ratio is of seconds on CUDA, of CPU seconds on the CPU, to diffusers run eagerly. The motion
+module's GroupNorm is pooled over frames, as diffusers has it.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from animatediff_kernels import use_backend
+from animatediff_kernels.cpu import fast_products
 from floor import breakdown
 from run import RESULTS, device_label, provenance, write_rows
 from shapes import CONFIG, TEXT_TOKENS
@@ -36,10 +39,18 @@ from animatediff.checkpoints.keymaps import motion_to_official
 from animatediff.config.networks import MotionConfig
 from animatediff.models.motion import positional_encoding
 from animatediff.models.unet import UNet
+from animatediff.utils import keep_freed_memory
 
 NETWORKS = ("ours", "diffusers")
+ON_CPU = ("ours-torch", "diffusers-tuned")  # beside them
 ON_CUDA = ("ours-torch", "ours-triton", "ours-compiled", "diffusers-compiled")  # beside them
-BACKENDS = {"": "auto", "torch": "torch", "triton": "triton", "compiled": "auto"}  # of ours, by what follows the name
+BACKENDS = {
+    "": "auto",
+    "torch": "torch",
+    "triton": "triton",
+    "compiled": "auto",
+    "tuned": "auto",
+}  # of ours, by what follows the name
 CUDA_STEPS = 10  # per run; the CPU takes one
 KEY = ("network", "device", "size", "frames", "dtype", "threads")
 COLUMNS = (*KEY, "seconds", "cpu_seconds", "peak_mb", "ratio", "error", "repeat", "versions", "commit", "date")
@@ -58,10 +69,12 @@ def main() -> None:
     if args.breakdown:
         return breakdown(make_step(args, "ours").run, torch.device(args.device), getattr(torch, args.dtype))
     if args.worker:
+        if args.worker in ("ours", "diffusers-tuned"):
+            keep_freed_memory()
         timed, out = time_step(args, make_step(args, args.worker))
         torch.save(out, args.output)
         return print(json.dumps(timed))
-    networks = NETWORKS + (ON_CUDA if args.device.startswith("cuda") else ())
+    networks = NETWORKS + (ON_CUDA if args.device.startswith("cuda") else ON_CPU)
     if not importlib.util.find_spec("diffusers"):
         networks = tuple(n for n in networks if n.startswith("ours"))
         print("diffusers is not installed: ours alone (pip install diffusers for the comparison)")
@@ -88,7 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--breakdown", action="store_true", help="print our step's time by kind of work, and stop")
-    parser.add_argument("--worker", choices=NETWORKS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=NETWORKS + ON_CPU, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
@@ -136,7 +149,8 @@ def make_step(args: argparse.Namespace, name: str) -> Step:
     @torch.no_grad()
     def run() -> Tensor:
         if whose == "diffusers":
-            return network(latents.transpose(1, 2), t, encoder_hidden_states=texts).sample.transpose(1, 2)
+            with fast_products(latents, network.conv_in.weight) if how == "tuned" else nullcontext():
+                return network(latents.transpose(1, 2), t, encoder_hidden_states=texts).sample.transpose(1, 2)
         with use_backend(BACKENDS[how]):
             return network(latents, t, text)
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from animatediff_kernels import temporal_attention
+from animatediff_kernels.cpu import upsampled_conv3x3
 from ops import OPS
 from run import RESULTS, device_label, provenance, time_once, write_rows
 from torch import Tensor
 
 from animatediff.models.attention import FeedForward
-from animatediff.models.layers import upsampled_conv
 
 LEVELS = {320: 32, 640: 16, 1280: 8}  # width -> side of the feature map
 IMAGES, FRAMES, HEADS = 32, 16, 8
@@ -46,7 +46,7 @@ def cases() -> Iterator[Case]:
     for width, side in ((640, 16), (1280, 8), (1280, 4)):
         x, w, b = torch.randn(IMAGES, width, side, side), torch.randn(width, width, 3, 3) / width, torch.randn(width)
         old = lambda x=x, w=w, b=b: F.conv2d(F.interpolate(x, scale_factor=2), w, b, padding=1)  # noqa: E731
-        yield "upsampling in four", width, side, old, lambda x=x, w=w, b=b: upsampled_conv(x, w, b)
+        yield "upsampling in four", width, side, old, lambda x=x, w=w, b=b: upsampled_conv3x3(x, w, b)
 
 
 def whole(layer: FeedForward, x: Tensor) -> Tensor:
