@@ -10,7 +10,7 @@ from animatediff.world.read import NONE, body_of, read_background, read_color, r
 from animatediff.world.shapes import BACKGROUNDS, COLORS, MOTIONS, draw
 
 EDGE = 3  # pixels around the shape that are not compared: how soft it is drawn is no hint
-BLUR = 5  # pixels, both sides, over which differences are averaged: thin lines need not fit exactly
+BLUR = 9  # pixels, both sides, over which differences are averaged: thin lines and vague places need not fit exactly
 
 
 @torch.no_grad()
