@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ from animatediff.config.prompt_yaml import RunConfig
 from animatediff.config.request import Request
 from animatediff.config.spellings import files
 from animatediff.features.inputs import input_sha256
-from animatediff.media.video import STREAMED, FrameStream, read_video, save_video, tile
+from animatediff.media.video import FrameStream, is_complete, read_video, save_video, tile
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.device import pick_device, pick_dtype
 from animatediff.pipeline.headers import Checked, check_requests
@@ -77,10 +76,9 @@ def animate(
     provenance = {"device": str(target), "dtype": str(weights_dtype).removeprefix("torch."), **versions()}
     folder, config = open_folder(config, output_dir, provenance)
     jobs = plan(config, folder)
-    waiting = [job for job in jobs if not _is_there(job.path)]
+    waiting = [job for job in jobs if not is_complete(job.path)]
     if done := len(jobs) - len(waiting):
         _say(f"{done} of {len(jobs)} prompts are there already")
-    clips: dict[Path, np.ndarray] = {}
     with _progress(checked, jobs, waiting) as bar, _hint_on_interrupt(folder, jobs):
         assembler = Assembler(target, weights_dtype)
         for index, entry in enumerate(checked):
@@ -98,13 +96,11 @@ def animate(
             for job in todo:
                 bar.set_description(f"prompt {jobs.index(job) + 1}/{len(jobs)}")
                 with _one_line_when_full(entry):
-                    frames = _run(pipeline, job, hashes, bar)
-                if frames is not None:
-                    clips[job.path] = frames
+                    _run(pipeline, job, hashes, bar)
             del pipeline
     grid = folder / ("sample-grid" if config.entries[0].output.format == "png" else f"sample.{_format(config)}")
     if len(jobs) > 1 and (waiting or not grid.exists()):
-        _write_grid(grid, config, jobs, clips)
+        _write_grid(grid, config, jobs)
     return folder
 
 
@@ -129,17 +125,14 @@ def file_words(prompt: str) -> str:
     return "-".join(re.findall(r"\w+", prompt)[:NAME_WORDS]).encode()[:NAME_LENGTH].decode(errors="ignore").rstrip("-")
 
 
-def _run(pipeline: AnimateDiffPipeline, job: Job, hashes: dict[str, str], bar: tqdm) -> np.ndarray | None:
-    """Make one clip and write it; returns its frames, uint8 (f, H, W, 3), where they are not written as a stream."""
+def _run(pipeline: AnimateDiffPipeline, job: Job, hashes: dict[str, str], bar: tqdm) -> None:
+    """Make one clip and write it, frame by frame."""
     latents = pipeline.sample(job.request, callback=lambda *_: bar.update() and None)
-    stream = decode_frames(pipeline.vae, latents)
-    frames = None if job.path.suffix in STREAMED else np.stack(list(stream))
-    clip = FrameStream(latents.shape[1], stream) if frames is None else frames
+    clip = FrameStream(latents.shape[1], decode_frames(pipeline.vae, latents))
     output = job.request.output
     save_video(clip, job.path, output.fps, metadata=clip_settings(job.request, hashes), loop=output.loop_count)
     with tqdm.external_write_mode(file=sys.stdout):
         print(printed(job.path), flush=True)
-    return frames
 
 
 def _hashes(checked: Checked) -> dict[str, str]:
@@ -151,21 +144,16 @@ def _hashes(checked: Checked) -> dict[str, str]:
     }
 
 
-def _is_there(path: Path) -> bool:
-    """Whether a clip is finished; an empty file is not."""
-    return path.is_dir() or (path.is_file() and path.stat().st_size > 0)
-
-
 def _format(config: RunConfig) -> str:
     return config.entries[0].output.format
 
 
-def _write_grid(path: Path, config: RunConfig, jobs: list[Job], clips: dict[Path, np.ndarray]) -> None:
+def _write_grid(path: Path, config: RunConfig, jobs: list[Job]) -> None:
     """All clips side by side, in the first entry's format and speed.
 
-    Clips of an earlier start, and those written as a stream, are read back.
+    They are read back, so that a run that is taken up ends with the same grid.
     """
-    videos = [clips[job.path] if job.path in clips else read_video(job.path)[0].numpy() for job in jobs]
+    videos = [read_video(job.path)[0].numpy() for job in jobs]
     prompts = [job.request.prompts.prompt[0] for job in jobs]
     output = config.entries[0].output
     save_video(tile(videos, GRID_COLUMNS), path, output.fps, metadata={"prompts": prompts}, loop=output.loop_count)
@@ -209,6 +197,6 @@ def _hint_on_interrupt(folder: Path, jobs: list[Job]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        done = sum(_is_there(job.path) for job in jobs)
+        done = sum(is_complete(job.path) for job in jobs)
         _say(f"{done} of {len(jobs)} prompts are done; to go on, repeat the command with --output-dir {folder}")
         raise

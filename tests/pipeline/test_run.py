@@ -45,6 +45,26 @@ def official_entry(nano: Path, case: dict) -> dict:
     return values
 
 
+@pytest.mark.parametrize("form", ["gif", "mp4", "webp", "png"])
+def test_a_run_that_is_taken_up_ends_with_the_same_files(nano, tmp_path, form):
+    """The grid too; a clip that was emptied is made again."""
+
+    def contents(folder: Path) -> dict[Path, bytes]:
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "config.yaml"]
+        return {path.relative_to(folder): path.read_bytes() for path in files}
+
+    values = {"format": form, "L": 2, "prompt": ["a fox", "a cat"]}
+    config = load_config(write_config(tmp_path / "two.yaml", entry(nano, **values)))
+    folder = animate(config, output_dir=tmp_path / "out", device="cpu")
+    before = contents(folder)
+    grid = folder / ("sample-grid" if form == "png" else f"sample.{form}")
+    shutil.rmtree(grid) if form == "png" else grid.unlink()
+    clip = max((folder / "sample").iterdir())
+    (clip / "0001.png" if form == "png" else clip).write_bytes(b"")
+    animate(config, output_dir=folder, device="cpu")
+    assert contents(folder) == before
+
+
 def test_official_frames(nano, tmp_path):
     """Every golden run, as the entries of one official prompt YAML, one after the other."""
     config = load_config(write_config(tmp_path / "golden.yaml", *(official_entry(nano, c) for c in CASES.values())))
