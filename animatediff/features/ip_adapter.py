@@ -77,7 +77,9 @@ def load(request: Request, headers: Any, image: ImageModel, unet: UNet) -> tuple
         return None
     encoder_path = headers.paths["ip_adapters.image_encoder"]
     encoder, adapters, lines = load_image_encoder(encoder_path), [], []
-    for i in range(len(request.ip_adapters.adapters)):
+    for i, options in enumerate(request.ip_adapters.adapters):
+        with naming(f"ip_adapter[{i}]"):
+            layer_weights(unet, options.layers)
         adapter, report = load_ip_adapter(headers.paths[f"ip_adapters.adapters[{i}].path"], image.unet)
         base, expected = adapter.config.variant == "base", adapter.config.encoder_width
         got = encoder.embedding_width if base else encoder.width

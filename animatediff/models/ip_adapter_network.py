@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from animatediff.config.networks import IPAdapterConfig
 from animatediff.models.attention import Attention
 from animatediff.models.unet import UNet
+from animatediff.utils import UserError
 
 HEAD_WIDTH = 64  # of the resampler's attention
 
@@ -157,14 +158,22 @@ def layer_weights(unet: UNet, layers: str | Mapping[str, float]) -> list[float]:
 
     Args:
         layers: a key of LAYER_PRESETS, or weights by the beginnings of names, such as {"mid_block": 0.5}.
+
+    Raises:
+        UserError: a beginning that no cross-attention has.
     """
-    weights = LAYER_PRESETS[layers] if isinstance(layers, str) else layers
+    weights, names = LAYER_PRESETS[layers] if isinstance(layers, str) else layers, list(cross_attentions(unet))
+    if not isinstance(layers, str):
+        strange = [start for start in weights if not any(f"{name}.".startswith(f"{start}.") for name in names)]
+        if strange:
+            blocks = sorted({".".join(name.split(".")[: 1 + (not name.startswith("mid"))]) for name in names})
+            raise UserError(f"layers: got {strange[0]!r}, expected beginnings of layers, such as {', '.join(blocks)}")
 
     def weight(name: str) -> float:
         fitting = [start for start in weights if start == "" or f"{name}.".startswith(f"{start}.")]
         return weights[max(fitting, key=len)] if fitting else 0.0
 
-    return [weight(name) for name in cross_attentions(unet)]
+    return [weight(name) for name in names]
 
 
 class ImagePrompt:

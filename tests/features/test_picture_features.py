@@ -20,6 +20,7 @@ from animatediff.features.ip_adapter import ip_adapter
 from animatediff.features.pictures import picture_latents
 from animatediff.features.registry import FEATURES
 from animatediff.features.run import Feature, Run
+from animatediff.features.sparsectrl import sparsectrl
 from animatediff.media.pictures import fit_frames
 from animatediff.media.video import read_video
 from animatediff.models.controlnet_network import ControlNet
@@ -28,7 +29,7 @@ from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.sample import network
 from animatediff.utils import UserError
 from scripts.animate import main
-from tests.checkpoints.synthetic import write
+from tests.checkpoints.synthetic import sparsectrl_tensors, write
 from tests.control import (
     CONFIG,
     EXPECTED,
@@ -57,6 +58,7 @@ def folder(tmp_path_factory) -> Path:
     write_image_encoder(folder / "image_encoder")
     write(folder / "pia.safetensors", conditioned_motion_tensors("pia"))
     write(folder / "i2v.safetensors", conditioned_motion_tensors("animatelcm_i2v"))
+    write(folder / "rgb.safetensors", sparsectrl_tensors("rgb"))
     write(folder / "cameractrl.safetensors", cameractrl_tensors())
     for name in ("hint", "hint_b"):
         (hints := folder / name.replace("hint", "hints")).mkdir()
@@ -163,6 +165,40 @@ def test_frames_without_a_hint_are_left_alone(folder, image):
     got, plain, full = predict(image, controlnet, controlnet=nets), video("unet.image"), video("control.unet_0.8")
     assert_close(got[:, [0, 2, 4]], plain[:, [0, 2, 4]])
     assert_close(got[:, [1, 3]], full[:, [1, 3]])
+
+
+def test_residuals_of_sparsectrl_and_controlnets_add_up(folder, tmp_path):
+    options = {"controlnet_path": str(folder / "rgb.safetensors"), "controlnet_images": str(folder / "a.png")}
+    pipe = pipeline(folder, tmp_path, controlnet=[net(folder, scale=0.8), net(folder, "control_b")], **options)
+    seen = []
+    hook = pipe.unet.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    predict(pipe, controlnet, sparsectrl, **options)
+    predict(pipe, controlnet)
+    predict(pipe, sparsectrl, **options)
+    hook.remove()
+    both, *alone = ([*inputs["down_residuals"], inputs["mid_residual"]] for inputs in seen)
+    for got, one, other in zip(both, *alone, strict=True):
+        assert torch.allclose(got, one + other, atol=1e-5)
+
+
+def test_everything_together(folder, tmp_path):
+    """A video made anew in windows, with a LoRA, two motion modules and all that pictures and cameras can tell."""
+    nets = [net(folder, images=(), preprocessor="invert"), net(folder, "control_b", scale=0.3, guess_mode=True)]
+    pipe = pipeline(
+        folder, tmp_path, video=str(folder / "hints"), camera=FAMILIES["camera"](folder)["camera"], controlnet=nets,
+        ip_adapter=[adapter(folder), adapter(folder, "plus", layers="style")],
+        image_encoder=str(folder / "image_encoder"),
+        controlnet_path=str(folder / "rgb.safetensors"), controlnet_images=str(folder / "a.png"),
+        extra_motion_modules={"path": str(folder / "mm_v2.safetensors"), "scale": 0.5}, motion_scale=0.9,
+        lora_model_path=str(folder / "kohya.safetensors"), pag_scale=1.0,
+        windows={"schedule": "open", "length": 3, "overlap": 1},
+    )  # fmt: skip
+    call = {"video": str(folder / "hints"), "strength": 1.0, "controlnet_images": str(folder / "a.png")}
+    clip = latents(pipe, steps=2, latents=None, generator=torch.Generator().manual_seed(3), **call)
+    again = latents(pipe, steps=2, latents=None, generator=torch.Generator().manual_seed(3), **call)
+    assert clip.isfinite().all() and torch.equal(clip, again)
+    without = latents(pipe, steps=2, latents=None, generator=torch.Generator().manual_seed(3), **call, controlnet=[])
+    assert not torch.allclose(clip, without, atol=1e-2)
 
 
 def test_windows_share_the_residuals_of_common_frames(folder, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from animatediff.models.ip_adapter_network import (
     image_prompted,
     layer_weights,
 )
+from animatediff.utils import UserError
 from tests.checkpoints.synthetic import write
 from tests.control import (
     CONFIG,
@@ -161,6 +162,8 @@ def test_presets_name_the_layers_by_their_place_in_the_network(base):
     assert weights("style and composition") == style | {4: 0.25, 5: 1.0}
     assert weights("strong style") == dict.fromkeys((t for t in range(16) if t not in (4, 5)), 1.0)
     assert len(LAYER_PRESETS) == 5
+    with pytest.raises(UserError, match="layers: got 'mid', expected .* such as down_blocks.0, .*mid_block"):
+        layer_weights(base.unet, {"mid": 1.0})
 
 
 def _layers() -> dict[int, dict[str, str]]:
