@@ -16,7 +16,7 @@ from animatediff.config.prompt_yaml import RunConfig, dump_config, load_config
 from animatediff.config.request import Request
 from animatediff.config.spellings import as_values, called, files, group_classes
 from animatediff.features.noise import draw_seed
-from animatediff.utils import UserError, replacing
+from animatediff.utils import UserError, remove_leftovers, replacing
 
 
 def open_folder(
@@ -34,7 +34,7 @@ def open_folder(
         if not str(output_dir).strip():
             raise UserError("got --output-dir '', expected a folder")
         if (folder / "config.yaml").is_file():
-            _remove_leftovers(folder)
+            remove_leftovers(folder)
             return folder, _resume(config, folder, provenance)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
@@ -115,13 +115,6 @@ def _make_folder(folder: Path, *, exist_ok: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=exist_ok)
     except (PermissionError, NotADirectoryError) as error:
         raise UserError(f"cannot make the folder {folder} ({error.strerror}): choose another --output-dir") from None
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Temporary files of a run that was killed while it wrote."""
-    for left in (*folder.glob(".*.tmp*"), *(folder / "sample").glob(".*.tmp*")):
-        if left.is_file():
-            left.unlink(missing_ok=True)
 
 
 def _draw_seeds(entry: Request) -> Request:
