@@ -228,8 +228,8 @@ def explain(errors: ValidationError, cls: type, name: Callable[[tuple[Any, ...]]
         if error["type"] == "unexpected_keyword_argument":
             lines[path] = _unknown(cls, path, name) if len(lines) < MAX_MISTAKES else f"unknown key {path[-1]!r}"
         elif error["type"] == "value_error":
-            message = str(error["ctx"]["error"])
-            lines[path] = name(path) + ("" if message.startswith("[") else ": ") + message
+            where, message = name(path), str(error["ctx"]["error"])
+            lines[path] = where + (": " if where and not message.startswith("[") else "") + message
         elif error["type"] == "missing":
             lines[path] = f"{name(path)} is missing, expected a value: add it"
         else:

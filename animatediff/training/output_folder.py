@@ -14,8 +14,6 @@ from animatediff.checkpoints.pickles import DAMAGE
 from animatediff.training.distributed import rank_and_world_size
 from animatediff.utils import UserError, remove_leftovers, replacing
 
-DAMAGED = (*DAMAGE, OSError)
-
 
 @contextmanager
 def training_folder(path: str | Path) -> Iterator[Path]:
@@ -78,7 +76,7 @@ def read_tensors(path: Path, *, keys: set[str], remedy: str) -> dict[str, Any]:
     try:
         # Mapped, as every process of a machine reads it; on Windows that would keep it from being replaced.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name != "nt")
-    except DAMAGED as error:
+    except DAMAGE as error:
         raise damaged(path, error, remedy) from None
     if not isinstance(state, dict) or (missing := keys - state.keys()):
         raise damaged(path, f"without {min(missing)}" if isinstance(state, dict) else "no mapping", remedy)

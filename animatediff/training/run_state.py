@@ -7,7 +7,8 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from animatediff.training.output_folder import DAMAGED, damaged, read_tensors, write_tensors
+from animatediff.checkpoints.pickles import DAMAGE
+from animatediff.training.output_folder import damaged, read_tensors, write_tensors
 from animatediff.utils import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class RunState:
             return state["step"]
         except UserError:
             raise
-        except DAMAGED as error:
+        except DAMAGE as error:
             raise damaged(path, error, remedy) from None
 
     def _say_changes(self, state: dict[str, Any], log: Callable[[str], None]) -> None:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from animatediff.config.settings import Int, opt, options
+from animatediff.pipeline.outputs import is_out_of_memory
 from animatediff.training.output_folder import training_folder
 from animatediff.utils import UserError
 
@@ -50,8 +51,3 @@ class StageConfig(ABC):
     @abstractmethod
     def train(self, folder: Path, log: Log, device: torch.device) -> None:
         """As `run`, with the folder for this training alone."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's error, Python's, or what torch's allocator on the CPU raises."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)

@@ -4,14 +4,17 @@ import multiprocessing
 import os
 import resource
 import signal
+from typing import ClassVar
 
 import pytest
 import torch
 
+from animatediff.config.settings import build, options
 from animatediff.training.latents import made_from
 from animatediff.training.loop import train
 from animatediff.training.output_folder import read_tensors, training_folder, write_tensors
 from animatediff.training.record import keep_steps
+from animatediff.training.stage_config import StageConfig
 from animatediff.utils import UserError
 from tests.training.line import CONFIG, Line, quiet
 
@@ -90,6 +93,27 @@ def test_a_full_disk_is_one_line_and_what_was_there_stays(tmp_path):
         assert not (tmp_path / "state.pt").exists()
     assert in_child(run, 10**6) == "done"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
+
+
+@options
+class Hungry(StageConfig):
+    """A stage that asks for an exabyte."""
+
+    name: ClassVar[str] = "hungry"
+
+    def train(self, folder, log, device):
+        torch.empty(2**58, device=device)
+
+
+def test_a_full_memory_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="^got a training that takes more memory than there is on cpu"):
+        Hungry(output_dir=str(tmp_path)).run(quiet)
+
+
+@pytest.mark.parametrize("output_dir", ["", " "])
+def test_a_training_has_a_folder(output_dir):
+    with pytest.raises(UserError, match="x.yaml: output_dir: got an empty text, expected a folder to write into"):
+        build(Hungry, {"output_dir": output_dir}, where="x.yaml")
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text", "a tensor", "no keys"])
