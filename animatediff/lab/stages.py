@@ -13,6 +13,7 @@ from animatediff.lab.world_encoder import ShapesEncoder
 from animatediff.lab.world_image import ShapesDecoder, ShapesImage
 from animatediff.training.stage_config import StageConfig
 from animatediff.training.stages import (
+    ConsistencyTraining,
     DomainAdapter,
     ImageFinetune,
     ImageLoRA,
@@ -31,6 +32,7 @@ STAGES: dict[str, type[StageConfig]] = {
         MotionModule,
         MotionLoRA,
         SparseCtrlTraining,
+        ConsistencyTraining,
         ShapesImage,
         ShapesDecoder,
         ShapesEncoder,

@@ -32,6 +32,7 @@ class ClipSource(Protocol):
     """Where a stage's clips come from."""
 
     names: list[str]  # of the clips of the last batch, for messages
+    empty: Tensor  # tokens (77,) of the empty caption
     scribbles: Tensor | None  # of the last batch, bool (b, f, H, W), where the source was asked for them
 
     def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

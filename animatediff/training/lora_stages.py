@@ -20,7 +20,7 @@ from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.utils import UserError
 
-Kind = Literal["lora", "motion-lora", "domain-adapter"]
+Kind = Literal["lora", "motion-lora", "domain-adapter", "consistency"]
 Algorithm = Literal["lora", "locon", "loha", "lokr", "dora"]  # locon: lora that changes convolutions too
 QKV_OUT = r"to_(q|k|v|out\.0)"
 SPATIAL = r"(.*\.)?attentions\.\d+\."
@@ -30,6 +30,7 @@ LAYERS: dict[str, str] = {  # of the UNet, by kind
     "domain-adapter": rf"{SPATIAL}{TRANSFORMER}attn[12]\.{QKV_OUT}",
     "motion-lora": rf".*motion_modules\.\d+\..*\.attention_blocks\.\d+\.{QKV_OUT}",
 }
+LAYERS["consistency"] = f"{LAYERS['lora']}|{LAYERS['motion-lora']}"
 CONVOLUTIONS = (  # with their neighbours, as kohya's conv_dim takes them
     r"(.*\.)?(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers\.0\.conv)"
 )
@@ -65,7 +66,7 @@ def attach_lora(
 
     Args:
         kind: "lora" changes the spatial transformers, "domain-adapter" their attentions (arXiv 2307.04725, sec. 4.1),
-            "motion-lora" those of the motion modules (sec. 4.3).
+            "motion-lora" those of the motion modules (sec. 4.3), "consistency" the first and the last.
         text_encoder: changed as well where it is given.
         rank: of every change.
         alpha: the change is multiplied by alpha / rank; rank by default. Only for "lora", the others know no alpha.
@@ -86,6 +87,7 @@ def attach_lora(
     if not layers:
         raise UserError(f"got a network without layers for a {kind}, expected one that has attention")
     facts = {}
+    kind = "lora" if kind == "consistency" else kind
     if kind == "lora":
         alpha = float(rank) if alpha is None else alpha
         facts = {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}

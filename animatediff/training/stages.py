@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from animatediff.checkpoints.lora_files import read_lora
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl, save_sparsectrl
 from animatediff.config.networks import MOTION_VERSIONS, MotionConfig, ScheduleConfig
 from animatediff.config.request import SD15_FOLDER
-from animatediff.config.settings import Float, Int, opt, options
+from animatediff.config.settings import Float, Int, Many, limits, opt, options
 from animatediff.models.lora import LoRAStack
 from animatediff.models.sparsectrl_encoder import SparseCtrl, build_sparsectrl
 from animatediff.models.text import TextEncoder
@@ -25,6 +25,7 @@ from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
 from animatediff.pipeline.device import to_device
 from animatediff.pipeline.model import Model
+from animatediff.training.consistency import ConsistencyStage
 from animatediff.training.data.clips import ClipConfig
 from animatediff.training.data.images import ImageConfig
 from animatediff.training.diffusion_stages import (
@@ -82,6 +83,10 @@ class Training(StageConfig):
     def trainable(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
         """The module whose parameters with `requires_grad` are trained, all else being frozen, and how to save it."""
 
+    def stage_options(self) -> dict[str, Any]:
+        """What `stage_class` takes beside what all take."""
+        return {}
+
     def data(self) -> Data:
         return Data(self.train_data, self.image_data, self.world, single_frames=True, seed=self.seed)
 
@@ -120,6 +125,7 @@ class Training(StageConfig):
             loss=self.loss,
             high_noise_fraction=self.high_noise_fraction,
             autocast=None if self.dtype == "float32" else getattr(torch, self.dtype),
+            **self.stage_options(),
         )
         train(stage, self.loop, folder, log=log, sampler=sampler, stage_config=self)
 
@@ -277,6 +283,29 @@ class MotionLoRA(ClipTraining):
     def trainable(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
         lora = attach_lora("motion-lora", unet, rank=self.rank, algorithm=self.algorithm)
         return lora.attached, lambda folder, metadata: lora.save(folder / "motion_lora.safetensors", metadata)
+
+
+@options
+class ConsistencyTraining(ClipTraining):
+    """A LoRA on image model and motion module for a few steps of the sampler lcm (arXiv 2310.04378)."""
+
+    name: ClassVar[str] = "consistency"
+    stage_class: ClassVar[type[DiffusionStage]] = ConsistencyStage
+    motion_module: str = opt(..., "the module that moves the clips")
+    rank: Int = opt(64, "of every change", ge=1)
+    guidance_range: Many[Annotated[Float, limits(ge=0)]] = opt(
+        (5.0, 9.0), "lowest and highest scale of guidance that is distilled into it", min_length=2, max_length=2
+    )
+
+    def networks(self, base: ImageModel, log: Log) -> UNet:
+        return self.with_module(self.adapted(base.unet, log), self.motion_module, log)
+
+    def trainable(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
+        lora = attach_lora("consistency", unet, rank=self.rank)
+        return lora.attached, lambda folder, metadata: lora.save(folder / "consistency_lora.safetensors", metadata)
+
+    def stage_options(self) -> dict[str, Any]:
+        return {"guidance": self.guidance_range}
 
 
 @options
