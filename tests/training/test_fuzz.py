@@ -1,6 +1,7 @@
 """Seeded mutants of a training's config and of what it reads: a training, or one line; never a traceback or a hang."""
 
 import multiprocessing
+import os
 import random
 import resource
 import shutil
@@ -109,6 +110,7 @@ def attempt(config: Path) -> str:
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     signal.signal(signal.SIGXCPU, lambda *_: (_ for _ in ()).throw(TimeoutError("too long")))
+    os.chdir(config.parent)  # in which any relative output_dir is
     try:
         train.main(["--config", str(config), "--device", "cpu"])
         return "done"
