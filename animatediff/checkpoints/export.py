@@ -48,11 +48,11 @@ from animatediff.utils import UserError, replacing
 
 
 class HasImageModel(Protocol):
-    """What `save_image_model` needs; `load.ImageModel` is one."""
+    """What `save_image_model` needs; `load.ImageModel` is one. SDXL has a `text_encoder_2` as well."""
 
     unet: UNet
     vae: VAE | None
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     schedule: ScheduleConfig | None
 
 
@@ -63,24 +63,25 @@ def save_image_model(
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write an SD 1.x single file (LDM keys) that `load_base` reads back without further information.
+    """Write a single file (LDM keys) that `load_base` reads back without further information.
 
     Args:
-        model: a UNet (its motion modules are left out), a text encoder, perhaps a VAE and a schedule.
+        model: a UNet (its motion modules are left out), text encoders, perhaps a VAE and a schedule.
         path: `.safetensors`, or `.ckpt`, `.pt`, `.pth`.
         metadata: strings to add; heads, scaling factor and prediction type are written by themselves.
         dtype: to store the weights in, their own by default.
     """
     prediction = model.schedule.prediction_type if model.schedule else "epsilon"
     vae_sizes = model.vae.config if model.vae else None
-    facts = image_metadata_of(model.unet.config, vae_sizes, model.text_encoder.config, prediction=prediction)
+    encoders = {"text": model.text_encoder, "text_2": getattr(model, "text_encoder_2", None)}
+    sizes = [encoder and encoder.config for encoder in encoders.values()]
+    facts = image_metadata_of(model.unet.config, vae_sizes, *sizes, prediction=prediction)
     parts = ImageParts(
         path=Path(path),
-        kind="sd1-checkpoint",
+        kind="sdxl-checkpoint" if encoders["text_2"] else "sd1-checkpoint",
         unet={k: t for k, t in _weights(model.unet, dtype).items() if MOTION_MARK not in k},
         vae=_weights(model.vae, dtype) if model.vae else None,
-        text=_weights(model.text_encoder, dtype),
-        text_2=None,
+        **{name: encoder and _weights(encoder, dtype) for name, encoder in encoders.items()},
         stated={**(metadata or {}), **facts},
     )
     return write_ldm(parts, path)

@@ -22,7 +22,7 @@ from animatediff.checkpoints.diffusers_json import (
 )
 from animatediff.checkpoints.file_kinds import KINDS, motion_part
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
-from animatediff.checkpoints.keymaps import LDM_UNET, MOTION_MARK
+from animatediff.checkpoints.keymaps import LDM_UNET, MOTION_MARK, REFINER_TEXT_2
 from animatediff.checkpoints.lora_keys import LORA_STEMS, lora_algorithms, unsupported_lora
 from animatediff.checkpoints.metadata import marked, schedule_facts
 from animatediff.config.networks import ANIMATE_LCM, ANIMATE_LCM_I2V, SDXL_TURBO, Distillation, lightning
@@ -200,6 +200,8 @@ def _version(kind: str, tensors: StateDict, metadata: dict[str, str], length: in
         if kind == "motion-adapter":
             length = sizes.adapter_length(motion, length)
         return sizes.detect_version(motion, metadata, length=length)
+    if kind == "sdxl-checkpoint":
+        return "refiner" if any(key.startswith(REFINER_TEXT_2) for key in tensors) else None, ""
     if kind == "sparsectrl":
         return "scribble" if "controlnet_cond_embedding.conv_in.weight" in tensors else "rgb", ""
     if kind == "unsupported-lora":
@@ -269,6 +271,8 @@ def _identify_folder(path: Path) -> FileInfo:
     sizes_of_all = _totals(
         {f"{p.parent.name}/{k}": t for p in (first, *others) for k, t in read_state_dict(p).tensors.items()}
     )
-    kind = info.kind if info.kind == "sdxl-checkpoint" else "diffusers-folder"
-    schedule = schedule_facts(folder_metadata(path))
-    return replace(info, kind=kind, version=None, schedule=schedule, **sizes_of_all)
+    told = {"schedule": schedule_facts(folder_metadata(path)), **sizes_of_all}
+    if info.kind != "sdxl-checkpoint":
+        return replace(info, kind="diffusers-folder", version=None, **told)
+    has_first = any(p.parent.name == "text_encoder" for p in others)
+    return replace(info, version=None if has_first else "refiner", **told)

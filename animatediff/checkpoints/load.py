@@ -110,6 +110,8 @@ def load_personalised(path: str | Path, base: ImageModel) -> ImageModel:
         base.text_encoder_2 and base.text_encoder_2.config,
         prediction=base.schedule and base.schedule.prediction_type,
     )
+    if base.schedule and base.schedule.rescale_betas_zero_snr:
+        known["rescale_betas_zero_snr"] = "true"
     parts = replace(parts, stated=known | parts.stated)
     return _build_image_model(parts, dtype=sample.dtype, device=sample.device, base=base)
 

@@ -28,7 +28,7 @@ SDXL_KEYS = ("clip_l", "clip_g")  # of the first and the second text encoder
 
 def load_textual_inversion(
     path: str | Path,
-    text_encoder: TextEncoder,
+    text_encoder: TextEncoder | None,
     tokenizer: Tokenizer,
     *,
     second: tuple[TextEncoder, Tokenizer] | None = None,
@@ -38,7 +38,7 @@ def load_textual_inversion(
 
     Args:
         path: .pt, .bin or .safetensors.
-        text_encoder: gets the vectors as further tokens.
+        text_encoder: gets the vectors as further tokens; None of SDXL's refiner, which has the second alone.
         tokenizer: gets the word.
         second: SDXL's second text encoder and tokenizer, which get vectors of their own.
         name: the word; by default the file's stem, and the token that a diffusers file names, if it does.
@@ -62,6 +62,7 @@ def load_textual_inversion(
             made, base = ("SDXL", "SD 1.x") if second is None else ("SD 1.x", "SDXL")
             raise UserError(f"got a textual inversion for {made} with an {base} base: use one that was made for {base}")
         if second is None:
+            assert text_encoder is not None
             ids = _add_words(words, vectors, text_encoder, tokenizer)
         else:
             ids = _add_pairs(words, file.tensors, (text_encoder, tokenizer), second)
@@ -69,8 +70,8 @@ def load_textual_inversion(
     return LoadReport(path, info.kind, None, file_sha256(path), 1 if second is None else 2, [note])
 
 
-def _add_pairs(words: list[str], tensors: StateDict, *encoders: tuple[TextEncoder, Tokenizer]) -> list[int]:
-    """The words into both encoders of SDXL, each of which has vectors of its own."""
+def _add_pairs(words: list[str], tensors: StateDict, *encoders: tuple[TextEncoder | None, Tokenizer]) -> list[int]:
+    """The words into the encoders of SDXL, each of which has vectors of its own."""
     counts = {key: len(tensors[key].reshape(-1, tensors[key].shape[-1])) for key in SDXL_KEYS if key in tensors}
     if counts.keys() != set(SDXL_KEYS) or len(set(counts.values())) != 1:
         raise UserError(
@@ -78,7 +79,8 @@ def _add_pairs(words: list[str], tensors: StateDict, *encoders: tuple[TextEncode
             "made for both text encoders of SDXL"
         )
     for key, (text_encoder, tokenizer) in zip(SDXL_KEYS, encoders, strict=True):
-        ids = _add_words(words, tensors[key], text_encoder, tokenizer)
+        if text_encoder is not None:
+            ids = _add_words(words, tensors[key], text_encoder, tokenizer)
     return ids
 
 

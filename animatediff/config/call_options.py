@@ -9,14 +9,18 @@ class CallOptions(TypedDict, total=False):
     """Every option of a request, flat or as a group."""
 
     pretrained_model_path: str
+    base_model_path: str
     dreambooth_path: str
+    ckpt_path: str
     vae_path: str
     vae: str
     motion_module: str
+    motion_module_path: str
     version: Any
     max_frames: int
     norm_over_frames: bool
     lora_model_path: Any
+    lora_path: Any
     lora_alpha: float
     lora_alpha_rule: Any
     motion_module_lora_configs: Any
@@ -36,8 +40,14 @@ class CallOptions(TypedDict, total=False):
     prompt_fixed_ratio: float
     L: int
     video_length: int
-    H: int
-    W: int
+    H: Any
+    W: Any
+    original_size: Any
+    crop: Any
+    crops_coords_top_left: Any
+    target_size: Any
+    aesthetic_score: float
+    negative_aesthetic_score: float
     steps: Any
     cfg_scale: Any
     sampler: Any
@@ -97,6 +107,7 @@ class CallOptions(TypedDict, total=False):
     prompts: Any
     travel: Any
     size: Any
+    micro_conditioning: Any
     sampling: Any
     windows: Any
     inputs: Any

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from animatediff.config.dataclass_io import build_dataclass, read_yaml
-from animatediff.config.networks import MotionConfig, ScheduleConfig
+from animatediff.config.networks import RECIPES, SD1_RECIPE, MotionConfig, ScheduleConfig
 from animatediff.utils import UserError, describe, unknown_key
+
+OF_IMAGES = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")  # what an image model's file may say
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,17 @@ class InferenceConfig:
             return "v2"
         return "v3" if self.unet.use_inflated_groupnorm else "v1"
 
-    def build_schedule(self, prediction_type: str | None = None) -> ScheduleConfig:
-        """The noise schedule; `prediction_type` is the image model's, used where this file does not say."""
-        base = ScheduleConfig() if prediction_type is None else ScheduleConfig(prediction_type=prediction_type)
-        return replace(base, **self.schedule)
+    def build_schedule(
+        self, image: ScheduleConfig | None = None, *, betas: ScheduleConfig = SD1_RECIPE.schedule
+    ) -> ScheduleConfig:
+        """The noise schedule.
+
+        Args:
+            image: what the image model's file says of its prediction and spacing, used where this file does not.
+            betas: what the networks' family was trained with, the same.
+        """
+        stated = {name: getattr(image or betas, name) for name in OF_IMAGES}
+        return replace(betas, **stated | self.schedule)
 
     def check(self, motion: MotionConfig) -> None:
         """Compare with a motion module.
@@ -86,6 +95,8 @@ class InferenceConfig:
         if self.unet is None:
             return
         self._compare("motion_module_mid_block", self.unet.motion_module_mid_block, motion.mid_block, motion)
+        if motion.version in RECIPES:  # the SDXL branch's own file does not know the word
+            return
         per_frame = not motion.resnet_norm_over_frames
         self._compare("use_inflated_groupnorm", self.unet.use_inflated_groupnorm, per_frame, motion)
 

@@ -205,6 +205,7 @@ class Distillation:
     possible_steps: tuple[int, ...]
     guidance_scale: float  # where nobody says
     max_guidance_scale: float = 2.0  # above, the contrast burns out
+    otherwise: str = ", or `version: v2` to sample it as you like"
     beta_end: float | None = None  # of the noise schedule, where it is another one
     lcm_timesteps: int | None = None  # the same
 
@@ -232,7 +233,7 @@ def distilled_schedule(schedule: ScheduleConfig, distillation: Distillation | No
 
 
 SDXL_TURBO = Distillation(  # arXiv 2311.17042; an image model for 512 x 512
-    "SDXL-Turbo", "euler_ancestral", "trailing", steps=4, possible_steps=(1, 2, 3, 4), guidance_scale=1.0
+    "SDXL-Turbo", "euler_ancestral", "trailing", steps=4, possible_steps=(1, 2, 3, 4), guidance_scale=1.0, otherwise=""
 )
 
 
@@ -256,7 +257,7 @@ class Recipe:
         schedule: the betas that the networks were trained with.
         steps: None leaves it to the caller.
         size: height and width in pixels.
-        time_ids: what SDXL is told of the picture's sizes, in its own order; None: those of the clip.
+        sizes: what SDXL is told where nobody says: original size, crop and target size; empty: those of the clip.
         width_first: whether width and left come before height and top there.
     """
 
@@ -265,7 +266,7 @@ class Recipe:
     steps: int | None = None
     guidance_scale: float = 7.5
     size: tuple[int, int] = (512, 512)
-    time_ids: tuple[int, ...] | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
     width_first: bool = False
 
 
@@ -276,9 +277,20 @@ RECIPES: dict[str, Recipe] = {
     "sdxl": Recipe(_SDXL, "euler", 50, 5.0, size=(1024, 1024)),
     "sdxl-beta": Recipe(replace(_SDXL, beta_end=0.020), "euler", 100, 8.5, size=(1024, 1024)),
     "hotshot-xl": Recipe(
-        _SDXL, "euler_ancestral", 30, 5.0, size=(384, 672), time_ids=(1920, 1080, 0, 0, 512, 512), width_first=True
+        _SDXL,
+        "euler_ancestral",
+        30,
+        5.0,
+        size=(384, 672),
+        sizes=((1920, 1080), (0, 0), (512, 512)),
+        width_first=True,
     ),
 }
+
+
+def recipe_of(version: str | None, *, sdxl: bool) -> Recipe:
+    """How a model is sampled: as its motion module's authors do, or without one as its family's."""
+    return RECIPES.get(version or "") or (RECIPES["sdxl"] if sdxl else SD1_RECIPE)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _prompts(request: Request, embeds: bool) -> Iterator[str]:
     elif not n and not embeds:
         yield "{prompts.prompt}: got an empty list, expected at least one prompt"
     for name, values, allowed in (
-        ("prompts.negative_prompt", p.negative_prompt, (1, n)),
+        ("prompts.negative_prompt", p.negative_prompt, (0, 1, n)),
         ("sampling.seed", s.seed, (1, n)),
         ("sampling.random_seed", s.random_seed, (0, n)),
     ):

@@ -37,6 +37,8 @@ from animatediff.config.values import (
 
 SD15_FOLDER = "models/StableDiffusion/stable-diffusion-v1-5"  # where the official script looks for the base model
 MAX_SIDE, MAX_FRAMES = 16384, 100_000  # pixels and frames that no machine can sample: a slip of the finger
+Side = Annotated[Int, limits(ge=8, le=MAX_SIDE, multiple_of=8)]
+Pair = tuple[Annotated[Int, limits(ge=0, le=MAX_SIDE)], Annotated[Int, limits(ge=0, le=MAX_SIDE)]]
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------
@@ -76,22 +78,30 @@ class Model:
     """The networks, by their files; "" means none, which all but `base` may be."""
 
     base: Annotated[PathText, IMAGE_MODEL] = opt(
-        SD15_FOLDER, "image model: a diffusers folder or an SD 1.x single file", "pretrained_model_path"
+        SD15_FOLDER,
+        "image model, SD 1.x or SDXL: a diffusers folder or a single file",
+        "pretrained_model_path",
+        "base_model_path",
     )
     personalised: Annotated[PathText, PERSONALISED] = opt(
-        "", "personalised model: its UNet, text encoder and, where present, VAE replace the base's", "dreambooth_path"
+        "",
+        "personalised model: its UNet, text encoder and, where present, VAE replace the base's",
+        "dreambooth_path",
+        "ckpt_path",
     )
     vae: Annotated[PathText, VAE_FILE] = opt(
         "", "VAE in place of theirs: its own file or an image model", "vae_path", "vae"
     )
-    motion_module: Annotated[PathText, MOTION_MODULE] = opt("", "motion module; none: every frame on its own")
-    version: Literal["", "v1", "v2", "v3", "animatelcm"] = opt(
+    motion_module: Annotated[PathText, MOTION_MODULE] = opt(
+        "", "motion module; none: every frame on its own", "motion_module", "motion_module_path"
+    )
+    version: Literal["", "v1", "v2", "v3", "animatelcm", "sdxl-beta", "hotshot-xl"] = opt(
         "", "version of the motion module, where its file cannot tell"
     )
     max_frames: Int = opt(0, "allow clips of this many frames, longer than the module was trained on", ge=0)
     norm_over_frames: Bool = opt(False, "pool the motion modules' GroupNorm over frames, as diffusers does")
     loras: Annotated[Files[Annotated[LoRAFile, before(_with_path)]], LORA_FILE, TakesText] = opt(
-        (), "LoRAs of the image model: files, or {path: …, scale: …}", "lora_model_path"
+        (), "LoRAs of the image model: files, or {path: …, scale: …}", "lora_model_path", "lora_path"
     )
     lora_scale: Float = opt(0.8, "scale of LoRAs that have none of their own", "lora_alpha")
     lora_alpha_rule: Literal["standard", "official"] = opt(
@@ -114,12 +124,15 @@ class Prompts:
 
     prompt: Many[Prompt] = opt((), "texts, or keyframes {frame: text} to travel between", "prompt", "prompt_map")
     negative_prompt: Many[Prompt] = opt(
-        ("",), "what to avoid: one for all prompts, or one for each", "n_prompt", "negative_prompt"
+        (),
+        "what to avoid: one for all prompts, or one for each; none: an empty text, for SDXL zeros",
+        "n_prompt",
+        "negative_prompt",
     )
     head_prompt: Text = opt("", "before every text, with a comma")
     tail_prompt: Text = opt("", "after every text, with a comma")
     weighting: Bool = opt(False, "read (word:1.2), [word] and BREAK; else brackets are text", "prompt_weighting")
-    clip_skip: Int = opt(1, "layer of the text encoder, from the end: 1 the last", ge=1)
+    clip_skip: Int = opt(1, "layer of the text encoder, from the end: 1 the last; SDXL takes 2 or more", ge=1)
 
 
 @options
@@ -142,13 +155,27 @@ class Size:
     """Of every clip."""
 
     num_frames: Int = opt(16, "frames", "L", "num_frames", "video_length", ge=1, le=MAX_FRAMES)
-    height: Int = opt(512, "pixels", "H", "height", ge=8, le=MAX_SIDE, multiple_of=8)
-    width: Int = opt(512, "pixels", "W", "width", ge=8, le=MAX_SIDE, multiple_of=8)
+    height: Side | None = opt(None, "pixels (512; SDXL 1024, Hotshot-XL 384)", "H", "height")
+    width: Side | None = opt(None, "pixels (512; SDXL 1024, Hotshot-XL 672)", "W", "width")
+
+
+@options
+class MicroConditioning:
+    """What SDXL is told of the picture's sizes (arXiv 2307.01952, sec. 2.2), each as [height, width] in pixels."""
+
+    original_size: Pair | None = opt(None, "of the picture it is to look like (the clip's; Hotshot-XL 1080 x 1920)")
+    crop: Pair | None = opt(
+        None, "top and left of its crop (0, 0: what is shown is centred)", "crop", "crops_coords_top_left"
+    )
+    target_size: Pair | None = opt(None, "that it is brought to (the clip's; Hotshot-XL 512 x 512)")
+    aesthetic_score: Float = opt(6.0, "of the refiner: how good the picture is to look")
+    negative_aesthetic_score: Float = opt(2.5, "of the refiner, for the negative prompt")
 
 
 @options
 class Sampling:
-    """What is not set is what a distilled motion module needs, else the default in brackets."""
+    """What is not set is what a distilled model needs, else what its family does (SDXL, SDXL-beta and Hotshot-XL have
+    their own), else the default in brackets."""
 
     steps: Annotated[Int, limits(ge=1)] | None = opt(None, "sampling steps (25)", "steps", "num_inference_steps")
     guidance_scale: Annotated[Float, limits(ge=0)] | None = opt(
@@ -330,6 +357,7 @@ class Request:
     prompts: Prompts = Prompts()
     travel: Travel = Travel()
     size: Size = Size()
+    micro_conditioning: MicroConditioning = MicroConditioning()
     sampling: Sampling = Sampling()
     windows: Windows | None = None
     inputs: Inputs = Inputs()
@@ -366,7 +394,7 @@ class Request:
         seeds = each(s.seed)
         seeds = [b if a == -1 else a for a, b in zip(seeds, s.random_seed or seeds, strict=True)]
         framed = [self._framed(prompt) for prompt in p.prompt]
-        return list(zip(framed, each(p.negative_prompt), seeds, strict=True))
+        return list(zip(framed, each(p.negative_prompt or ("",)), seeds, strict=True))
 
     def _framed(self, prompt: str | dict[int, str]) -> str | dict[int, str]:
         if isinstance(prompt, dict):

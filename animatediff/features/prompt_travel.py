@@ -70,7 +70,18 @@ class FrameContext:
         return torch.einsum("bwn,nld->bwld", weights, self.keys)
 
 
-Context = Tensor | FrameContext  # (b, l, d): one text for all frames of a clip
+@dataclass(frozen=True)
+class PooledContext:
+    """What SDXL is told of the text: the tokens of both encoders, and the pooled vector as a text of one token."""
+
+    tokens: Tensor | FrameContext
+    pooled: Tensor | FrameContext
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+Context = Tensor | FrameContext | PooledContext  # (b, l, d): one text for all frames of a clip
 
 
 def join(contexts: Sequence[FrameContext]) -> FrameContext:
@@ -92,6 +103,7 @@ def text_of_frames(contexts: Sequence[Context], *, like: Tensor) -> Callable[[Te
     Returns:
         frame numbers (w,) -> (b, l, d), or (b, w, l, d) where the text differs from frame to frame.
     """
+    contexts = [c.tokens if isinstance(c, PooledContext) else c for c in contexts]
     if isinstance(contexts[0], FrameContext):
         both = join([c for c in contexts if isinstance(c, FrameContext)])
         return FrameContext(both.keys.to(like), both.weights.to(like.device)).at

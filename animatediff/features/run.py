@@ -40,6 +40,7 @@ class Run:
         parts: of the batch, in this order: some of "unconditional", "conditional", "perturbed".
         first_frame: the number of the first frame in its clip, where only a part of the clip is sampled.
         cache: lasts as long as the clip, which may take several runs.
+        added: frame numbers (w,) -> what the network is told beside the text: SDXL's `pooled` and `time_ids`.
     """
 
     model: Any
@@ -50,6 +51,7 @@ class Run:
     parts: tuple[str, ...] = ("conditional",)
     first_frame: int = 0
     cache: dict[str, Any] = field(default_factory=dict)
+    added: Callable[[Tensor], dict[str, Tensor]] = lambda frames: {}
 
     def progress(self, t: Tensor) -> float:
         """Where in the sampling t (b,) is: 0 at the first step, 1 at the last."""

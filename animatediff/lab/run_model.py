@@ -65,7 +65,7 @@ def clip_maker(pipeline: AnimateDiffPipeline, entry: Request) -> Callable[..., T
             sampler=sampling.sampler,
             timestep_spacing=sampling.timestep_spacing,
             timesteps=sampling.timesteps or None,
-            negative_prompt=prompts.negative_prompt[0],
+            negative_prompt=prompts.negative_prompt[:1] or None,
             generator=[seeded(seed) for seed in seeds],
             output_type="pt",
             **more,

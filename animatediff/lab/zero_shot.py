@@ -10,13 +10,11 @@ from torch import Tensor
 
 from animatediff.diffusion.samplers import Steps, ddim
 from animatediff.features.noise import draw_noise, seeded
-from animatediff.features.prompt_travel import text_of_frames
-from animatediff.features.run import Run
 from animatediff.lab.cross_frame import cross_frame_attention
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.prompts import encode_prompts
 from animatediff.pipeline.resolve import plan_steps
-from animatediff.pipeline.sample import guided_denoiser
+from animatediff.pipeline.sample import guided_denoiser, make_run
 from animatediff.utils import UserError
 
 MOTION = 12 / 512  # of the picture's sides per frame: the paper's 12 pixels of 512 (lambda = 12, delta = 1)
@@ -70,8 +68,7 @@ def text2video_zero(
     high, low = schedule.custom_timesteps(levels)
     context, negative = encode_prompts(c, request)
     contexts = {"conditional": context} if negative is None else {"unconditional": negative, "conditional": context}
-    text = text_of_frames(list(contexts.values()), like=c.unet.conv_in.weight)
-    run = Run(c, request, schedule, timesteps, text, tuple(contexts))
+    run = make_run(c, request, contexts, schedule, timesteps)
     generators = [seeded(seed) for seed in seeds]
     cells = (height // c.vae.config.downsampling, width // c.vae.config.downsampling)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from torch import nn
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised, load_vae
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.checkpoints.textual_inversion import load_bundled_embeddings, load_textual_inversion
-from animatediff.config.networks import ScheduleConfig, distilled_schedule
+from animatediff.config.networks import distilled_schedule
 from animatediff.config.request import Request
 from animatediff.config.spellings import called
 from animatediff.features.registry import NETWORKS
 from animatediff.models.lora import LoRAStack
 from animatediff.models.lora_layers import AlphaRule
-from animatediff.models.tokenizer import Tokenizer
+from animatediff.models.text import TextEncoder
+from animatediff.models.tokenizer import END, Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.pipeline.device import share_weights, to_device
 from animatediff.pipeline.headers import Checked, Headers
@@ -54,14 +56,19 @@ class Assembler:
             vae, vae_report = load_vae(paths["model.vae"], image)
             image = replace(image, vae=vae)
             reports.append(str(vae_report))
-        tokenizer = self._tokenizer(paths)
-        _check_image_model(image, request, tokenizer)
+        tokenizer, tokenizer_2 = self._tokenizer(paths, "tokenizer"), None
+        encoders = [(image.text_encoder, tokenizer)]
+        if image.text_encoder_2:
+            tokenizer_2 = self._tokenizer(paths, "tokenizer_2", pad_token="!")
+            encoders.append((image.text_encoder_2, tokenizer_2))
+        _check_image_model(image, request, encoders)
         assert image.vae is not None
-        unet, text_encoder = share_weights(image.unet), share_weights(image.text_encoder)
+        unet = share_weights(image.unet)
+        text_encoder, text_encoder_2 = (e and share_weights(e) for e in (image.text_encoder, image.text_encoder_2))
         if "model.motion_module" in paths:
             unet, report = self._with_motion(request, headers, unet)
             reports.append(report)
-        loras, roles = LoRAStack(unet, text_encoder), {}
+        loras, roles = LoRAStack(unet, text_encoder, text_encoder_2), {}
         for role, path, scale, rule in _loras(request, paths):
             lora = read_lora(path, name=_unused_name(path, loras))
             roles[lora.name] = role
@@ -75,13 +82,15 @@ class Assembler:
                 reports += report.splitlines()
         for i, embedding in enumerate(request.model.embeddings):
             path = paths[f"model.embeddings[{i}].path"]
-            reports.append(str(load_textual_inversion(path, text_encoder, tokenizer, name=embedding.name)))
-        schedule = _schedule(headers, image)
+            second = text_encoder_2 and (text_encoder_2, tokenizer_2)
+            report = load_textual_inversion(path, text_encoder, tokenizer, second=second, name=embedding.name)
+            reports.append(str(report))
+        schedule = headers.inference.build_schedule(image.schedule, betas=headers.recipe(request).schedule)
         schedule = distilled_schedule(schedule, headers.distillation(request))
         return Model(
             unet=self._placed(unet),
             vae=self._placed(share_weights(image.vae)),
-            text_encoder=self._placed(text_encoder),
+            text_encoder=text_encoder and self._placed(text_encoder),
             tokenizer=tokenizer,
             schedule=schedule,
             loras=loras,
@@ -89,6 +98,8 @@ class Assembler:
             networks={group: self._placed(network) for group, network in networks.items()},
             distillation=headers.distillation(request),
             reports=tuple(reports),
+            text_encoder_2=text_encoder_2 and self._placed(text_encoder_2),
+            tokenizer_2=tokenizer_2,
         )
 
     def _placed(self, network):
@@ -124,15 +135,17 @@ class Assembler:
         return unet, str(report)
 
     @staticmethod
-    def _tokenizer(paths: dict[str, Path]) -> Tokenizer:
+    def _tokenizer(paths: dict[str, Path], name: str, *, pad_token: str = END) -> Tokenizer:
         """A model folder's own tokenizer, of the personalised model before the base; else the bundled CLIP table."""
         for option in ("model.personalised", "model.base"):
-            if option in paths and (folder := paths[option] / "tokenizer").is_dir():
+            if option in paths and (folder := paths[option] / name).is_dir():
                 return Tokenizer.from_folder(folder)
-        return Tokenizer()
+        return Tokenizer(pad_token=pad_token)
 
 
-def _check_image_model(image: ImageModel, request: Request, tokenizer: Tokenizer) -> None:
+def _check_image_model(
+    image: ImageModel, request: Request, encoders: Sequence[tuple[TextEncoder | None, Tokenizer]]
+) -> None:
     """Raises: UserError where it lacks what the request needs."""
     if image.vae is None:
         raise UserError(
@@ -144,22 +157,16 @@ def _check_image_model(image: ImageModel, request: Request, tokenizer: Tokenizer
         if (side := getattr(request.size, name)) % (multiple := image.vae.config.downsampling):
             option = called(request, f"size.{name}")
             raise UserError(f"{where}: {option}: got a side of {side} pixels, expected multiples of {multiple}")
-    with naming(where):
-        image.text_encoder.check_clip_skip(request.prompts.clip_skip)
-    if tokenizer.vocab_size > (known := image.text_encoder.config.vocab_size):
-        raise UserError(
-            f"got {image.report.path} whose text encoder knows {known} tokens, expected the tokenizer's "
-            f"{tokenizer.vocab_size}: use a model folder with its own tokenizer/"
-        )
-
-
-def _schedule(headers: Headers, image: ImageModel) -> ScheduleConfig:
-    """The motion module's betas, and how the image model was trained, where no inference config says otherwise."""
-    if image.schedule is None:
-        return headers.inference.build_schedule()
-    schedule = headers.inference.build_schedule(image.schedule.prediction_type)
-    zero_snr = headers.inference.schedule.get("rescale_betas_zero_snr", image.schedule.rescale_betas_zero_snr)
-    return replace(schedule, rescale_betas_zero_snr=zero_snr)
+    for encoder, tokenizer in encoders:
+        if encoder is None:
+            continue
+        with naming(where):
+            encoder.check_clip_skip(request.prompts.clip_skip)
+        if tokenizer.vocab_size > (known := encoder.config.vocab_size):
+            raise UserError(
+                f"got {image.report.path} whose text encoder knows {known} tokens, expected the tokenizer's "
+                f"{tokenizer.vocab_size}: use a model folder with its own tokenizer/"
+            )
 
 
 def _loras(request: Request, paths: dict[str, Path]) -> list[tuple[str, Path, float, AlphaRule]]:

@@ -10,7 +10,15 @@ from animatediff.checkpoints.identify import FileInfo, identify, refusal
 from animatediff.checkpoints.known_files import find_file, missing_file
 from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config.inference_yaml import InferenceConfig, load_inference_config
-from animatediff.config.networks import ANIMATE_LCM, MOTION_VERSIONS, Distillation, distilled_schedule
+from animatediff.config.networks import (
+    ANIMATE_LCM,
+    MOTION_VERSIONS,
+    Distillation,
+    Recipe,
+    ScheduleConfig,
+    distilled_schedule,
+    recipe_of,
+)
 from animatediff.config.request import Request
 from animatediff.config.sparsectrl_yaml import ControlKwargs, load_control_config
 from animatediff.config.spellings import files
@@ -45,6 +53,20 @@ class Headers:
     def motion(self) -> FileInfo | None:
         return self.infos.get("model.motion_module")
 
+    @property
+    def image(self) -> FileInfo | None:
+        """The image model whose UNet is used."""
+        return self.infos.get("model.personalised") or self.infos.get("model.base")
+
+    @property
+    def sdxl(self) -> bool:
+        return self.image is not None and self.image.kind == "sdxl-checkpoint"
+
+    def recipe(self, request: Request) -> Recipe:
+        """How models of this family are sampled where nobody says."""
+        version = self.version(request) or (self.motion and self.motion.version)
+        return recipe_of(version, sdxl=self.sdxl)
+
     def version(self, request: Request) -> str | None:
         """The version to load the motion module as, where its file does not tell; None leaves it to the file."""
         if request.model.version:
@@ -53,10 +75,11 @@ class Headers:
         return self.inference.version or None if undecided else None
 
     def distillation(self, request: Request) -> Distillation | None:
-        """What a distilled motion module needs; a `version` in the request has the last word."""
+        """What a distilled motion module or image model needs; a `version` in the request has the last word."""
         if request.model.version == "animatelcm":
             return ANIMATE_LCM
-        return None if self.motion is None or request.model.version else self.motion.distillation
+        known = (self.motion, self.image)
+        return None if request.model.version else next((i.distillation for i in known if i and i.distillation), None)
 
     def max_frames(self, request: Request) -> int | None:
         """The longest clip that the motion module takes; None without one."""
@@ -70,12 +93,10 @@ class Headers:
 
     def facts(self, request: Request) -> Facts:
         """What the headers tell `resolve`."""
-        schedule = self.inference.build_schedule("v_prediction")  # what the base model predicts is of no interest yet
-        image = self.infos.get("model.personalised") or self.infos.get("model.base")
-        if image and "timestep_spacing" not in self.inference.schedule:
-            schedule = replace(
-                schedule, timestep_spacing=image.schedule.get("timestep_spacing", schedule.timestep_spacing)
-            )
+        recipe = self.recipe(request)
+        base = self.infos.get("model.base")
+        stated = {**(base.schedule if base else {}), **(self.image.schedule if self.image else {})}
+        schedule = self.inference.build_schedule(ScheduleConfig(**stated), betas=recipe.schedule)
         schedule = distilled_schedule(schedule, self.distillation(request))
         with naming(self.inference.path):
             NoiseSchedule(schedule)
@@ -93,6 +114,9 @@ class Headers:
             max_frames=self.max_frames(request),
             sparsectrl=encoder.path.name if encoder else "",
             sparsectrl_frames=longest,
+            recipe=recipe,
+            sdxl=self.sdxl,
+            refiner=self.sdxl and self.image.version == "refiner",  # type: ignore[union-attr]
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from animatediff.checkpoints.lora_files import read_lora
-from animatediff.config.networks import Distillation, ScheduleConfig
+from animatediff.config.networks import Distillation, Recipe, ScheduleConfig, recipe_of
 from animatediff.models.lora import LoRAStack
 from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from animatediff.models.vae import VAE
 
 @dataclass
 class Model:
-    """What turns a prompt into a clip. `loras` are merged into `unet` and `text_encoder`, at scales that may change.
+    """What turns a prompt into a clip. `loras` are merged into UNet and text encoders, at scales that may change.
 
     Attributes:
         schedule: the noise schedule that the UNet was trained with.
@@ -28,11 +28,12 @@ class Model:
         networks: further networks, by the group of the request that they belong to.
         distillation: what the motion module needs, if it was distilled to few steps.
         reports: one line for each file that was loaded.
+        text_encoder_2, tokenizer_2: SDXL's; its refiner has no first ones.
     """
 
     unet: UNet
     vae: VAE
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | None
     tokenizer: Tokenizer
     schedule: ScheduleConfig
     loras: LoRAStack
@@ -40,6 +41,8 @@ class Model:
     networks: dict[str, nn.Module] = field(default_factory=dict)
     distillation: Distillation | None = None
     reports: tuple[str, ...] = ()
+    text_encoder_2: TextEncoder | None = None
+    tokenizer_2: Tokenizer | None = None
 
     @property
     def sparsectrl(self) -> nn.Module | None:
@@ -67,4 +70,21 @@ class Model:
 
     def modules(self) -> list[nn.Module]:
         """Every network."""
-        return [self.unet, self.vae, self.text_encoder, *self.networks.values()]
+        networks = [self.unet, self.vae, self.text_encoder, self.text_encoder_2, *self.networks.values()]
+        return [network for network in networks if network is not None]
+
+    def text_encoders(self) -> list[tuple[TextEncoder, Tokenizer]]:
+        """Every text encoder and its tokenizer."""
+        pairs = ((self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2))
+        return [(encoder, tokenizer) for encoder, tokenizer in pairs if encoder is not None and tokenizer is not None]
+
+    @property
+    def zeros_for_no_prompt(self) -> bool:
+        """Whether zeros stand for no negative prompt, as SDXL was trained; all others take an empty text."""
+        return self.text_encoder is not None and self.text_encoder_2 is not None
+
+    @property
+    def recipe(self) -> Recipe:
+        """How models of its family are sampled where nobody says."""
+        config = self.unet.config
+        return recipe_of(config.motion and config.motion.version, sdxl=bool(config.added_channels))

@@ -22,6 +22,7 @@ from animatediff.features.extend import chain_window
 from animatediff.features.inputs import prepare_inputs
 from animatediff.features.lora_schedule import loras_scaled
 from animatediff.features.noise import draw_seed, seeded
+from animatediff.features.prompt_travel import Context
 from animatediff.features.registry import FEATURES
 from animatediff.features.run import Feature
 from animatediff.pipeline.assemble import Assembler
@@ -29,7 +30,7 @@ from animatediff.pipeline.device import pick_device, pick_dtype, to_device
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.model import Model
 from animatediff.pipeline.outputs import OUTPUT_TYPES, decode, decode_frames
-from animatediff.pipeline.prompts import encode_prompts
+from animatediff.pipeline.prompts import encode_prompts, with_pooled
 from animatediff.pipeline.resolve import facts_of, resolve
 from animatediff.pipeline.sample import ClipSampler, count_steps, max_frames
 from animatediff.utils import UserError, describe
@@ -114,7 +115,8 @@ class AnimateDiffPipeline:
     @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels where a call does not say."""
-        return self.request.size.height, self.request.size.width
+        height, width = self.model.recipe.size
+        return self.request.size.height or height, self.request.size.width or width
 
     @property
     def unet(self):
@@ -157,7 +159,9 @@ class AnimateDiffPipeline:
         Raises:
             UserError: another kind of file, vectors of another width, or a word that is there already.
         """
-        load_textual_inversion(path, self.text_encoder, self.tokenizer, name=token or "")
+        m = self.model
+        second = m.text_encoder_2 and (m.text_encoder_2, m.tokenizer_2)
+        load_textual_inversion(path, m.text_encoder, m.tokenizer, second=second, name=token or "")
 
     def load_lora(self, path: str | Path, scale: float = 1.0, name: str | None = None) -> str:
         """Add a LoRA or MotionLoRA; returns its name, by which `model.loras.set_scale(name, scale)` changes it.
@@ -211,22 +215,24 @@ class AnimateDiffPipeline:
         """
         call = CallArguments(num_videos_per_prompt, output_type, decode_chunk_size, callback_on_step_end)
         call.take(options)
+        embeds = with_pooled(self.model, prompt_embeds, call.pooled, name="prompt_embeds")
+        negatives = with_pooled(self.model, negative_prompt_embeds, call.negative_pooled, name="negative_prompt_embeds")
         given = dict(
             prompt=prompt, num_frames=num_frames, height=height, width=width, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, negative_prompt=negative_prompt, eta=eta,
         )  # fmt: skip
-        request = self.request_for({**given, **options}, embeds=prompt_embeds, negatives=negative_prompt_embeds)
+        request = self.request_for({**given, **options}, embeds=embeds, negatives=negatives)
         with loras_scaled(self.model.loras, call.lora_scale):
             x = self.sample(
                 request, videos=num_videos_per_prompt, generator=generator, latents=latents,
-                prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+                prompt_embeds=embeds, negative_prompt_embeds=negatives,
                 callback=call.after_step(self),
             )  # fmt: skip
         frames = decode(self.vae, x, output_type, chunk_frames=decode_chunk_size)
         return AnimateDiffOutput(frames) if return_dict else (frames,)
 
     def request_for(
-        self, options: dict[str, Any], *, embeds: Tensor | None = None, negatives: Tensor | None = None
+        self, options: dict[str, Any], *, embeds: Context | None = None, negatives: Context | None = None
     ) -> Request:
         """The request of a call with these options, nothing left open; raises as `__call__` does."""
         options = dict(options)
@@ -254,8 +260,8 @@ class AnimateDiffPipeline:
         videos: int = 1,
         generator: Generators = None,
         latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
+        prompt_embeds: Context | None = None,
+        negative_prompt_embeds: Context | None = None,
         callback: Callable[[int, int, Tensor], None] | None = None,
     ) -> Tensor:
         """Clean latents (b v, f, c, h, w) of a resolved request: b prompts, v videos of each.
@@ -365,6 +371,8 @@ class CallArguments:
     chunk: int
     callback: StepCallback | None
     lora_scale: float = 1.0
+    pooled: Tensor | None = None
+    negative_pooled: Tensor | None = None
 
     def take(self, options: dict[str, Any]) -> None:
         """Take what is no option of a request out of the call's keywords; check the rest of the call.
@@ -379,6 +387,8 @@ class CallArguments:
         if set(attention) - {"scale"}:
             raise UserError(f"cross_attention_kwargs: got {sorted(attention)}, expected scale, a factor of all LoRAs")
         self.lora_scale = attention.get("scale", 1.0)
+        self.pooled = options.pop("pooled_prompt_embeds", None)
+        self.negative_pooled = options.pop("negative_pooled_prompt_embeds", None)
         for name, value in (("num_videos_per_prompt", self.videos), ("decode_chunk_size", self.chunk)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}: got {describe(value)}, expected at least 1")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from animatediff.config.networks import Distillation, ScheduleConfig
-from animatediff.config.request import Inputs, Request, Sampling, Windows
+from animatediff.config.networks import SD1_RECIPE, Distillation, Recipe, ScheduleConfig
+from animatediff.config.request import Inputs, MicroConditioning, Request, Sampling, Windows
 from animatediff.config.spellings import called
 from animatediff.diffusion.samplers import OWN_SPACING, find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
@@ -18,9 +18,9 @@ from animatediff.features.windows import DEFAULT_LENGTH
 from animatediff.pipeline.model import Model
 from animatediff.utils import UserError
 
-DEFAULTS = {"steps": 25, "guidance_scale": 7.5, "sampler": "ddim"}
 PICTURE_GROUPS = {"pia": "pia", "animatelcm-i2v": "i2v"}  # kind of motion module -> group of its picture
 PICTURE_MODULES = {"pia": "PIA's file", "i2v": "AnimateLCM-I2V's file"}
+STEPS = 25  # where neither the request, nor a distilled model, nor the family says
 DETERMINISTIC = ("ddim", "euler", "dpmpp_2m", "pndm")
 
 
@@ -31,7 +31,7 @@ class Facts:
     Attributes:
         schedule: the noise schedule.
         spacing: the `timestep_spacing` that an inference config asks for.
-        distillation: what the motion module needs, if it was distilled to few steps.
+        distillation: what the motion module or image model needs, if it was distilled to few steps.
         motion: how messages call the motion module; "" without one.
         max_frames: the longest clip it takes; None without one.
         tells_positions: whether it has a positional encoding.
@@ -40,6 +40,8 @@ class Facts:
         sparsectrl: how messages call the SparseCtrl encoder.
         sparsectrl_frames: the longest clip it takes; None without one.
         downsampling: pixels of a side for each latent pixel.
+        recipe: how models of this family are sampled.
+        sdxl, refiner: whether the image model is SDXL, or its refiner.
     """
 
     schedule: ScheduleConfig
@@ -53,6 +55,9 @@ class Facts:
     sparsectrl: str = ""
     sparsectrl_frames: int | None = None
     downsampling: int = 8
+    recipe: Recipe = SD1_RECIPE
+    sdxl: bool = False
+    refiner: bool = False
 
 
 def facts_of(model: Model) -> Facts:
@@ -71,18 +76,24 @@ def facts_of(model: Model) -> Facts:
         sparsectrl="the SparseCtrl encoder",
         sparsectrl_frames=control.max_frames if control else None,
         downsampling=model.vae.config.downsampling,
+        recipe=model.recipe,
+        sdxl=bool(model.unet.config.added_channels),
+        refiner=model.text_encoder is None,
     )
 
 
-def resolve(request: Request, facts: Facts, *, steps: int = DEFAULTS["steps"]) -> Request:
+def resolve(request: Request, facts: Facts, *, steps: int = STEPS) -> Request:
     """The same request with nothing left open.
 
     Args:
-        steps: where neither the request nor a distilled motion module says how many.
+        steps: where neither the request, nor a distilled model, nor the family says how many.
 
     Raises:
         UserError: something that the files cannot do.
     """
+    sides = zip(("height", "width"), facts.recipe.size, strict=True)
+    chosen = {name: getattr(request.size, name) or default for name, default in sides}
+    request = replace(request, size=replace(request.size, **chosen))
     for name in ("height", "width"):
         if (side := getattr(request.size, name)) % facts.downsampling:
             typed = called(request, f"size.{name}")
@@ -94,6 +105,7 @@ def resolve(request: Request, facts: Facts, *, steps: int = DEFAULTS["steps"]) -
     _check_sparsectrl(request, windows, facts)
     _check_picture(request, facts)
     _check_loaded(request, facts)
+    _check_micro_conditioning(request, facts)
     return replace(request, sampling=sampling, inputs=inputs, windows=windows)
 
 
@@ -112,7 +124,9 @@ def plan_steps(sampling: Sampling, schedule: ScheduleConfig, steps: int | None =
 def _sampling(request: Request, facts: Facts, steps: int) -> Sampling:
     """What the user asks for, then what a distilled motion module needs, then the defaults."""
     s, distilled = request.sampling, facts.distillation
-    defaults = {**DEFAULTS, "steps": steps, "timestep_spacing": facts.schedule.timestep_spacing}
+    recipe = facts.recipe
+    defaults = {"steps": recipe.steps or steps, "guidance_scale": recipe.guidance_scale, "sampler": recipe.sampler}
+    defaults["timestep_spacing"] = facts.schedule.timestep_spacing
     if s.timesteps:
         if s.steps not in (None, len(s.timesteps)):
             raise UserError(f"got {s.steps} steps and {len(s.timesteps)} timesteps, expected as many: remove steps")
@@ -132,6 +146,17 @@ def _sampling(request: Request, facts: Facts, steps: int) -> Sampling:
     return full
 
 
+def _check_micro_conditioning(request: Request, facts: Facts) -> None:
+    options, defaults = request.micro_conditioning, MicroConditioning()
+    for name in vars(options):
+        score, target = name.endswith("aesthetic_score"), name == "target_size"
+        understood = facts.refiner if score else facts.sdxl and not (target and facts.refiner)
+        if getattr(options, name) != getattr(defaults, name) and not understood:
+            base = "SDXL's refiner as the base" if score else f"SDXL as the base{', not its refiner' * target}"
+            typed = called(request, f"micro_conditioning.{name}")
+            raise UserError(f"{typed} needs {base}: set pretrained_model_path, or remove {typed}")
+
+
 def _check_distilled(request: Request, needs: Distillation) -> None:
     s = request.sampling
 
@@ -139,7 +164,7 @@ def _check_distilled(request: Request, needs: Distillation) -> None:
         name = called(request, f"sampling.{key}")
         raise UserError(
             f"{name}: got {got or getattr(s, key)}, expected {expected} with {needs.name}: set "
-            f"{key}={getattr(needs, key)}, or `version: v2` to sample it as you like"
+            f"{key}={getattr(needs, key)}{needs.otherwise}"
         )
 
     for key in ("sampler", "timestep_spacing"):

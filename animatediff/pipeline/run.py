@@ -109,10 +109,11 @@ def plan(config: RunConfig, folder: Path) -> list[Job]:
     jobs = []
     for index, entry in enumerate(config.entries):
         ending = "" if entry.output.format == "png" else f".{entry.output.format}"
-        for prompt, negative_prompt, seed in entry.per_prompt():
+        for prompt, negative, seed in entry.per_prompt():
             name = f"{len(jobs)}-{file_words(first_text(prompt))}".rstrip("-")
+            negatives = (negative,) if entry.prompts.negative_prompt else ()
             prompts = replace(
-                entry.prompts, prompt=(prompt,), negative_prompt=(negative_prompt,), head_prompt="", tail_prompt=""
+                entry.prompts, prompt=(prompt,), negative_prompt=negatives, head_prompt="", tail_prompt=""
             )
             sampling = replace(entry.sampling, seed=(seed,), random_seed=())
             request = replace(entry, prompts=prompts, sampling=sampling)

@@ -85,7 +85,7 @@ def clip_settings(request: Request, hashes: Mapping[str, str]) -> dict[str, Any]
         hashes: SHA-256 of every file, by option.
     """
     used = {option: {"path": file.path, "sha256": hashes[option]} for option, file in files(request).items()}
-    (prompt,), (negative,), (seed,) = request.prompts.prompt, request.prompts.negative_prompt, request.sampling.seed
+    ((prompt, negative, seed),) = request.per_prompt()
     first = {"prompt": prompt, "negative_prompt": negative, "seed": seed}  # for readers who want no more
     return {**first, **as_values(request, changed_only=True), "files": used, "animatediff": animatediff.__version__}
 

@@ -20,6 +20,7 @@ from animatediff.features.freeinit import free_init
 from animatediff.features.inputs import PixelInputs, steps_taken
 from animatediff.features.known_frames import KnownFrames, encode_known
 from animatediff.features.loop import pingpong, rotate_loop
+from animatediff.features.micro_conditioning import added_conditioning
 from animatediff.features.noise import arrange_noise, draw_noise
 from animatediff.features.prompt_travel import Context, text_of_frames
 from animatediff.features.registry import FEATURES
@@ -124,15 +125,33 @@ class ClipSampler:
             del parts["unconditional"]
         if self.request.pag.scale:
             parts["perturbed"] = self.context
-        text = text_of_frames([p for p in parts.values() if p is not None], like=self.model.unet.conv_in.weight)
-        return Run(self.model, self.request, schedule, timesteps, text, tuple(parts), first_frame, self.cache)
+        contexts = {name: context for name, context in parts.items() if context is not None}
+        return make_run(self.model, self.request, contexts, schedule, timesteps, first_frame, self.cache)
 
     def _unguided(self, run: Run) -> Denoise:
         """The network's own prediction for the inversion's prompt, with windows and without any feature."""
         assert self.inversion_context is not None
-        text = text_of_frames([self.inversion_context], like=self.model.unet.conv_in.weight)
         straight = replace(run.request, loop=replace(run.request.loop, mode=""))
-        return over_frames(network(replace(run, text=text)), replace(run, request=straight))
+        plain = make_run(self.model, straight, {"conditional": self.inversion_context}, run.schedule, run.timesteps)
+        return over_frames(network(plain), replace(plain, first_frame=run.first_frame))
+
+
+def make_run(
+    model: Model,
+    request: Request,
+    contexts: dict[str, Context],
+    schedule: NoiseSchedule,
+    timesteps: Tensor,
+    first_frame: int = 0,
+    cache: dict[str, Any] | None = None,
+) -> Run:
+    """A run of a sampler whose batch has these parts, each with its text."""
+    like = model.unet.conv_in.weight
+    text = text_of_frames(list(contexts.values()), like=like)
+    refiner = model.text_encoder is None
+    added = added_conditioning(contexts, request, model.recipe, refiner=refiner, like=like)
+    parts = tuple(contexts)
+    return Run(model, request, schedule, timesteps, text, parts, first_frame, {} if cache is None else cache, added)
 
 
 @contextmanager
@@ -150,7 +169,7 @@ def network(run: Run) -> FrameDenoise:
     unet, weight = run.model.unet, run.model.unet.conv_in.weight
 
     def predict(x: Tensor, t: Tensor, frames: Tensor, **inputs: Any) -> Tensor:
-        return unet(x.to(weight.dtype), t, run.text(frames), **inputs).to(x.dtype)
+        return unet(x.to(weight.dtype), t, run.text(frames), **run.added(frames), **inputs).to(x.dtype)
 
     return predict
 

@@ -1,0 +1,120 @@
+"""SDXL, alone and with its two motion modules, from files and prompts to frames, and with all that is built on it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from animatediff.media.video import read_video
+from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from scripts.animate import main
+from tests.models.test_golden import assert_close
+from tests.nano import write_config
+from tests.sdxl import FOLDER, GOLDEN, write_files
+
+with safe_open(FOLDER / "expected.safetensors", "pt") as opened:
+    NEGATIVE, PROMPT = json.loads(opened.metadata()["prompts"])
+SIZE = {"height": 64, "width": 96}
+TEXT = {"prompt": PROMPT, "negative_prompt": NEGATIVE}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return write_files(tmp_path_factory.mktemp("sdxl"))
+
+
+def entry(files: Path, version: str = "", **values: object) -> dict[str, object]:
+    """One entry of a prompt config for clips of 64 x 96 pixels."""
+    motion = {"motion_module": str(files / f"{version}.safetensors")} if version else {}
+    base = {"pretrained_model_path": str(files / "sdxl.safetensors"), "prompt": PROMPT, "H": 64, "W": 96, "seed": 3}
+    return base | motion | values
+
+
+@pytest.fixture(scope="module")
+def pipelines(files) -> dict[str, AnimateDiffPipeline]:
+    configs = {name: write_config(files / f"{name or 'image'}.yaml", entry(files, name)) for name in VERSIONS}
+    return {name: AnimateDiffPipeline.from_config(path, device="cpu") for name, path in configs.items()}
+
+
+VERSIONS = ("", "sdxl-beta", "hotshot-xl")
+RUNS = {  # a golden run -> motion module, start noise, how it is called
+    "beta": ("sdxl-beta", "noise", TEXT | {"guidance_scale": 8.0}),
+    "beta_ddim": ("sdxl-beta", "noise", TEXT | {"guidance_scale": 8.0, "sampler": "ddim"}),
+    "beta_zero_negative": ("sdxl-beta", "noise", {"prompt": PROMPT, "guidance_scale": 8.0}),
+    "image": ("", "image_noise", {"prompt": PROMPT}),
+    "hotshot": ("hotshot-xl", "hotshot_noise", TEXT | {"guidance_scale": 8.0, "sampler": "euler"}),
+    "hotshot_euler_ancestral": ("hotshot-xl", "hotshot_noise", TEXT | {"guidance_scale": 8.0}),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_golden_runs(pipelines, name):
+    """What a call leaves open is the family's own: sampler, betas, guidance 5 of images, Hotshot-XL's sizes."""
+    version, noise, options = RUNS[name]
+    latents, generator = GOLDEN[f"input.{noise}"], torch.Generator().manual_seed(1)
+    got = pipelines[version](
+        **options, **SIZE, num_frames=latents.shape[2], num_inference_steps=10, latents=latents, generator=generator,
+        output_type="latent",
+    ).frames  # fmt: skip
+    assert_close(got, GOLDEN[f"pipeline.{name}.latents"], 1e-4)
+
+
+def test_golden_frames_through_the_command_line(files, tmp_path, monkeypatch):
+    noise = GOLDEN["input.noise"].movedim(1, 2)
+    monkeypatch.setattr("animatediff.pipeline.sample.draw_noise", lambda generators, shape: noise.clone())
+    values = {"L": 5, "steps": 10, "guidance_scale": 8.0, "n_prompt": NEGATIVE, "format": "png"}
+    config = write_config(tmp_path / "xl.yaml", entry(files, "sdxl-beta", **values))
+    monkeypatch.chdir(tmp_path)
+    main(["--config", str(config), "--device", "cpu", "--output-dir", str(tmp_path / "out")])
+    (clip,) = (tmp_path / "out" / "sample").iterdir()
+    expected = GOLDEN["pipeline.beta.frames"][0].permute(1, 2, 3, 0) * 255
+    assert (read_video(clip)[0].float() - expected).abs().max() < 0.51 + 255e-4  # rounding, and a run's tolerance
+
+
+# ---- everything that is built on: each changes the clip, and none breaks it ---------------------------------------
+
+SHORT = SIZE | {"num_frames": 4, "num_inference_steps": 3, "output_type": "latent"}
+
+
+def sample(pipeline: AnimateDiffPipeline, **options: object) -> torch.Tensor:
+    """Latents of a short clip (1, 4, f, 8, 12)."""
+    return pipeline(**TEXT | SHORT | options, generator=torch.Generator().manual_seed(5)).frames
+
+
+@pytest.fixture(scope="module")
+def plain(pipelines) -> torch.Tensor:
+    return sample(pipelines["sdxl-beta"])
+
+
+PICTURE = 2 * torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0)) - 1
+FEATURES = {
+    "windows": {"windows": {"schedule": "open", "length": 3}},
+    "looping windows": {"windows": {"schedule": "uniform", "length": 3}},
+    "prompt travel": {"prompt": {0: PROMPT, 3: "snow"}},
+    "weights": {"prompt": f"({PROMPT}:1.3)", "prompt_weighting": True},
+    "a long prompt": {"prompt": f"{PROMPT}, " * 12},
+    "clip skip": {"clip_skip": 3},
+    "img2vid": {"image": PICTURE},
+    "vid2vid": {"video": PICTURE.expand(4, -1, -1, -1), "strength": 0.6},
+    "inversion": {"video": PICTURE.expand(4, -1, -1, -1), "strength": 1.0, "inversion": True},
+    "FreeInit": {"freeinit": {"iterations": 2}},
+    "FreeNoise": {"noise_type": "shuffle", "windows": {"schedule": "open", "length": 3}},
+    "FreeU": {"freeu": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}},
+    "PAG": {"pag_scale": 2.0},
+    "motion scale": {"motion_scale": 0.5},
+    "pe stretch": {"pe_stretch": 2.0},
+    "rescaled guidance": {"guidance_rescale": 0.7},
+    "rotating loop": {"loop": "rotate"},
+    "sizes": {"original_size": (32, 48), "crop": (8, 0), "target_size": (128, 192)},
+    **{name: {"sampler": name} for name in ("ddim", "euler_ancestral", "dpmpp_2m", "pndm", "lcm")},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_everything_of_the_seam_works_on_it(pipelines, plain, name):
+    got = sample(pipelines["sdxl-beta"], **FEATURES[name])
+    assert got.shape == plain.shape and torch.isfinite(got).all()
+    same = name == "ddim"  # what euler computes, too
+    assert ((got - plain).norm() > 1e-3 * plain.norm()) != same
