@@ -1,4 +1,7 @@
-"""Say what weight files are and how to use them: `python scripts/doctor.py FILE…` (files or model folders)."""
+"""Say what weight files are and how to use them: `python scripts/doctor.py FILE…` (files or model folders).
+
+`python scripts/doctor.py --gpu` shows which kernels this GPU uses, and times them again.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,16 @@ from animatediff.utils import Parser, UserError, printable, run_main
 
 def main() -> int:
     parser = Parser(description="Say what weight files are and how to use them.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="weight file or diffusers folder")
-    status = 0
-    for path in parser.parse_args().files:
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="weight file or diffusers folder")
+    parser.add_argument("--gpu", action="store_true", help="show which kernels this GPU uses, and time them again")
+    args, status = parser.parse_args(), 0
+    if args.gpu:
+        from animatediff_kernels import calibration
+
+        calibration.show(remeasure=True)
+    elif not args.files:
+        raise UserError("got no file, expected weight files, model folders or --gpu")
+    for path in args.files:
         try:
             info = identify(path)
             report = describe(info, Values.of(path))

@@ -198,6 +198,8 @@ def _failures() -> tuple[type[BaseException], ...]:
 
 def show(place: str = "cuda:0", *, remeasure: bool = False, tell: Callable[[str], None] = print) -> None:
     """Tell what the table of a GPU holds; with `remeasure` every class in it is timed again, on random numbers."""
+    if not torch.cuda.is_available() and place.startswith("cuda"):
+        return tell("there is no CUDA device here: torch's own kernels run")
     table = load(place)
     tell(f"{environment(place)}: {len(table)} classes of calls in {path()}")
     for name, entry in sorted(table.items()):

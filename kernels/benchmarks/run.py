@@ -61,11 +61,11 @@ def run(args: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
         for shape in [s for s in shapes if args.layer in s.layer]:
             for mode in args.mode:
                 rows = measure(shape, mode, device, dtype, args, peaks)
-                write_rows(RESULTS / f"{op}.csv", rows, renewed=() if args.provider or args.no_compile else SHAPE)
+                write_rows(args.results / f"{op}.csv", rows, renewed=() if args.provider or args.no_compile else SHAPE)
                 for row in rows:
                     print("  " + " ".join(f"{row[name]:<14}" for name in PRINTED), flush=True)
                 if args.measured:
-                    note_measured(MEASURED, shape, mode, device, dtype, rows)
+                    note_measured(args.table, shape, mode, device, dtype, rows)
 
 
 def parse() -> argparse.Namespace:
@@ -82,7 +82,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--measured", action="store_true", help="also tell the dispatch (measured.csv) what won")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs, measured.csv among them")
     args = parser.parse_args()
+    args.table = MEASURED if args.results == RESULTS else args.results / MEASURED.name
     if args.measured and args.provider:
         parser.error("got --measured with --provider, expected one of them: what won is only known of all")
     args.dtype = args.dtype or (["float16", "bfloat16"] if args.device.startswith("cuda") else ["float32"])

@@ -74,7 +74,7 @@ def main() -> None:
         timed, out = time_step(args, make_step(args, args.worker))
         torch.save(out, args.output)
         return print(json.dumps(timed))
-    networks = NETWORKS + (ON_CUDA if args.device.startswith("cuda") else ON_CPU)
+    networks = tuple(args.networks or NETWORKS + (ON_CUDA if args.device.startswith("cuda") else ON_CPU))
     if not importlib.util.find_spec("diffusers"):
         networks = tuple(n for n in networks if n.startswith("ours"))
         print("diffusers is not installed: ours alone (pip install diffusers for the comparison)")
@@ -86,7 +86,7 @@ def main() -> None:
             runs[network].append(timed)
             print(f"{network}: {timed}", flush=True)
         rows = [summary(args, network, runs, outputs) for network in networks]
-        write_rows(RESULTS / "step.csv", rows, KEY, COLUMNS)
+        write_rows(args.results / "step.csv", rows, KEY, COLUMNS)
     printed = ("network", "seconds", "cpu_seconds", "peak_mb", "ratio", "error")
     for row in rows:
         print(" ".join(f"{name} {row[name]}" for name in printed))
@@ -101,6 +101,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--breakdown", action="store_true", help="print our step's time by kind of work, and stop")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS + ON_CUDA + ON_CPU, help="by default all")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of step.csv")
     parser.add_argument("--worker", choices=NETWORKS + ON_CPU, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,0 +1,120 @@
+"""The whole UNet compiled by torch.compile, with the number of compilations bounded and told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from animatediff_kernels import calibration
+from torch import Tensor, nn
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class CompiledUNet:
+    """What `compile_unet` did to a UNet, and what came of it.
+
+    Attributes:
+        graphs: compilations so far, one per shape of the inputs and set of constants, such as LoRA scales.
+        seconds: that they took. failure: why the network runs uncompiled from now on, or None.
+    """
+
+    unet: nn.Module
+    most_graphs: int
+    tell: Tell
+    graphs: int = 0
+    seconds: float = 0.0
+    failure: str | None = None
+    met: set[Any] = field(default_factory=set)  # shapes that have been run once, so that their kernels are known
+
+    def undo(self) -> None:
+        """Run the network as it was."""
+        self.unet.__dict__.pop("forward", None)
+
+    def fall_back(self, reason: str) -> None:
+        self.failure = reason
+        self.tell(f"the UNet runs uncompiled: {reason}")
+
+
+def compile_unet(
+    unet: nn.Module,
+    *,
+    most_graphs: int = 8,
+    cuda_graphs: bool = False,
+    backend: str | Callable[..., Any] = "inductor",
+    tell: Tell = print,
+) -> CompiledUNet:
+    """Let torch.compile take the whole UNet, once for every shape of its inputs (dynamic=False).
+
+    The network stays the same module; parameters, merged LoRAs and LoRA layers are read as they are at each call. A
+    LoRA whose scale changes is compiled again, as a new shape is. After `most_graphs` compilations, or where there is
+    no compiler, the network runs uncompiled; either is told in one line. On a GPU the first call with new shapes runs
+    uncompiled, which lets the kernels be timed (`animatediff_kernels.calibration`).
+
+    Args:
+        most_graphs: at least 1.
+        cuda_graphs: replay kernels as CUDA graphs; the output is copied, since a replay writes over the last one.
+        backend: of torch.compile.
+    Returns: the record, whose `undo()` takes it back.
+    """
+    record = CompiledUNet(unet, most_graphs, tell)
+    plain = unet.forward
+    whole = torch.compile(plain, dynamic=False, fullgraph=True, backend=_counted(record, backend, cuda_graphs))
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        if record.failure is not None or _is_new_on_gpu(record, args, kwargs):
+            return plain(*args, **kwargs)
+        if cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            out = whole(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            record.fall_back(_first_line(error))
+            return plain(*args, **kwargs)
+        return out.clone() if cuda_graphs else out
+
+    unet.forward = forward
+    return record
+
+
+def _counted(record: CompiledUNet, backend: str | Callable[..., Any], cuda_graphs: bool) -> Callable[..., Any]:
+    """The compiler's backend, which counts its calls, and compiles nothing once it failed or reached the bound."""
+    options = {"triton.cudagraphs": True} if cuda_graphs else {}
+    compiler = torch._dynamo.lookup_backend(backend)
+
+    def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        if record.failure is not None or record.graphs >= record.most_graphs:
+            if record.failure is None:
+                record.fall_back(f"{record.graphs} shapes or LoRA scales were compiled, the most that is allowed")
+            return graph.forward
+        start = time.perf_counter()
+        try:
+            compiled = compiler(graph, inputs, options=options) if options else compiler(graph, inputs)
+        except (RuntimeError, OSError) as error:  # a compiler that is not there, or cannot do it
+            record.fall_back(_first_line(error))
+            return graph.forward
+        seconds = time.perf_counter() - start
+        record.graphs, record.seconds = record.graphs + 1, record.seconds + seconds
+        record.tell(f"compiled the UNet in {seconds:.0f} s ({record.graphs} of {record.most_graphs})")
+        return compiled
+
+    return compile_graph
+
+
+def _is_new_on_gpu(record: CompiledUNet, args: tuple, kwargs: dict[str, Any]) -> bool:
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    if not any(x.is_cuda for x in tensors):
+        return False
+    calibration.load(str(tensors[0].device))
+    shapes = tuple((*x.shape, x.dtype, x.requires_grad) for x in tensors)
+    new = shapes not in record.met
+    record.met.add(shapes)
+    return new
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,108 @@
+"""The compiled UNet: the same numbers, one graph per shape, a bound, and a way on where there is no compiler."""
+
+import pytest
+import torch
+from animatediff_kernels import geglu
+from torch import Tensor, nn
+
+from animatediff.checkpoints.load import load_base, load_motion_module
+from animatediff.checkpoints.lora_files import read_lora
+from animatediff.models.lora import LoRAStack
+from animatediff.pipeline.compiled import compile_unet
+
+WIDTH = 8
+
+
+class SmallUNet(nn.Module):
+    """What a compiler takes in a second: a UNet's arguments, a convolution and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, WIDTH, 3, padding=1)
+        self.to_text, self.out = nn.Linear(6, 2 * WIDTH), nn.Linear(WIDTH, 4)
+        self.scale = 1.0  # as a LoRA layer's
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        rows = self.conv_in(x.flatten(0, 1)).flatten(2).mT.unflatten(0, x.shape[:2])
+        rows = rows + self.scale * geglu(self.to_text(context)).mean(1)[:, None, None] + t[:, None, None, None] / 1000
+        return self.out(rows).mT.unflatten(3, x.shape[3:])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def inputs(frames: int = 2, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(2, frames, 4, 4, 4), torch.tensor([481, 481]), torch.randn(2, 7, width)
+
+
+def uncompiled(graph, inputs):
+    return graph.forward
+
+
+def test_one_graph_per_shape_and_the_same_numbers():
+    unet, told = SmallUNet(), []
+    calls = [inputs(2), inputs(3), inputs(2)]
+    expected = [unet(*call) for call in calls]
+    record = compile_unet(unet, backend=uncompiled, tell=told.append)
+    for call, right in zip(calls, expected, strict=True):
+        assert torch.equal(unet(*call), right)
+    assert record.graphs == 2 == len(told) and record.failure is None and "(2 of 8)" in told[1]
+    record.undo()
+    assert torch.equal(unet(*calls[0]), expected[0]) and "forward" not in unet.__dict__
+
+
+def test_a_scale_is_a_constant_and_a_weight_is_not():
+    unet, call = SmallUNet(), inputs()
+    record = compile_unet(unet, backend=uncompiled, tell=lambda line: None)
+    first = unet(*call)
+    unet.out.bias.data += 1
+    torch.testing.assert_close(unet(*call), first + 1)
+    assert record.graphs == 1
+    unet.scale = 0.5
+    assert not torch.allclose(unet(*call), first + 1, atol=1e-3) and record.graphs == 2
+
+
+def test_what_is_beyond_the_bound_runs_uncompiled():
+    unet, told = SmallUNet(), []
+    record = compile_unet(unet, most_graphs=1, backend=uncompiled, tell=told.append)
+    for frames in (2, 3, 4, 2):
+        call = inputs(frames)
+        assert unet(*call).shape == call[0].shape
+    assert record.graphs == 1 and len(told) == 2 and told[1].startswith("the UNet runs uncompiled: 1 shapes or LoRA")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_without_a_compiler_the_network_runs_on(error):
+    def missing(graph, inputs):
+        raise error("no C++ compiler was found\nin PATH")
+
+    unet, told, call = SmallUNet(), [], inputs()
+    expected = unet(*call)
+    record = compile_unet(unet, backend=missing, tell=told.append)
+    assert torch.equal(unet(*call), expected) and torch.equal(unet(*call), expected)
+    assert told == ["the UNet runs uncompiled: no C++ compiler was found"] and record.graphs == 0
+
+
+def test_what_cannot_be_one_graph_runs_uncompiled():
+    unet, told, call = SmallUNet(), [], inputs()
+    expected = unet(*call)
+    unet.conv_in.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    compile_unet(unet, backend=uncompiled, tell=told.append)
+    assert torch.equal(unet(*call), expected) and len(told) == 1
+
+
+@pytest.mark.slow
+def test_the_video_network_with_a_lora_is_one_graph(nano):
+    unet = load_motion_module(load_base(nano / "nano.safetensors").unet, nano / "mm_v3.safetensors")[0]
+    stack, call = LoRAStack(unet), inputs(2, unet.config.context_dim)
+    stack.add(read_lora(nano / "adapter.safetensors"), 0.5)
+    expected = unet(*call)
+    record = compile_unet(unet, backend="aot_eager", tell=lambda line: None)
+    for _ in range(2):
+        torch.testing.assert_close(unet(*call), expected, rtol=1e-4, atol=1e-5)
+    assert record.graphs == 1 and record.failure is None
