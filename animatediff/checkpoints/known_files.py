@@ -15,12 +15,18 @@ ANIMATE_LCM_I2V_FILES = "https://huggingface.co/wangfuyun/AnimateLCM-I2V"
 CONTROLNETS = "https://huggingface.co/lllyasviel/ControlNet-v1-1"
 IP_ADAPTERS = "https://huggingface.co/h94/IP-Adapter"
 LIGHTNING_FILES = "https://huggingface.co/ByteDance/AnimateDiff-Lightning"
+SDXL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0"
+HOTSHOT = "https://huggingface.co/hotshotco/Hotshot-XL"
+SDXL_512 = "https://huggingface.co/hotshotco/SDXL-512"
 SD15 = "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5"
 VAES = "https://huggingface.co/stabilityai/sd-vae-ft-mse"
 # where a file of this name is published
 SOURCES = {
     **dict.fromkeys(("mm_sd_v14.ckpt", "mm_sd_v15.ckpt", "mm_sd_v15_v2.ckpt", "v3_sd15_mm.ckpt"), MOTION_FILES),
-    **dict.fromkeys(("v3_sd15_adapter.ckpt",), MOTION_FILES),
+    **dict.fromkeys(("v3_sd15_adapter.ckpt", "mm_sdxl_v10_beta.ckpt"), MOTION_FILES),
+    **dict.fromkeys(("sd_xl_base_1.0.safetensors", "stable-diffusion-xl-base-1.0"), SDXL),
+    **dict.fromkeys((f"hsxl_temporal_layers{half}.safetensors" for half in ("", ".f16")), HOTSHOT),
+    **dict.fromkeys((f"hsxl_base_1.0{half}.safetensors" for half in ("", ".f16")), SDXL_512),
     **dict.fromkeys(("v3_sd15_sparsectrl_rgb.ckpt", "v3_sd15_sparsectrl_scribble.ckpt"), MOTION_FILES),
     **{
         f"v2_lora_{move}.ckpt": MOTION_FILES

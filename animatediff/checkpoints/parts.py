@@ -113,7 +113,7 @@ def read_image_parts(path: str | Path) -> ImageParts:
             return _read_diffusers(path)
     file = read_state_dict(weights)
     info = identify_tensors(file.tensors, file.metadata, path=path)
-    if info.kind == "sd1-unet":
+    if info.kind == "sd1-unet" or (info.kind == "sdxl-checkpoint" and "conv_in.weight" in file.tensors):
         config = optional_json(weights.with_name("config.json")) if path.is_dir() else {}
         metadata = file.metadata | image_metadata(unet=config)
         notes = [*file.notes, "a UNet alone, the rest is a base model's"]

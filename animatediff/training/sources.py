@@ -149,6 +149,8 @@ def load_image_model(path: str | Path) -> ImageModel:
     Raises: UserError where the file has none.
     """
     model = load_base(resolve_path(str(path)))
+    if model.text_encoder_2 is not None:
+        raise UserError(f"got {path}, an SDXL model, expected one of SD 1.x: training knows no other")
     if model.vae is None:
         raise UserError(f"got {path} without a VAE, expected a complete image model: take a file that has one")
     return model

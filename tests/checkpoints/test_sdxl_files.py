@@ -128,3 +128,9 @@ def test_a_vae_of_sdxl_keeps_its_factor(single_file, tmp_path):
     assert vae.config == image.vae.config and "VAE alone is used" in str(report)
     own = {key: t for key, t in checkpoint().items() if key.startswith("first_stage_model.")}
     assert load_vae(write(tmp_path / "vae.safetensors", own), image)[0].config.scaling_factor == 0.13025
+
+
+def test_a_unet_alone_in_diffusers_names_is_a_personalised_model(single_file, folder):
+    base = load_base(single_file)
+    personal = load_personalised(folder / "unet" / "diffusion_pytorch_model.safetensors", base)
+    assert personal.unet.config == base.unet.config and personal.text_encoder_2 is base.text_encoder_2

@@ -7,8 +7,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from animatediff.config.networks import recipe_of
+from animatediff.config.spellings import build_request
+from animatediff.diffusion.schedule import NoiseSchedule
+from animatediff.features.micro_conditioning import time_ids
 from animatediff.media.video import read_video
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from animatediff.pipeline.prompts import encode_prompts
+from animatediff.pipeline.resolve import Facts, resolve
+from animatediff.utils import UserError
 from scripts.animate import main
 from tests.models.test_golden import assert_close
 from tests.nano import write_config
@@ -118,3 +125,87 @@ def test_everything_of_the_seam_works_on_it(pipelines, plain, name):
     assert got.shape == plain.shape and torch.isfinite(got).all()
     same = name == "ddim"  # what euler computes, too
     assert ((got - plain).norm() > 1e-3 * plain.norm()) != same
+
+
+@torch.no_grad()
+def test_embeddings_of_a_call_come_with_pooled_ones(pipelines, plain):
+    pipeline = pipelines["sdxl-beta"]
+    request = pipeline.request_for(TEXT | {"height": 64, "width": 96, "num_frames": 4})
+    context, negative = encode_prompts(pipeline.model, request)
+    embeds = {
+        "prompt": None,
+        "negative_prompt": None,
+        "prompt_embeds": context.tokens,
+        "pooled_prompt_embeds": context.pooled[:, 0],
+        "negative_prompt_embeds": negative.tokens,
+        "negative_pooled_prompt_embeds": negative.pooled[:, 0],
+    }
+    assert_close(sample(pipeline, **embeds), plain)
+    with pytest.raises(UserError, match="prompt_embeds: got no pooled vectors, expected both"):
+        sample(pipeline, **embeds | {"pooled_prompt_embeds": None})
+
+
+# ---- what a request leaves open ------------------------------------------------------------------------------------
+
+
+def resolved(version: str, *, sdxl: bool = True, refiner: bool = False, **values: object):
+    recipe = recipe_of(version, sdxl=sdxl)
+    facts = Facts(recipe.schedule, recipe=recipe, sdxl=sdxl, refiner=refiner)
+    return resolve(build_request({"prompt": "a", **values}, where="test"), facts)
+
+
+@pytest.mark.parametrize(
+    ("version", "sdxl", "size", "sampler", "steps", "guidance"),
+    [
+        ("v3", False, (512, 512), "ddim", 25, 7.5),
+        ("", True, (1024, 1024), "euler", 50, 5.0),
+        ("sdxl-beta", True, (1024, 1024), "euler", 100, 8.5),
+        ("hotshot-xl", True, (384, 672), "euler_ancestral", 30, 5.0),
+    ],
+)
+def test_each_family_has_its_own_defaults(version, sdxl, size, sampler, steps, guidance):
+    r = resolved(version, sdxl=sdxl)
+    assert (r.size.height, r.size.width) == size
+    assert (r.sampling.sampler, r.sampling.steps, r.sampling.guidance_scale) == (sampler, steps, guidance)
+    given = resolved(version, sdxl=sdxl, H=64, W=96, steps=7, guidance_scale=2, sampler="dpmpp_2m")
+    assert (given.size.height, given.size.width, given.sampling.steps) == (64, 96, 7)
+    assert given.sampling.sampler == "dpmpp_2m"
+
+
+@pytest.mark.parametrize("betas", ["beta", "image"])
+def test_betas_are_the_motion_modules(betas):
+    recipe = recipe_of("sdxl-beta" if betas == "beta" else "hotshot-xl", sdxl=True)
+    assert_close(NoiseSchedule(recipe.schedule).alphas_cumprod, GOLDEN[f"schedule.{betas}.alphas_cumprod"], 1e-6)
+    for steps in (10, 25, 100):
+        expected = GOLDEN[f"schedule.{betas}.timesteps.{steps}"].tolist()
+        assert NoiseSchedule(recipe.schedule).timesteps(steps).tolist() == expected
+
+
+def test_numbers_are_those_of_the_clip_and_hotshots_have_width_first():
+    beta, hotshot = (recipe_of(version, sdxl=True) for version in ("sdxl-beta", "hotshot-xl"))
+    small = {"H": 64, "W": 96}
+    assert time_ids(resolved("sdxl-beta", **small), beta) == [64, 96, 0, 0, 64, 96]
+    given = small | {"original_size": [768, 1024], "crop": [16, 48]}
+    assert time_ids(resolved("sdxl-beta", **given), beta) == [768, 1024, 16, 48, 64, 96]
+    assert time_ids(resolved("hotshot-xl", **small), hotshot) == [1920, 1080, 0, 0, 512, 512]
+    assert time_ids(resolved("hotshot-xl", **given), hotshot) == [1024, 768, 48, 16, 512, 512]
+    assert time_ids(resolved("", **small, refiner=True), beta, score=6.0) == [64, 96, 0, 0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sdxl": False, "original_size": [8, 8]}, "original_size needs SDXL as the base"),
+        ({"aesthetic_score": 7}, "aesthetic_score needs SDXL's refiner as the base"),
+        ({"refiner": True, "target_size": [8, 8]}, "target_size needs SDXL as the base, not its refiner"),
+    ],
+)
+def test_numbers_that_the_model_does_not_know_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        resolved("", **values)
+
+
+def test_an_empty_negative_prompt_is_not_none():
+    assert build_request({"prompt": "a", "n_prompt": ""}, where="test").prompts.negative_prompt == ("",)
+    none = build_request({"prompt": "a"}, where="test")
+    assert none.prompts.negative_prompt == () and none.per_prompt() == [("a", "", -1)]
