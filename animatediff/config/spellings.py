@@ -165,23 +165,27 @@ def _put(nested: dict[str, Any], spelled: dict[str, str], option: Option, name: 
     if value is None and option.default in ("", None):
         return
     spelled[option.dotted] = typed
-    if option.dotted == "windows.schedule" and value == "":
-        nested.setdefault("windows", None)
-        return
     nested[option.group] = (nested.get(option.group) or {}) | {name: value}
 
 
 def _window_without_schedule(nested: dict[str, Any], spelled: dict[str, str]) -> str | None:
-    """Flat window options alone switch no windows on: more often than not the schedule was forgotten."""
-    flat = [typed for dotted, typed in spelled.items() if dotted.startswith("windows.") and "." not in typed]
-    if flat and nested.get("windows") and "windows.schedule" not in spelled:
-        option = flat_names()[flat[0]]
-        value = nested["windows"][flat[0]]
-        if value == option.default:
-            nested["windows"] = None
-            return None
-        return f"{flat[0]}: got {describe(value)} without a window_schedule: add window_schedule=open, or remove it"
-    return None
+    """Flat window options switch no windows on: more often than not the schedule was forgotten."""
+    values, by = nested.get("windows"), spelled.get("windows.schedule")
+    if not values or (by is not None and values.get(by) or by == "windows"):
+        return None
+    flat = {
+        name: value
+        for name, value in values.items()
+        if name in flat_names() and spelled.get(flat_names()[name].dotted) == name
+    }
+    if len(flat) < len(values):
+        return None  # grouped: the group is what switches them on
+    changed = {name: value for name, value in flat.items() if name != by and value != flat_names()[name].default}
+    if not changed:
+        nested["windows"] = None
+        return None
+    name, value = next(iter(changed.items()))
+    return f"{name}: got {describe(value)} without a window_schedule: add window_schedule=open, or remove it"
 
 
 def _unknown(key: str, value: Any) -> str:
