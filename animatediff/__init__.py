@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 # name -> module that has it; imported when first used, so that `import animatediff` costs nothing
 _PUBLIC = {
     "AnimateDiff": "animatediff.pipeline.pipeline",
-    "AnimateDiffOutput": "animatediff.pipeline.pipeline",
+    "AnimateDiffOutput": "animatediff.pipeline.call",
     "AnimateDiffPipeline": "animatediff.pipeline.pipeline",
     "FreeInit": "animatediff.config.request",
     "FreeU": "animatediff.config.request",

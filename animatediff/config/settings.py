@@ -203,14 +203,15 @@ def build(cls: type[T], values: Any, *, where: str, name: Callable[[tuple[Any, .
         UserError: all mistakes, a line each: unknown keys (the nearest known one is named), missing, mistyped or
             out-of-range values.
     """
+    prefix = f"{where}: " if where else ""
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: got {describe(values)}, expected keys with values")
+        raise UserError(f"{prefix}got {describe(values)}, expected keys with values")
     try:
         return _adapter(cls).validate_python({str(k): v for k, v in values.items()})
     except ValidationError as errors:
-        raise UserError(listed(f"{where}: {line}" for line in explain(errors, cls, name or dotted))) from None
+        raise UserError(listed(prefix + line for line in explain(errors, cls, name or dotted))) from None
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{prefix}{error}") from None
 
 
 def listed(lines: Iterable[str]) -> str:

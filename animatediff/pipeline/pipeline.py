@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from animatediff.checkpoints.textual_inversion import load_textual_inversion
 from animatediff.config.prompt_yaml import load_config
-from animatediff.config.request import Inputs, Output, Prompts, Request, Sampling, Size
+from animatediff.config.request import Prompts, Request
 from animatediff.config.spellings import updated
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.extend import chain_window
@@ -26,10 +26,20 @@ from animatediff.features.prompt_travel import Context
 from animatediff.features.registry import FEATURES
 from animatediff.features.run import Feature
 from animatediff.pipeline.assemble import Assembler
+from animatediff.pipeline.call import (
+    AnimateDiffOutput,
+    CallArguments,
+    Generators,
+    StepCallback,
+    advance,
+    defaults_for_calls,
+    generators_of,
+    given_latents,
+)
 from animatediff.pipeline.device import pick_device, pick_dtype, to_device
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.model import Model
-from animatediff.pipeline.outputs import OUTPUT_TYPES, decode, decode_frames
+from animatediff.pipeline.outputs import decode, decode_frames
 from animatediff.pipeline.prompts import encode_prompts, with_pooled
 from animatediff.pipeline.resolve import facts_of, resolve
 from animatediff.pipeline.sample import ClipSampler, count_steps, max_frames
@@ -42,22 +52,6 @@ if TYPE_CHECKING:
 
 RETURN_TYPES = {"tensor": "tensor", "numpy": "tensor", "image": "pil"}
 CALL_STEPS = 50  # where a call does not say, as in diffusers
-Generators = torch.Generator | Sequence[torch.Generator] | None
-StepCallback = Callable[["AnimateDiffPipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
-
-
-@dataclass(frozen=True)
-class AnimateDiffOutput:
-    """The clips; `videos` is the official pipeline's name for them. `out[0]` and `out["frames"]` are the same."""
-
-    frames: Any
-
-    @property
-    def videos(self) -> Any:
-        return self.frames
-
-    def __getitem__(self, key: int | str) -> Any:
-        return (self.frames,)[key] if isinstance(key, int) else getattr(self, key)
 
 
 class AnimateDiffPipeline:
@@ -240,7 +234,10 @@ class AnimateDiffPipeline:
             if options.get("timesteps") is not None:
                 raise UserError("got both timesteps and sigmas, expected one of them")
             schedule = NoiseSchedule(self.model.schedule)
-            options["timesteps"] = schedule.timesteps_of([float(s) for s in sigmas if s]).tolist()
+            levels = sigmas.tolist() if hasattr(sigmas, "tolist") else sigmas
+            if not isinstance(levels, (list, tuple)) or not all(type(s) in (int, float) and s >= 0 for s in levels):
+                raise UserError(f"sigmas: got {describe(sigmas)}, expected a list of numbers, 0 or more")
+            options["timesteps"] = schedule.timesteps_of([float(s) for s in levels if s]).tolist()
         if (options.get("prompt") is None) == (embeds is None):
             raise UserError("got both or neither of prompt and prompt_embeds, expected one of them")
         if options.get("negative_prompt") is not None and negatives is not None:
@@ -288,13 +285,13 @@ class AnimateDiffPipeline:
                 r, prompts=said, sampling=replace(r.sampling, guidance_scale=1.0, seed=(0,), random_seed=())
             )
             shows, _ = encode_prompts(m, plain)
-        generators = _generators(generator, r, clips, videos)
+        generators = generators_of(generator, r, clips, videos)
         sampler = ClipSampler(m, r, context, negative, generators, inputs, shows, callback, self.features)
         if latents is None:
             return sampler.sample(sampler.draw(size.num_frames))
         side = m.vae.config.downsampling
         shape = (clips, m.vae.config.latent_channels, size.num_frames, size.height // side, size.width // side)
-        return sampler.sample(_given_latents(latents, shape).to(m.device))
+        return sampler.sample(given_latents(latents, shape).to(m.device))
 
     def infer(
         self,
@@ -360,105 +357,6 @@ class AnimateDiffPipeline:
             latents: (1, c, f, h, w), as the output type "latent" gives them.
         """
         yield from decode_frames(self.vae, rearrange(latents, "b c f h w -> b f c h w"), chunk=chunk)
-
-
-@dataclass
-class CallArguments:
-    """What a call says beside its request."""
-
-    videos: int
-    output_type: str
-    chunk: int
-    callback: StepCallback | None
-    lora_scale: float = 1.0
-    pooled: Tensor | None = None
-    negative_pooled: Tensor | None = None
-
-    def take(self, options: dict[str, Any]) -> None:
-        """Take what is no option of a request out of the call's keywords; check the rest of the call.
-
-        Raises:
-            UserError: a value out of range.
-        """
-        wanted = options.pop("callback_on_step_end_tensor_inputs", None) or ["latents"]
-        if list(wanted) != ["latents"]:
-            raise UserError(f"callback_on_step_end_tensor_inputs: got {wanted!r}, expected ['latents']")
-        attention = options.pop("cross_attention_kwargs", None) or {}
-        if set(attention) - {"scale"}:
-            raise UserError(f"cross_attention_kwargs: got {sorted(attention)}, expected scale, a factor of all LoRAs")
-        self.lora_scale = attention.get("scale", 1.0)
-        self.pooled = options.pop("pooled_prompt_embeds", None)
-        self.negative_pooled = options.pop("negative_pooled_prompt_embeds", None)
-        for name, value in (("num_videos_per_prompt", self.videos), ("decode_chunk_size", self.chunk)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}: got {describe(value)}, expected at least 1")
-        if self.output_type not in OUTPUT_TYPES:
-            raise UserError(f"got output_type {self.output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
-
-    def after_step(self, pipeline: AnimateDiffPipeline) -> Callable[[int, int, Tensor], None] | None:
-        """The sampler's callback that calls the user's, with steps counted over all iterations and windows."""
-        if self.callback is None:
-            return None
-        callback, done = self.callback, 0
-
-        def after_step(step: int, timestep: int, x: Tensor) -> None:
-            nonlocal done
-            seen = rearrange(x, "b f c h w -> b c f h w")
-            wanted = (callback(pipeline, done, timestep, {"latents": seen}) or {}).get("latents", seen)
-            done += 1
-            if wanted is not seen:
-                x.copy_(_given_latents(wanted, tuple(seen.shape)))
-
-        return after_step
-
-
-def defaults_for_calls(entry: Request) -> Request:
-    """What of a config's entry holds for calls of its pipeline."""
-    p, s, c = entry.prompts, entry.sampling, entry.sparsectrl
-    return replace(
-        entry,
-        prompts=Prompts(weighting=p.weighting, clip_skip=p.clip_skip),  # type: ignore[call-arg]
-        size=Size(height=entry.size.height, width=entry.size.width),  # type: ignore[call-arg]
-        sampling=Sampling(sampler=s.sampler, timestep_spacing=s.timestep_spacing),  # type: ignore[call-arg]
-        inputs=Inputs(),
-        sparsectrl=replace(c, images=(), frames=(0,), scale=(1.0,)),
-        output=Output(),
-        spelled={},
-    )
-
-
-def advance(bar: tqdm) -> StepCallback:
-    """A `callback_on_step_end` that moves a progress bar."""
-
-    def after_step(*_: Any) -> None:
-        bar.update()
-
-    return after_step
-
-
-def _generators(generator: Generators, request: Request, clips: int, videos: int) -> list[torch.Generator]:
-    """One for each clip: the caller's, or of the request's seeds; -1 draws one seed, from which all clips draw."""
-    if isinstance(generator, torch.Generator):
-        return [generator] * clips
-    if generator is not None:
-        if not isinstance(generator, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generator):
-            raise UserError(f"generator: got {describe(generator)}, expected a torch.Generator, or one for each clip")
-        if len(generator) != clips:
-            raise UserError(f"got {len(generator)} generators for {clips} clips, expected one, or one for each clip")
-        return list(generator)
-    seeds = request.sampling.random_seed or request.sampling.seed
-    if set(seeds) == {-1}:
-        return [seeded(draw_seed())] * clips
-    seeds = seeds * (clips // videos) if len(seeds) == 1 else seeds
-    streams = [seeded(draw_seed() if seed == -1 else seed) for seed in seeds]
-    return [stream for stream in streams for _ in range(videos)]
-
-
-def _given_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Latents of a caller, (b, c, f, h, w), in the order used inside."""
-    if tuple(latents.shape) != shape:
-        raise UserError(f"got latents of shape {tuple(latents.shape)}, expected {shape} (clips, c, f, h, w)")
-    return rearrange(latents.float(), "b c f h w -> b f c h w")
 
 
 AnimateDiff = AnimateDiffPipeline  # mmagic's name

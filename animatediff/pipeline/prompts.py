@@ -13,7 +13,7 @@ from animatediff.models.prompt_weighting import parse_prompt
 from animatediff.models.text import TextEncoder, equally_long
 from animatediff.models.tokenizer import Tokenizer
 from animatediff.pipeline.model import Model
-from animatediff.utils import UserError
+from animatediff.utils import UserError, describe
 
 # One prompt: its keyframes, and their embeddings: tokens (k, l, d) and, for SDXL, pooled vectors (k, 1, p).
 Clip = tuple[list[int], tuple[Tensor, ...]]
@@ -39,6 +39,10 @@ def encode_prompts(
     Raises:
         UserError: embeddings do not fit together.
     """
+    for name, value in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        if value is not None and not (isinstance(value, Tensor) and value.ndim == 3 and len(value)):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else describe(value)
+            raise UserError(f"{name}: got {got}, expected a tensor (b, l, d)")
     guided = request.sampling.guidance_scale > 1
     if prompt_embeds is None:
         every = request.per_prompt()
