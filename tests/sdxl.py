@@ -27,6 +27,22 @@ def checkpoint() -> dict[str, Tensor]:
 
 
 @cache
+def refiner() -> dict[str, Tensor]:
+    """A refiner of the base's sizes: the second text encoder alone, a context as wide as it, and five numbers."""
+    second, label = "conditioner.embedders.1.model.", "model.diffusion_model.label_emb.0.0.weight"
+    tensors = {}
+    for key, tensor in checkpoint().items():
+        if key.startswith("conditioner.") and not key.startswith(second):
+            continue
+        if ".attn2.to_k." in key or ".attn2.to_v." in key:
+            tensor = tensor[:, :40]
+        tensors[key.replace(second, "conditioner.embedders.0.model.")] = (
+            tensor[:, : 40 + 5 * 16] if key == label else tensor
+        )
+    return tensors
+
+
+@cache
 def motion(version: str, *, positions: bool = True) -> dict[str, Tensor]:
     """A motion module as it is published: only the length of its positional encodings tells the version."""
     tensors = tensors_of(f"nano-xl-mm-{version}", TABLES["motion_module"][version])

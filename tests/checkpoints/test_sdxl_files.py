@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from animatediff.checkpoints.export import write_diffusers, write_ldm
+from animatediff.checkpoints.export import write_diffusers, write_ldm, write_motion_adapter, write_official_motion
 from animatediff.checkpoints.files import read_json, read_state_dict
 from animatediff.checkpoints.identify import identify
 from animatediff.checkpoints.load import load_base, load_personalised, load_vae
-from animatediff.checkpoints.parts import read_image_parts
+from animatediff.checkpoints.parts import read_image_parts, read_motion_parts
 from animatediff.checkpoints.sizes import unet_config
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import equal, write
 from tests.models.test_golden import assert_close
-from tests.sdxl import GOLDEN, METADATA, checkpoint
+from tests.sdxl import GOLDEN, METADATA, MOTION, TABLES, checkpoint, motion, refiner
 
 SKIPPED = ("position_ids", "denoiser.sigmas", "logit_scale")
 
@@ -81,17 +81,7 @@ def test_markers_tell_how_a_model_was_trained(tmp_path, marker, said):
 
 
 def test_the_refiner_has_the_second_text_encoder_alone(tmp_path):
-    """Here with the sizes of the base: its context is as wide as one encoder, and its numbers are five."""
-    second = "conditioner.embedders.1.model."
-    unet = {
-        key: t[:, :40] if ".attn2.to_k." in key or ".attn2.to_v." in key else t
-        for key, t in checkpoint().items()
-        if not key.startswith("conditioner.") or key.startswith(second)
-    }
-    label = "model.diffusion_model.label_emb.0.0.weight"
-    tensors = {key.replace(second, "conditioner.embedders.0.model."): t for key, t in unet.items()}
-    tensors[label] = tensors[label][:, : 40 + 5 * 16]
-    path = write(tmp_path / "refiner.safetensors", tensors, **METADATA)
+    path = write(tmp_path / "refiner.safetensors", refiner(), **METADATA)
     model = load_base(path)
     assert model.text_encoder is None and model.text_encoder_2.config.width == model.unet.config.context_dim == 40
     folder = write_diffusers(read_image_parts(path), tmp_path / "folder")
@@ -134,3 +124,26 @@ def test_a_unet_alone_in_diffusers_names_is_a_personalised_model(single_file, fo
     base = load_base(single_file)
     personal = load_personalised(folder / "unet" / "diffusion_pytorch_model.safetensors", base)
     assert personal.unet.config == base.unet.config and personal.text_encoder_2 is base.text_encoder_2
+
+
+@pytest.mark.parametrize("version", MOTION)
+def test_motion_modules_convert_and_come_back(tmp_path, version):
+    """Hotshot-XL's spelling becomes the official one; diffusers' adapter has the names of the published one."""
+    parts = read_motion_parts(write(tmp_path / "published.safetensors", motion(version)))
+    official = read_state_dict(write_official_motion(parts, tmp_path / "official.safetensors"))
+    assert official.metadata["version"] == version and len(official.tensors) == 420
+    again = read_motion_parts(tmp_path / "official.safetensors")
+    assert equal(again.tensors, parts.tensors) and identify(tmp_path / "official.safetensors").version == version
+    adapter = write_motion_adapter(parts, tmp_path / "adapter")
+    names = read_state_dict(adapter / "diffusion_pytorch_model.safetensors").tensors.keys()
+    assert names == TABLES["motion_module"]["sdxl-beta-diffusers"].keys()
+    assert identify(adapter).version == version
+    base = {"block_out_channels": [32, 64, 96], "use_motion_mid_block": False}
+    assert base.items() <= read_json(adapter / "config.json").items()
+
+
+def test_an_adapter_without_our_metadata_has_to_be_named(tmp_path):
+    tables = {key: torch.zeros(shape) for key, shape in TABLES["motion_module"]["sdxl-beta-diffusers"].items()}
+    info = identify(write(tmp_path / "x.safetensors", tables))
+    assert (info.kind, info.version) == ("motion-adapter", None)
+    assert "version: hotshot-xl or sdxl-beta" in info.config_line

@@ -17,9 +17,10 @@ from animatediff.pipeline.prompts import encode_prompts
 from animatediff.pipeline.resolve import Facts, resolve
 from animatediff.utils import UserError
 from scripts.animate import main
+from tests.checkpoints.synthetic import write
 from tests.models.test_golden import assert_close
 from tests.nano import write_config
-from tests.sdxl import FOLDER, GOLDEN, write_files
+from tests.sdxl import FOLDER, GOLDEN, METADATA, refiner, write_files
 
 with safe_open(FOLDER / "expected.safetensors", "pt") as opened:
     NEGATIVE, PROMPT = json.loads(opened.metadata()["prompts"])
@@ -78,6 +79,44 @@ def test_golden_frames_through_the_command_line(files, tmp_path, monkeypatch):
     (clip,) = (tmp_path / "out" / "sample").iterdir()
     expected = GOLDEN["pipeline.beta.frames"][0].permute(1, 2, 3, 0) * 255
     assert (read_video(clip)[0].float() - expected).abs().max() < 0.51 + 255e-4  # rounding, and a run's tolerance
+
+
+def test_loras_and_words_of_a_config_reach_all_networks(files, tmp_path, pipelines):
+    word = tmp_path / "vixen.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    write(word, {"clip_l": torch.randn(2, 24, generator=generator), "clip_g": torch.randn(2, 40, generator=generator)})
+    values = {"lora_path": str(files / "kohya.safetensors"), "lora_alpha": 0.6, "embeddings": [str(word)]}
+    config = write_config(tmp_path / "xl.yaml", entry(files, "sdxl-beta", **values))
+    pipeline = AnimateDiffPipeline.from_config(config, device="cpu")
+    reports = "\n".join(pipeline.model.reports)
+    assert "lora kohya: applied 1248 of 1248 keys" in reports and "2 vectors, in prompts as vixen" in reports
+    plain = pipelines["sdxl-beta"].model
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        ours, theirs = (dict(getattr(m, name).named_parameters()) for m in (pipeline.model, plain))
+        changed = [key for key in theirs if ours[key].shape != theirs[key].shape or not ours[key].equal(theirs[key])]
+        assert any("token_embedding" in key for key in changed) == (name != "unet") and len(changed) > 10, name
+    known, other = (sample(pipeline, prompt=prompt) for prompt in ("a vixen", "a fox"))
+    assert torch.isfinite(known).all() and (known - other).norm() > 1e-3 * other.norm()
+
+
+def test_the_refiner_refines(files, tmp_path):
+    path = write(tmp_path / "refiner.safetensors", refiner(), **METADATA)
+    config = write_config(tmp_path / "refine.yaml", entry(files, pretrained_model_path=str(path)))
+    pipeline = AnimateDiffPipeline.from_config(config, device="cpu")
+    once, again, worse = (
+        sample(pipeline, video=PICTURE.expand(4, -1, -1, -1), strength=0.7, aesthetic_score=score)
+        for score in (6.0, 6.0, 2.0)
+    )
+    assert torch.equal(once, again) and (once - worse).norm() > 1e-3 * once.norm()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(files, plain, dtype):
+    """Guidance 8.5 makes 16 of each call's rounding, half an eps, and 3 steps add theirs up."""
+    pipeline = AnimateDiffPipeline.from_config(files / "sdxl-beta.yaml", device="cpu", dtype=dtype)
+    got = sample(pipeline)
+    assert got.dtype == torch.float32 and torch.isfinite(got).all()
+    assert_close(got, plain, 3 * 16 * torch.finfo(getattr(torch, dtype)).eps / 2)
 
 
 # ---- everything that is built on: each changes the clip, and none breaks it ---------------------------------------
