@@ -1,4 +1,4 @@
-"""A grid of trainings in the built-in world that differ in a few values, and one table of what each of them can do."""
+"""A grid of trainings on Shapes, the toy data set, that differ in a few values, and a table of what each can do."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Grid:
         with naming(f"cell {cell!r}"):
             stage = build_stage(values, where=self.train)
             if not isinstance(stage, MotionModule) or stage.world is None:
-                raise UserError("got another stage, expected motion_module on the built-in world")
+                raise UserError("got another stage, expected motion_module on Shapes, the toy data set")
         return stage
 
 

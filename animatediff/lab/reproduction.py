@@ -1,4 +1,4 @@
-"""The paper's claims in the built-in world: trainings that build on each other, and tables of what they can do."""
+"""The paper's claims on Shapes, the toy data set: trainings that build on each other, and tables of what they do."""
 
 from __future__ import annotations
 

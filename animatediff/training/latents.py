@@ -46,7 +46,7 @@ class LatentClips:
     ):
         self.latents, self.tokens, self.empty = latents, tokens, empty
         self.lines = lines  # of all clips, packed
-        self.files = files  # that each clip is from; none in the built-in world
+        self.files = files  # that each clip is from; none in Shapes, the toy data set
         self.scribbles: Tensor | None = None
         self.weights, self.single_frames = torch.ones(len(latents)), False
         self.names: list[str] = []
@@ -76,7 +76,7 @@ class LatentClips:
 
     @classmethod
     def of_world(cls, path: Path, vae: VAE, world: World, *, scribbles: bool = False, log: Log = print) -> LatentClips:
-        """Clips of the built-in world; oversampled motions are drawn more often."""
+        """Clips of Shapes; oversampled motions are drawn more often."""
 
         clips = cls.build(
             path,

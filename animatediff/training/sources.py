@@ -1,4 +1,4 @@
-"""What a stage learns from: videos, pictures or the built-in world, as latents and caption tokens."""
+"""What a stage is trained on: videos, pictures or Shapes, the toy data set, as latents and caption tokens."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Data:
             UserError: none can be used, or there are no files.
         """
         if self.world:
-            raise UserError("got --check-data for the built-in world, which draws its own clips, expected files")
+            raise UserError("got --check-data for Shapes, the toy data set, which draws its own clips, expected files")
         report = self.series().scan(log=log)
         log(str(report))
         if not report.usable:

@@ -217,7 +217,7 @@ def test_a_loss_that_is_not_finite_names_the_files(files, tmp_path, monkeypatch,
         run(files, tmp_path, "image_finetune", cache=cache)
 
 
-# ---- the built-in world
+# ---- Shapes, the toy data set
 
 
 def test_the_world_as_a_source(files, tmp_path):
