@@ -289,11 +289,10 @@ def resolve_version(tensors: StateDict, metadata: Metadata, *, length: int | Non
                 f"set `version: {one}` or `version: {other}` in the config, or in the file's metadata"
             )
         return found
-    row = MOTION_VERSIONS[asked]
-    same_layout = row.mid_block == has_mid_block(tensors) and motion_levels(tensors) <= len(row.resolutions)
+    possible = MOTION_VERSIONS[asked].mid_block if has_mid_block(tensors) else asked in (one, other)
     # v2 and AnimateLCM are one network; a file without positional encodings can be either.
     undecided = found is None or (found == "animatelcm" and "version" not in metadata)
-    if asked == found or (undecided and same_layout and asked != "sparsectrl"):
+    if asked == found or (undecided and possible):
         return asked
     expected = found or f"{one} or {other}"
     raise UserError(

@@ -124,10 +124,7 @@ class Prompts:
 
     prompt: Many[Prompt] = opt((), "texts, or keyframes {frame: text} to travel between", "prompt", "prompt_map")
     negative_prompt: Many[Prompt] = opt(
-        (),
-        "what to avoid: one for all prompts, or one for each; none: an empty text, for SDXL zeros",
-        "n_prompt",
-        "negative_prompt",
+        (), "what to avoid: one for all, or one for each; none: empty text, SDXL zeros", "n_prompt", "negative_prompt"
     )
     head_prompt: Text = opt("", "before every text, with a comma")
     tail_prompt: Text = opt("", "after every text, with a comma")

@@ -72,7 +72,8 @@ class Headers:
         if request.model.version:
             return request.model.version
         undecided = self.motion is not None and self.motion.version is None
-        return self.inference.version or None if undecided else None
+        told = undecided and self.inference.version in self.motion.candidates  # type: ignore[union-attr]
+        return self.inference.version if told else None
 
     def distillation(self, request: Request) -> Distillation | None:
         """What a distilled motion module or image model needs; a `version` in the request has the last word."""

@@ -20,7 +20,7 @@ from scripts.animate import main
 from tests.checkpoints.synthetic import write
 from tests.models.test_golden import assert_close
 from tests.nano import write_config
-from tests.sdxl import FOLDER, GOLDEN, METADATA, refiner, write_files
+from tests.sdxl import FOLDER, GOLDEN, METADATA, motion, refiner, write_files
 
 with safe_open(FOLDER / "expected.safetensors", "pt") as opened:
     NEGATIVE, PROMPT = json.loads(opened.metadata()["prompts"])
@@ -117,6 +117,45 @@ def test_half_precision(files, plain, dtype):
     got = sample(pipeline)
     assert got.dtype == torch.float32 and torch.isfinite(got).all()
     assert_close(got, plain, 3 * 16 * torch.finfo(getattr(torch, dtype)).eps / 2)
+
+
+OFFICIAL_INFERENCE = """
+unet_additional_kwargs:
+  unet_use_cross_frame_attention: false
+  unet_use_temporal_attention: false
+  use_motion_module: true
+  motion_module_resolutions: [1, 2, 4, 8]
+  motion_module_mid_block: false
+  motion_module_decoder_only: false
+  motion_module_type: Vanilla
+  motion_module_kwargs: {num_attention_heads: 8, num_transformer_block: 1,
+    attention_block_types: [Temporal_Self, Temporal_Self], temporal_position_encoding: true,
+    temporal_position_encoding_max_len: 32, temporal_attention_dim_div: 1, zero_initialize: true}
+noise_scheduler_kwargs: {num_train_timesteps: 1000, beta_start: 0.00085, beta_end: 0.020, beta_schedule: scaled_linear}
+"""
+
+
+def test_the_official_branchs_files_and_spellings(files, tmp_path):
+    """Its prompt YAML is one flat mapping; its inference YAML does not know v1's and v3's norms."""
+    inference = tmp_path / "inference.yaml"
+    inference.write_text(OFFICIAL_INFERENCE)
+    values = {
+        "base_model_path": str(files / "sdxl.safetensors"),
+        "motion_module_path": str(files / "sdxl-beta.safetensors"),
+        "inference_config": str(inference),
+        "prompt": [PROMPT],
+        "n_prompt": [NEGATIVE],
+    }
+    (tmp_path / "official.yaml").write_text(json.dumps(values | SIZE))
+    pipeline = AnimateDiffPipeline.from_config(tmp_path / "official.yaml", device="cpu")
+    assert pipeline.model.unet.config.motion.version == "sdxl-beta"
+    assert pipeline.model.schedule == recipe_of("sdxl-beta", sdxl=True).schedule
+    stripped = write(tmp_path / "stripped.safetensors", motion("sdxl-beta", positions=False))
+    (tmp_path / "stripped.yaml").write_text(json.dumps(values | SIZE | {"motion_module_path": str(stripped)}))
+    with pytest.raises(UserError, match="add `version: hotshot-xl` or `version: sdxl-beta`"):
+        AnimateDiffPipeline.from_config(tmp_path / "stripped.yaml", device="cpu")
+    named = AnimateDiffPipeline.from_config(tmp_path / "stripped.yaml", device="cpu", version="sdxl-beta")
+    assert named.model.unet.config.motion.norm_over_frames
 
 
 # ---- everything that is built on: each changes the clip, and none breaks it ---------------------------------------
