@@ -70,7 +70,7 @@ class ShapesEncoder(StageConfig):
 
     loop: LoopConfig = opt(..., "steps, batches and rates")
     encoder: SmallCLIPConfig = opt(SmallCLIPConfig(), "its sizes")
-    version: Int = opt(1, "of the data set", ge=1)
+    version: Int = opt(1, "of the data set", ge=1, le=2)
 
     def train(self, folder: Path, log: Log, device: torch.device) -> None:
         """As `StageConfig.run`."""

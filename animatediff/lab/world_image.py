@@ -40,7 +40,7 @@ class ShapesImage(StageConfig):
     text: TextConfig = opt(..., "and of the text encoder")
     autoencoder: LoopConfig = opt(..., "the VAE's training,")
     image: LoopConfig = opt(..., "and that of the other two")
-    version: Int = opt(1, "of the data set", ge=1)
+    version: Int = opt(1, "of the data set", ge=1, le=2)
     oversampled: Many[str] = opt((), "motions to draw more often than others")
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = opt("epsilon", "what the UNet predicts")
     init_from: str = opt("", "an image model to start from, of these sizes; its VAE is kept")
@@ -109,7 +109,7 @@ class ShapesDecoder(StageConfig):
     loop: LoopConfig = opt(..., "steps, batches and rates")
     styles: Many[Literal[tuple(STYLES)]] = opt(tuple(STYLES), "that it draws")
     watermarks: bool = opt(True, "stamp half of the frames")
-    version: Int = opt(1, "of the data set", ge=1)
+    version: Int = opt(1, "of the data set", ge=1, le=2)
 
     def train(self, folder: Path, log: Log, device: torch.device) -> None:
         """As `StageConfig.run`. Raises: UserError where the model has no VAE."""
