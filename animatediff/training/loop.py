@@ -32,6 +32,7 @@ from animatediff.training.distributed import (
     shared_loss,
     without_sharing,
 )
+from animatediff.training.losses import MAX_FACTOR
 from animatediff.training.record import Record
 from animatediff.training.run_state import RunState
 from animatediff.utils import UserError
@@ -47,8 +48,8 @@ class LoopConfig:
     micro_batches: Int = opt(1, "averaged in one step", ge=1)
     schedule: Literal["cosine", "constant"] = opt("cosine", "of the learning rate after the warm-up")
     warmup_steps: Int = opt(100, "in which the learning rate rises", ge=0)
-    weight_decay: Float = opt(0.01, "of AdamW", ge=0)
-    max_grad_norm: Float = opt(1.0, "to which gradients are clipped", gt=0)
+    weight_decay: Float = opt(0.01, "of AdamW", ge=0, le=MAX_FACTOR)
+    max_grad_norm: Float = opt(1.0, "to which gradients are clipped", gt=0, le=MAX_FACTOR)
     ema_decay: Float = opt(0.999, "of the averaged weights, which are what is saved; 0: no average", ge=0, lt=1)
     seed: Int = opt(0, "of all that is drawn in the steps", ge=0, lt=2**32)
     log_every: Int = opt(20, "steps", ge=1)

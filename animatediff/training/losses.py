@@ -11,6 +11,7 @@ from torch import Tensor
 from animatediff.config.settings import Float, opt, options
 from animatediff.diffusion.schedule import NoiseSchedule
 
+MAX_FACTOR = 1e9  # of numbers that are multiplied with float32 ones
 Denoise = Callable[[Tensor, Tensor], Tensor]  # x (b, f, c, h, w), t (b,) -> prediction
 
 
@@ -19,10 +20,13 @@ class LossConfig:
     """Variants of the mean squared error; 0 is off."""
 
     min_snr_gamma: Float = opt(
-        0.0, "limits the weight of hardly noised clips; 5 in Hang et al. 2023, arXiv 2303.09556", ge=0
+        0.0, "limits the weight of hardly noised clips; 5 in Hang et al. 2023, arXiv 2303.09556", ge=0, le=MAX_FACTOR
     )
     noise_offset: Float = opt(
-        0.0, "of a noise that is the same for all pixels of a clip: 0.1 lets dark and light be learnt", ge=0
+        0.0,
+        "of a noise that all pixels of a clip share: 0.1 lets dark and light be learnt",
+        ge=0,
+        le=MAX_FACTOR,
     )
 
 

@@ -16,6 +16,7 @@ from animatediff.features.sparsectrl import condition_pixels
 from animatediff.media.video import save_video
 from animatediff.pipeline.model import Model
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from animatediff.training.losses import MAX_FACTOR
 from animatediff.training.sources import resolve_path
 from animatediff.utils import UserError, naming
 
@@ -29,7 +30,7 @@ class SampleConfig:
     n_prompt: str = opt("", "negative prompt", "negative_prompt")
     seed: Int = opt(0, "of the first prompt; the next has seed + 1", ge=0, le=2**63)
     steps: Int = opt(25, "of sampling", "num_inference_steps", ge=1)
-    guidance_scale: Float = opt(7.5, "of classifier-free guidance", ge=0)
+    guidance_scale: Float = opt(7.5, "of classifier-free guidance", ge=0, le=MAX_FACTOR)
     L: Int = opt(16, "frames; 1 where no motion module takes part", "num_frames", ge=1, le=MAX_FRAMES)
     H: Int = opt(256, "pixels", "height", ge=8, le=MAX_SIDE, multiple_of=8)
     W: Int = opt(256, "pixels", "width", ge=8, le=MAX_SIDE, multiple_of=8)

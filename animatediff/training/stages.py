@@ -38,7 +38,7 @@ from animatediff.training.diffusion_stages import (
 )
 from animatediff.training.loop import LoopConfig, train
 from animatediff.training.lora_stages import Algorithm, attach_lora
-from animatediff.training.losses import MEAN_SQUARE, LossConfig
+from animatediff.training.losses import MAX_FACTOR, MEAN_SQUARE, LossConfig
 from animatediff.training.samples import SampleClips, SampleConfig
 from animatediff.training.sources import Data, load_image_model, load_tokenizer, resolve_path
 from animatediff.training.sparsectrl_stage import SparseCtrlStage, unfreeze_sparsectrl
@@ -180,7 +180,7 @@ class ImageLoRA(Training):
 
     name: ClassVar[str] = "image_lora"
     rank: Int = opt(16, "of every change", ge=1)
-    alpha: Float | None = opt(None, "the change is multiplied by alpha / rank; rank by default", gt=0)
+    alpha: Float | None = opt(None, "the change is multiplied by alpha / rank; rank by default", gt=0, le=MAX_FACTOR)
     train_text_encoder: bool = opt(False, "train the text encoder too")
     algorithm: Algorithm = opt("lora", "what a change is made of; locon: lora with convolutions")
     convolutions: bool = opt(False, "change these too, not the transformers alone: for looks that are texture")
@@ -216,7 +216,7 @@ class ClipTraining(Training):
     """What stages on clips share: motion modules take part, and perhaps a domain adapter, active and frozen."""
 
     adapter_lora_path: str = opt("", "a domain adapter, which takes the videos' look upon itself")
-    adapter_lora_scale: Float = opt(1.0, "its strength")
+    adapter_lora_scale: Float = opt(1.0, "its strength", ge=-MAX_FACTOR, le=MAX_FACTOR)
     version: Literal["", "v1", "v2", "v3"] = opt("", "of the motion module, where its file cannot tell")
 
     def data(self) -> Data:
@@ -293,7 +293,7 @@ class ConsistencyTraining(ClipTraining):
     stage_class: ClassVar[type[DiffusionStage]] = ConsistencyStage
     motion_module: str = opt(..., "the module that moves the clips")
     rank: Int = opt(64, "of every change", ge=1)
-    guidance_range: Many[Annotated[Float, limits(ge=0)]] = opt(
+    guidance_range: Many[Annotated[Float, limits(ge=0, le=MAX_FACTOR)]] = opt(
         (5.0, 9.0), "lowest and highest scale of guidance that is distilled into it", min_length=2, max_length=2
     )
 
