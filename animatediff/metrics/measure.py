@@ -22,7 +22,7 @@ from animatediff.media.video import read_metadata, read_video
 from animatediff.metrics.clip_metrics import ClipMetrics, Encoder, encode_frames, measure_clip
 from animatediff.metrics.fvd import Extractor, frechet_distance
 from animatediff.metrics.references import find_pictures, read_pictures, signed
-from animatediff.metrics.tables import INK, Row, align, contact_sheet, printable, write_csv
+from animatediff.metrics.tables import INK, Row, align, contact_sheet, one_line, write_csv
 from animatediff.metrics.video_metrics import VideoMetrics, diversity, measure_video, shrink
 from animatediff.utils import UserError, replacing
 
@@ -209,7 +209,7 @@ def _text(prompt: Any) -> str | None:
     """A prompt in one cell of a table, keyframes in a row. What a file says may be anything."""
     if isinstance(prompt, Mapping):
         prompt = "; ".join(f"{k}: {v}" for k, v in prompt.items())
-    return None if prompt is None else printable(str(prompt)[:MAX_PROMPT])
+    return None if prompt is None else one_line(str(prompt)[:MAX_PROMPT])
 
 
 def _thumbnail(frame: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from animatediff.utils import replacing
+from animatediff.utils import printable, replacing
 
 CAPTION_HEIGHT, MARGIN = 16, 4  # pixels of a contact sheet
 RIGHT, WRONG, INK, PAPER = (20, 120, 40), (190, 20, 20), (20, 20, 20), (255, 255, 255)
@@ -43,14 +43,14 @@ def _inert(value: Any) -> Any:
     return f"'{value}" if runs and not re.fullmatch(r"-|-?[\d.]+( ± [\d.]+)?", value) else value
 
 
-def printable(text: str) -> str:
-    """In one line, without control characters."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+def one_line(text: str) -> str:
+    """Without line ends and control characters."""
+    return printable(text.replace("\n", " "))
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
     """The frames of each clip side by side, under a line of words."""
-    rows = [([(printable(word), color) for word, color in words], frames) for words, frames in rows]
+    rows = [([(one_line(word), color) for word, color in words], frames) for words, frames in rows]
     strips = [np.concatenate(list(frames), axis=1) for _, frames in rows]
     draw, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), ImageFont.load_default()
     lengths = [draw.textlength("   ".join(word for word, _ in words), font=font) for words, _ in rows]

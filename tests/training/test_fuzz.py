@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from animatediff.utils import UserError
+from animatediff.utils import UserError, printable
 from scripts import train
 from tests.nano import write_files
 
@@ -117,7 +117,7 @@ def attempt(config: Path) -> str:
     except TimeoutError:
         return traceback.format_exc()
     except (UserError, OSError) as error:
-        return f"error: {error}"
+        return f"error: {printable(str(error))}"  # as run_main prints it
     except BaseException:
         return traceback.format_exc()
 
