@@ -175,8 +175,8 @@ def make_mutant(format: str, seed: int, folder: Path) -> Path:
     return make_folder(folder / "model", rng, tokenizer=format == "tokenizer")
 
 
-def make_folder(folder: Path, rng: random.Random, *, tokenizer: bool) -> Path:
-    """A diffusers folder of which one text file is damaged."""
+def make_folder(folder: Path, rng: random.Random, *, tokenizer: bool | None) -> Path:
+    """A diffusers folder of which one text file is damaged: of the tokenizer, another, or None, none."""
     from animatediff.checkpoints import diffusers_json as dj
     from animatediff.checkpoints.parts import read_image_parts
     from animatediff.checkpoints.sizes import text_config, unet_config, vae_config
@@ -189,7 +189,7 @@ def make_folder(folder: Path, rng: random.Random, *, tokenizer: bool) -> Path:
         "text_encoder/config.json": dj.text_json(text_config(parts.text or {}, parts.metadata)),
         "scheduler/scheduler_config.json": dj.scheduler_json(ScheduleConfig()),
         "model_index.json": dj.model_index_json(),
-        "tokenizer/vocab.json": {"a": 0, "b": 1, "ab</w>": 2, "<|startoftext|>": 3, "<|endoftext|>": 4},
+        "tokenizer/vocab.json": {"a": 0, "b</w>": 1, "ab</w>": 2, "<|startoftext|>": 3, "<|endoftext|>": 4},
         "tokenizer/tokenizer_config.json": {"model_max_length": 77, "bos_token": "<|startoftext|>"},
         "tokenizer/special_tokens_map.json": {"pad_token": "<|endoftext|>"},
     }
@@ -199,7 +199,7 @@ def make_folder(folder: Path, rng: random.Random, *, tokenizer: bool) -> Path:
     for name, tensors in (("unet", parts.unet), ("vae", parts.vae), ("text_encoder", parts.text)):
         (folder / name).mkdir(parents=True)
         write_state_dict(folder / name / f"{stem.get(name, dj.UNET_STEM)}.safetensors", tensors or {})
-    victim = rng.choice([name for name in texts if name.startswith("tokenizer/") == tokenizer])
+    victim = rng.choice([name for name in texts if name.startswith("tokenizer/") == tokenizer] or [""])
     for name, text in texts.items():
         data = text.encode()
         if name == victim and name in configs and rng.random() < 0.7:
@@ -234,7 +234,7 @@ def load(path: Path) -> None:
     elif info.kind == "textual-inversion":
         read_state_dict(path)
     if path.is_dir() and (path / "tokenizer").is_dir():
-        Tokenizer.from_folder(path / "tokenizer")("a b ab")
+        Tokenizer.from_folder(path / "tokenizer")(["a b ab"])
 
 
 def outcome(path: Path) -> str:

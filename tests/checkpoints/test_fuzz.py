@@ -1,8 +1,15 @@
 """Damaged weight files, configs and tokenizers: read rightly or refused in a line, within 10 s and 2 GB."""
 
+import random
+
 import pytest
 
-from tests.checkpoints.mutants import FORMATS, OUTCOMES, try_mutants
+from tests.checkpoints.mutants import FORMATS, OUTCOMES, make_folder, outcome, try_mutants
+
+
+def test_an_undamaged_folder_is_read(tmp_path):
+    """So that what is refused is refused for its damage."""
+    assert outcome(make_folder(tmp_path / "model", random.Random(0), tokenizer=None)) == "read"
 
 
 @pytest.mark.parametrize("format", FORMATS)
