@@ -40,13 +40,6 @@ def describe(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
 
 
-def printed(value: object) -> str:
-    """Text as the console can show it: what its encoding lacks, and control characters, as escapes."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, errors="backslashreplace").decode(encoding)
-
-
 def unknown_key(key: Any, known: Sequence[str], *, what: str = "key") -> str:
     """The message for a name that is not known, with the nearest one that is, if any is near."""
     key, lowered = str(key), {name.lower(): name for name in known}
@@ -58,10 +51,12 @@ def unknown_key(key: Any, known: Sequence[str], *, what: str = "key") -> str:
 
 
 def printable(text: str, *, longest: int = 8000) -> str:
-    """Text as the console gets it: a stranger's control characters are escaped, line ends stay, the endless is cut."""
+    """Text as the console gets it: control characters, and what its encoding lacks, as escapes; the endless is cut."""
     if len(text) > longest:
         text = f"{text[:longest]}… ({len(text)} characters)"
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 @contextmanager
@@ -125,6 +120,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     A mistake is a `UserError`, or what the system refuses: a full disk, a folder that may not be written to.
     """
     keep_freed_memory()
+    for name in ("stdout", "stderr"):  # closed by the caller (`2>&-`): what is printed goes nowhere
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     try:
         sys.exit(main() or 0)
     except BrokenPipeError:

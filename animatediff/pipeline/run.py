@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from animatediff.checkpoints.files import file_sha256
+from animatediff.config.prompt_warnings import prompt_warnings
 from animatediff.config.prompt_yaml import RunConfig
 from animatediff.config.request import Request
 from animatediff.config.spellings import files
@@ -25,7 +26,7 @@ from animatediff.pipeline.outputs import decode_frames, is_out_of_memory
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.prompts import first_text
 from animatediff.pipeline.run_folder import clip_settings, open_folder, record_hashes, versions
-from animatediff.utils import UserError, printed
+from animatediff.utils import UserError, printable
 
 GRID_COLUMNS = 4
 NAME_WORDS, NAME_LENGTH = 10, 60
@@ -71,6 +72,9 @@ def animate(
                 f"entry {entry.output.name}: got controlnet_path without controlnet_images, expected images of some "
                 "frames: add them"
             )
+    for entry in config.entries:
+        for line in prompt_warnings(entry.prompts):
+            _say(f"entry {entry.output.name}: {line}")
     checked = check_requests(config.entries)
     config = replace(config, entries=tuple(entry.request for entry in checked))  # nothing is left open in them
     provenance = {"device": str(target), "dtype": str(weights_dtype).removeprefix("torch."), **versions()}
@@ -133,7 +137,7 @@ def _run(pipeline: AnimateDiffPipeline, job: Job, hashes: dict[str, str], bar: t
     output = job.request.output
     save_video(clip, job.path, output.fps, metadata=clip_settings(job.request, hashes), loop=output.loop_count)
     with tqdm.external_write_mode(file=sys.stdout):
-        print(printed(job.path), flush=True)
+        print(printable(str(job.path)), flush=True)
 
 
 def _hashes(checked: Checked) -> dict[str, str]:
@@ -158,7 +162,7 @@ def _write_grid(path: Path, config: RunConfig, jobs: list[Job]) -> None:
     prompts = [job.request.prompts.prompt[0] for job in jobs]
     output = config.entries[0].output
     save_video(tile(videos, GRID_COLUMNS), path, output.fps, metadata={"prompts": prompts}, loop=output.loop_count)
-    print(printed(path))
+    print(printable(str(path)))
 
 
 # ---- what the user sees ---------------------------------------------------------------------------------------
