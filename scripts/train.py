@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from animatediff.lab.stages import load_train_config
+from animatediff.lab.stage_table import load_train_config
 from animatediff.pipeline.device import pick_device
 from animatediff.training.stages import Training
 from animatediff.utils import Parser, UserError, run_main

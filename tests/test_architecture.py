@@ -77,3 +77,8 @@ def test_imports(path):
         if own and other and own != other:
             assert LAYERS[other] <= LAYERS[own], f"{own} may not import {other}, which is a higher layer"
             assert {own, other} != {"animatediff.models", "animatediff.diffusion"}, f"{own} may not know {other}"
+
+
+def test_no_two_files_of_one_name():
+    names = [path.name for path in (ROOT / "animatediff").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))

@@ -18,9 +18,9 @@ from animatediff.config.condition_options import ControlNet as Options
 from animatediff.config.keyframes import Keyframes
 from animatediff.config.request import Request
 from animatediff.diffusion.schedule import step_of
+from animatediff.features.feature import FrameDenoise, Run
+from animatediff.features.guide_pictures import read_pictures
 from animatediff.features.inputs import prepare_inputs
-from animatediff.features.pictures import read_pictures
-from animatediff.features.run import FrameDenoise, Run
 from animatediff.features.windows import windows_of_step
 from animatediff.media.preprocess import make_hint
 from animatediff.models.controlnet_network import ControlNet, guess_weights

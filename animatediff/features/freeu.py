@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from animatediff.features.run import FrameDenoise, Run
+from animatediff.features.feature import FrameDenoise, Run
 from animatediff.models.unet import UNet
 
 

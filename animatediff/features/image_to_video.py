@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from animatediff.checkpoints.load import ImageModel
 from animatediff.config.request import Request
+from animatediff.features.feature import FrameDenoise, Run
+from animatediff.features.guide_pictures import picture_latents
 from animatediff.features.pia import load_condition
-from animatediff.features.pictures import picture_latents
-from animatediff.features.run import FrameDenoise, Run
 from animatediff.models.image_to_video_network import LevelFeatures, level_features_added
 from animatediff.models.unet import UNet
 

@@ -19,9 +19,9 @@ from animatediff.config.keyframes import Keyframes
 from animatediff.config.request import Request, Travel
 from animatediff.diffusion.schedule import step_of
 from animatediff.features.controlnet import active
-from animatediff.features.pictures import read_pictures
+from animatediff.features.feature import FrameDenoise, Run
+from animatediff.features.guide_pictures import read_pictures
 from animatediff.features.prompt_travel import travel_context
-from animatediff.features.run import FrameDenoise, Run
 from animatediff.media.pictures import fit
 from animatediff.models.ip_adapter_network import ImagePrompt, IPAdapter, image_prompted, layer_weights
 from animatediff.models.unet import UNet

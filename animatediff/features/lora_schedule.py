@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from animatediff.config.keyframes import Keyframes
-from animatediff.features.run import FrameDenoise, Run
+from animatediff.features.feature import FrameDenoise, Run
 from animatediff.models.lora import LoRAStack
 
 

@@ -14,7 +14,7 @@ from animatediff.config.keyframes import Keyframes
 from animatediff.config.request import Request
 from animatediff.diffusion.schedule import step_of
 from animatediff.features.controlnet import active
-from animatediff.features.run import FrameDenoise, Run
+from animatediff.features.feature import FrameDenoise, Run
 from animatediff.models.motion import MotionModule
 from animatediff.models.unet import UNet
 from animatediff.utils import UserError

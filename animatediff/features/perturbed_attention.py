@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from animatediff.features.run import FrameDenoise, Run
+from animatediff.features.feature import FrameDenoise, Run
 from animatediff.models.attention import Attention, SpatialTransformerBlock
 from animatediff.models.unet import UNet
 from animatediff.utils import UserError

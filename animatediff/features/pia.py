@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from animatediff.checkpoints.load import ImageModel
 from animatediff.checkpoints.motion_condition_files import load_motion_condition
 from animatediff.config.request import Request
-from animatediff.features.pictures import picture_latents
-from animatediff.features.run import FrameDenoise, Run
+from animatediff.features.feature import FrameDenoise, Run
+from animatediff.features.guide_pictures import picture_latents
 from animatediff.models.pia_network import pia_affinity
 from animatediff.models.unet import UNet
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from animatediff.config.request import Request
-from animatediff.features.camera import read_path
+from animatediff.features.camera_motion import read_path
 from animatediff.features.controlnet import read_hints
-from animatediff.features.pictures import read_pictures
+from animatediff.features.guide_pictures import read_pictures
 from animatediff.utils import naming
 
 

@@ -18,8 +18,8 @@ from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
 from animatediff.config.refusals import condition_frames
 from animatediff.config.request import Request
 from animatediff.config.request import SparseCtrl as Options
+from animatediff.features.feature import FrameDenoise, Run
 from animatediff.features.inputs import as_picture
-from animatediff.features.run import FrameDenoise, Run
 from animatediff.media.pictures import fit_pictures
 from animatediff.models.sparsectrl_encoder import SparseCtrl
 from animatediff.models.unet import UNet

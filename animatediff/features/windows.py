@@ -14,7 +14,7 @@ from torch import Tensor
 from animatediff.config.request import Windows
 from animatediff.diffusion.guidance import Denoise
 from animatediff.diffusion.schedule import step_of
-from animatediff.features.run import FrameDenoise
+from animatediff.features.feature import FrameDenoise
 
 DEFAULT_LENGTH = 16  # frames: what all motion modules were trained on
 

@@ -12,7 +12,7 @@ from animatediff.config.settings import Int, Many, build, opt, options, read_yam
 from animatediff.lab.cells import Task, once, run_tasks, train_stage
 from animatediff.lab.results import device_name, keeping_strip, markdown, spread, stack_strips, write_text
 from animatediff.lab.run_model import clip_maker
-from animatediff.lab.stages import build_stage
+from animatediff.lab.stage_table import build_stage
 from animatediff.metrics.tables import align, write_csv
 from animatediff.pipeline.device import pick_device
 from animatediff.pipeline.pipeline import AnimateDiffPipeline

@@ -18,7 +18,7 @@ from animatediff.lab.ablation import Grid, grid_tasks, load_grid, merged, write_
 from animatediff.lab.cells import Task, once, run_tasks, train_stage, training_facts
 from animatediff.lab.results import device_name, keeping_strip, markdown, spread, stack_strips, write_text
 from animatediff.lab.run_model import clip_maker, controlled_clip_maker
-from animatediff.lab.stages import build_stage, expanded
+from animatediff.lab.stage_table import build_stage, expanded
 from animatediff.lab.zero_shot import MOTION, text2video_zero
 from animatediff.pipeline.device import pick_device
 from animatediff.pipeline.pipeline import AnimateDiffPipeline

@@ -19,12 +19,12 @@ from animatediff.config.request import Prompts, Request
 from animatediff.config.spellings import updated
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.extend import chain_window
+from animatediff.features.feature import Feature
 from animatediff.features.inputs import prepare_inputs
 from animatediff.features.lora_schedule import loras_scaled
 from animatediff.features.noise import draw_seed, seeded
 from animatediff.features.prompt_travel import Context
 from animatediff.features.registry import FEATURES
-from animatediff.features.run import Feature
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.call import (
     AnimateDiffOutput,

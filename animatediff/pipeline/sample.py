@@ -16,15 +16,15 @@ from animatediff.diffusion.guidance import Denoise, classifier_free_guidance
 from animatediff.diffusion.samplers import Callback, Steps, find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.extend import chain_window, extend_video, extension_windows
+from animatediff.features.feature import Feature, FrameDenoise, Run
 from animatediff.features.freeinit import free_init
 from animatediff.features.inputs import PixelInputs, steps_taken
 from animatediff.features.known_frames import KnownFrames, encode_known
-from animatediff.features.loop import pingpong, rotate_loop
+from animatediff.features.looping import pingpong, rotate_loop
 from animatediff.features.micro_conditioning import added_conditioning
 from animatediff.features.noise import arrange_noise, draw_noise
 from animatediff.features.prompt_travel import Context, text_of_frames
 from animatediff.features.registry import FEATURES
-from animatediff.features.run import Feature, FrameDenoise, Run
 from animatediff.features.windows import full_clip, sliding_windows
 from animatediff.pipeline.model import Model
 from animatediff.pipeline.resolve import plan_steps

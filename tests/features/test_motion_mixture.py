@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from animatediff.config.prompt_yaml import load_config
-from animatediff.features.motion import motion
 from animatediff.features.motion_mixture import MotionSet, motion_mixture, motion_sets_added
+from animatediff.features.motion_scale import motion
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.headers import check_requests
 from animatediff.utils import UserError

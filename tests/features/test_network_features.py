@@ -5,7 +5,7 @@ import torch
 
 from animatediff.config.networks import MOTION_VERSIONS, UNetConfig
 from animatediff.features.freeu import freeu_applied, scale_backbone, scale_skip_low_frequencies
-from animatediff.features.motion import MotionScale, motion_scaled, positions_stretched
+from animatediff.features.motion_scale import MotionScale, motion_scaled, positions_stretched
 from animatediff.features.perturbed_attention import attention_perturbed, find_attentions
 from animatediff.lab.cross_frame import cross_frame_attention
 from animatediff.models.attention import Attention

@@ -14,12 +14,12 @@ from animatediff.config.prompt_yaml import load_config
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features import image_to_video as i2v_feature
 from animatediff.features import pia as pia_feature
-from animatediff.features.camera import camera
+from animatediff.features.camera_motion import camera
 from animatediff.features.controlnet import active, controlnet, read_hints
+from animatediff.features.feature import Feature, Run
+from animatediff.features.guide_pictures import picture_latents
 from animatediff.features.ip_adapter import ip_adapter
-from animatediff.features.pictures import picture_latents
 from animatediff.features.registry import FEATURES
-from animatediff.features.run import Feature, Run
 from animatediff.features.sparsectrl import sparsectrl
 from animatediff.media.pictures import fit_frames
 from animatediff.media.video import read_video

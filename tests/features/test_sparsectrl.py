@@ -17,9 +17,9 @@ from animatediff.config.request import Request, Sampling, Windows
 from animatediff.config.request import SparseCtrl as Options
 from animatediff.config.spellings import files as files_of
 from animatediff.features import sparsectrl as module
+from animatediff.features.feature import Run
 from animatediff.features.noise import seeded
 from animatediff.features.prompt_travel import text_of_frames
-from animatediff.features.run import Run
 from animatediff.features.sparsectrl import Control, condition_pixels
 from animatediff.features.windows import windows_of_step
 from animatediff.media.video import read_metadata

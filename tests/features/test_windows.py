@@ -11,7 +11,7 @@ from animatediff.config.spellings import build_request
 from animatediff.diffusion.guidance import classifier_free_guidance
 from animatediff.diffusion.samplers import Steps, ddim, pndm
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.features.loop import rotate_loop
+from animatediff.features.looping import rotate_loop
 from animatediff.features.windows import (
     FUSIONS,
     SCHEDULES,

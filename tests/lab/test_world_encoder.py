@@ -8,7 +8,7 @@ import yaml
 
 from animatediff.checkpoints.files import write_state_dict
 from animatediff.config.networks import SmallCLIPConfig
-from animatediff.lab.stages import load_train_config
+from animatediff.lab.stage_table import load_train_config
 from animatediff.models.tokenizer import Tokenizer
 from animatediff.utils import UserError
 from animatediff.world.encoder import WorldEncoder, load_encoder, new_small_clip

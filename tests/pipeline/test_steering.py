@@ -9,9 +9,9 @@ from PIL import Image
 from animatediff.config.prompt_yaml import RunConfig, dump_config, load_config
 from animatediff.config.request import FreeInit, FreeU, Windows
 from animatediff.config.spellings import parse_assignments
+from animatediff.features.feature import Run
 from animatediff.features.noise import seeded
 from animatediff.features.registry import FEATURES
-from animatediff.features.run import Run
 from animatediff.media.video import read_metadata
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.headers import check_requests

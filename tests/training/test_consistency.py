@@ -10,7 +10,7 @@ from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.config.networks import ScheduleConfig
 from animatediff.diffusion.schedule import NoiseSchedule
-from animatediff.lab.stages import load_train_config
+from animatediff.lab.stage_table import load_train_config
 from animatediff.training.consistency import HUBER, ConsistencyStage, consistency_function, consistency_loss
 from tests.media.videos import write
 from tests.nano import write_files

@@ -12,7 +12,7 @@ from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module, load_personalised
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.config.prompt_yaml import load_config
-from animatediff.lab.stages import load_train_config
+from animatediff.lab.stage_table import load_train_config
 from animatediff.media.video import read_video
 from animatediff.models.lora import LoRAStack
 from animatediff.pipeline.run import animate

@@ -13,7 +13,7 @@ from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
 from animatediff.config.networks import ScheduleConfig
 from animatediff.config.prompt_yaml import load_config
-from animatediff.lab.stages import load_train_config
+from animatediff.lab.stage_table import load_train_config
 from animatediff.media.video import read_video
 from animatediff.models.sparsectrl_encoder import build_sparsectrl
 from animatediff.pipeline.run import animate

@@ -13,7 +13,7 @@ import yaml
 
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module, load_vae
-from animatediff.lab.stages import load_train_config
+from animatediff.lab.stage_table import load_train_config
 from animatediff.training.distributed import shared_loss
 from animatediff.training.latents import OVERSAMPLING, LatentClips
 from animatediff.training.loop import step_gradients

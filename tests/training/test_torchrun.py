@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from animatediff.lab.stages import load_train_config
+from animatediff.lab.stage_table import load_train_config
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"channels": [8, 8], "width": 8, "text_layers": 1, "text_heads": 2}

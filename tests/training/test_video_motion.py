@@ -11,7 +11,7 @@ from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.config.networks import MOTION_VERSIONS, ScheduleConfig, TextConfig, UNetConfig
 from animatediff.config.prompt_yaml import load_config
-from animatediff.lab.stages import load_train_config
+from animatediff.lab.stage_table import load_train_config
 from animatediff.media.video import read_video
 from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from animatediff.diffusion.guidance import Denoise
 from animatediff.diffusion.schedule import step_of
-from animatediff.features.run import FrameDenoise
+from animatediff.features.feature import FrameDenoise
 from animatediff.features.windows import van_der_corput
 
 

@@ -14,7 +14,7 @@ from animatediff.checkpoints.cameractrl_files import load_cameractrl
 from animatediff.checkpoints.known_files import find_file, missing_file
 from animatediff.checkpoints.load import ImageModel
 from animatediff.config.request import Request
-from animatediff.features.run import FrameDenoise, Run
+from animatediff.features.feature import FrameDenoise, Run
 from animatediff.media.camera_poses import CameraPath, move_path, plucker_embedding, read_camera_path
 from animatediff.models.camera_network import CameraFeatures, camera_merged
 from animatediff.models.unet import UNet

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from animatediff.checkpoints.known_files import find_file, missing_file
+from animatediff.features.feature import Run
 from animatediff.features.inputs import as_picture
-from animatediff.features.run import Run
 from animatediff.media.pictures import fit_frames
 from animatediff.media.video import read_video
 from animatediff.utils import UserError, naming

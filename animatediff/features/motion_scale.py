@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from animatediff.checkpoints.known_files import find_file
 from animatediff.config.keyframes import Keyframes
-from animatediff.features.run import FrameDenoise, Run
+from animatediff.features.feature import FrameDenoise, Run
 from animatediff.media.pictures import read_mask
 from animatediff.models.motion import MotionModule, TemporalAttention
 from animatediff.models.unet import UNet
