@@ -259,8 +259,8 @@ def _check_merges(merges: list[Merge], vocabulary: dict[str, int]) -> None:
     for left, right in merges:
         if not (left + right in vocabulary and left in vocabulary and right in vocabulary):
             raise UserError(
-                f"got the merge '{left} {right}' of tokens the vocabulary lacks, expected a vocabulary with all "
-                "of them: take merges and vocabulary from the same model"
+                f"got the merge {f'{left} {right}'[:80]!r} of tokens the vocabulary lacks, expected a vocabulary with "
+                "all of them: take merges and vocabulary from the same model"
             )
 
 
