@@ -6,35 +6,35 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from animatediff.config.dataclass_io import build_dataclass, read_yaml
 from animatediff.config.networks import RECIPES, SD1_RECIPE, MotionConfig, ScheduleConfig
+from animatediff.config.settings import Bool, Int, Many, build, options, read_yaml
 from animatediff.utils import UserError, describe, unknown_key
 
 OF_IMAGES = ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing")  # what an image model's file may say
 
 
-@dataclass(frozen=True)
+@options
 class MotionKwargs:
     """`motion_module_kwargs` of an official inference config."""
 
-    num_attention_heads: int = 8
-    num_transformer_block: int = 1
-    attention_block_types: tuple[Literal["Temporal_Self"], ...] = ("Temporal_Self", "Temporal_Self")
+    num_attention_heads: Int = 8
+    num_transformer_block: Int = 1
+    attention_block_types: Many[Literal["Temporal_Self"]] = ("Temporal_Self", "Temporal_Self")
     cross_frame_attention_mode: str | None = None
-    temporal_position_encoding: bool = True
-    temporal_position_encoding_max_len: int | None = None
-    temporal_attention_dim_div: int = 1
-    zero_initialize: bool = True
+    temporal_position_encoding: Bool = True
+    temporal_position_encoding_max_len: Int | None = None
+    temporal_attention_dim_div: Int = 1
+    zero_initialize: Bool = True
 
 
-@dataclass(frozen=True)
+@options
 class UNetKwargs:
     """`unet_additional_kwargs` of an official inference config."""
 
-    use_inflated_groupnorm: bool = False  # False: ResNet GroupNorms pool over the frames (v1)
-    use_motion_module: bool = True
-    motion_module_resolutions: tuple[int, ...] = (1, 2, 4, 8)
-    motion_module_mid_block: bool = False
+    use_inflated_groupnorm: Bool = False  # False: ResNet GroupNorms pool over the frames (v1)
+    use_motion_module: Bool = True
+    motion_module_resolutions: Many[Int] = (1, 2, 4, 8)
+    motion_module_mid_block: Bool = False
     motion_module_decoder_only: Literal[False] = False
     motion_module_type: Literal["Vanilla"] = "Vanilla"
     motion_module_kwargs: MotionKwargs = MotionKwargs()
@@ -128,9 +128,9 @@ def load_inference_config(path: str | Path) -> InferenceConfig:
         raise UserError(f"{path}: {unknown_key(unknown[0], known)}")
     unet = raw.get("unet_additional_kwargs")
     schedule = raw.get("noise_scheduler_kwargs") or {}
-    built = build_dataclass(ScheduleConfig, schedule, where=f"{path}, noise_scheduler_kwargs")
+    built = build(ScheduleConfig, schedule, where=f"{path}, noise_scheduler_kwargs")
     return InferenceConfig(
         path=str(path),
-        unet=None if unet is None else build_dataclass(UNetKwargs, unet, where=f"{path}, unet_additional_kwargs"),
+        unet=None if unet is None else build(UNetKwargs, unet, where=f"{path}, unet_additional_kwargs"),
         schedule={key: getattr(built, key) for key in schedule},
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from animatediff.config.settings import Bool, Float, Int, options
+
 
 @dataclass(frozen=True)
 class MotionConfig:
@@ -177,21 +179,21 @@ class TextConfig:
     end_token_id: int = 49407  # whose state is the pooled vector
 
 
-@dataclass(frozen=True)
+@options
 class ScheduleConfig:
     """The noise schedule; the defaults are those all SD 1.5 motion modules were trained with (SDXL's: see RECIPES)."""
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    num_train_timesteps: Int = 1000
+    beta_start: Float = 0.00085
+    beta_end: Float = 0.012
     beta_schedule: str = "linear"  # or "scaled_linear" (linear in sqrt(beta))
     prediction_type: str = "epsilon"  # or "v_prediction", "sample"
-    steps_offset: int = 1
+    steps_offset: Int = 1
     timestep_spacing: str = "leading"
-    set_alpha_to_one: bool = True
-    clip_sample: bool = False
-    lcm_timesteps: int = 100  # of which consistency models for video were distilled on, for the spacing lcm
-    rescale_betas_zero_snr: bool = False  # the last timestep is pure noise; for v_prediction and sample
+    set_alpha_to_one: Bool = True
+    clip_sample: Bool = False
+    lcm_timesteps: Int = 100  # of which consistency models for video were distilled on, for the spacing lcm
+    rescale_betas_zero_snr: Bool = False  # the last timestep is pure noise; for v_prediction and sample
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,8 @@ def _expected(error: Any) -> str:
         step, value = ctx["multiple_of"], error["input"]
         return f"a multiple of {step:g}: use {max(int(value - value % step), int(step))}"
     if kind == "literal_error":
-        choices = [c for c in ctx["expected"].replace("'", "").replace(" or ", ", ").split(", ") if c]
+        plain = ctx["expected"].replace("'", "").replace("False", "false").replace("True", "true")
+        choices = [c for c in plain.replace(" or ", ", ").split(", ") if c]
         return f"one of {', '.join(choices)}" if len(choices) > 4 else " or ".join(choices)
     texts = {
         "greater_than_equal": "at least {ge:g}",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from animatediff.config.dataclass_io import build_dataclass, read_yaml
 from animatediff.config.inference_yaml import MotionKwargs
 from animatediff.config.networks import SparseCtrlConfig
+from animatediff.config.settings import Bool, Int, Many, build, options, read_yaml
 from animatediff.utils import UserError, describe
 
 CONFIGS = {  # kind of encoder -> its official config
@@ -17,16 +16,16 @@ CONFIGS = {  # kind of encoder -> its official config
 }
 
 
-@dataclass(frozen=True)
+@options
 class ControlKwargs:
     """`controlnet_additional_kwargs` of an official SparseCtrl config. The weights decide; this has to agree."""
 
     set_noisy_sample_input_to_zero: Literal[True] = True
-    use_simplified_condition_embedding: bool = True
-    conditioning_channels: int = 4
+    use_simplified_condition_embedding: Bool = True
+    conditioning_channels: Int = 4
     concate_conditioning_mask: Literal[True] = True
     use_motion_module: Literal[True] = True
-    motion_module_resolutions: tuple[int, ...] = (1, 2, 4, 8)
+    motion_module_resolutions: Many[Int] = (1, 2, 4, 8)
     motion_module_mid_block: Literal[False] = False
     motion_module_type: Literal["Vanilla"] = "Vanilla"
     motion_module_kwargs: MotionKwargs = MotionKwargs(attention_block_types=("Temporal_Self",))
@@ -63,7 +62,7 @@ def load_control_config(path: str | Path, *, kind: str | None) -> ControlKwargs:
         keys = f"keys {', '.join(map(str, raw))}" if isinstance(raw, dict) else describe(raw)
         raise UserError(f"{path}: got {keys}, expected controlnet_additional_kwargs alone")
     where = f"{path}, controlnet_additional_kwargs"
-    kwargs = build_dataclass(ControlKwargs, raw["controlnet_additional_kwargs"], where=where)
+    kwargs = build(ControlKwargs, raw["controlnet_additional_kwargs"], where=where)
     if kwargs.kind != kind:
         raise UserError(
             f"{path} describes a SparseCtrl encoder of kind {kwargs.kind}, but the weights are of kind {kind}: "

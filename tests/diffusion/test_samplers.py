@@ -308,9 +308,9 @@ def test_timesteps_fall_within_the_schedule(spacing):
     ("values", "message"),
     [
         ({"beta_start": 0.0}, "got beta_start 0.0 and beta_end 0.012, expected 0 <"),
-        ({"beta_start": float("nan")}, "got beta_start nan"),
+        ({"beta_start": float("nan")}, "beta_start: got nan, expected a number"),
         ({"beta_start": 0.1}, "expected 0 < beta_start <= beta_end < 1"),
-        ({"beta_end": 10**400}, "beta_end 1000000000"),
+        ({"beta_end": 10**400}, "beta_end: got 1000000000"),
         ({"beta_start": 1e-30, "beta_end": 1e-30}, "leave no noise at the first"),
         ({"beta_start": 0.9, "beta_end": 0.9}, "leave no signal at the last"),
         ({"num_train_timesteps": 1}, "got num_train_timesteps 1, expected 2 to 100000"),
