@@ -297,7 +297,7 @@ def recipe_of(version: str | None, *, sdxl: bool) -> Recipe:
 
 @dataclass(frozen=True)
 class SmallCLIPConfig:
-    """The text and image encoder of the built-in world."""
+    """The text and image encoder of Shapes, the toy data set."""
 
     size: int = 64  # pixels of a picture, both sides
     patch: int = 4  # pixels of the cells that the first convolution reads, both sides

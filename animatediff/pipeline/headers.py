@@ -21,7 +21,7 @@ from animatediff.config.networks import (
 )
 from animatediff.config.request import Request
 from animatediff.config.sparsectrl_yaml import ControlKwargs, load_control_config
-from animatediff.config.spellings import files
+from animatediff.config.spellings import called, files
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.extend import chain_window
 from animatediff.features.inputs import prepare_inputs
@@ -182,7 +182,8 @@ def _check(request: Request, headers: Headers) -> Checked:
         request = resolve(request, headers.facts(request))
         size = request.size
         if request.motion.mask:
-            read_mask(headers.paths["motion.mask"], height=size.height, width=size.width)
+            with naming(called(request, "motion.mask")):
+                read_mask(headers.paths["motion.mask"], height=size.height, width=size.width)
         if len(request.sparsectrl.images):
             condition_pixels(request.sparsectrl, (size.height, size.width))
         check_pictures(request)

@@ -16,7 +16,7 @@ from animatediff.config.prompt_yaml import RunConfig, dump_config, load_config
 from animatediff.config.request import Request
 from animatediff.config.spellings import as_values, called, files, group_classes
 from animatediff.features.noise import draw_seed
-from animatediff.utils import UserError, remove_leftovers, replacing
+from animatediff.utils import TEMPORARY_PREFIX, UserError, remove_leftovers, replacing
 
 
 def open_folder(
@@ -36,7 +36,7 @@ def open_folder(
         if (folder / "config.yaml").is_file():
             remove_leftovers(folder)
             return folder, _resume(config, folder, provenance)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not _is_fresh(folder):
             raise UserError(
                 f"got --output-dir {folder}, which holds no config.yaml, expected a new or empty folder or that of an "
                 "unfinished run: choose another"
@@ -108,6 +108,11 @@ def _new_folder(name: str) -> Path:
         except FileExistsError:
             continue
     raise UserError(f"got a thousand folders samples/{name}-{time}*, expected a free name: give --output-dir")
+
+
+def _is_fresh(folder: Path) -> bool:
+    """Whether it holds nothing but what a run left that was killed before it began."""
+    return folder.is_dir() and all(file.name.startswith(TEMPORARY_PREFIX) for file in folder.iterdir())
 
 
 def _make_folder(folder: Path, *, exist_ok: bool = False) -> None:

@@ -80,7 +80,7 @@ def test_more_pixels_than_a_grid_axis_takes():
 
 
 def losses(folder: Path, backend: str, device: str, steps: int) -> torch.Tensor:
-    """Of the bundled model's motion module, trained on in the built-in world."""
+    """Of the bundled model's motion module, trained on the toy data set."""
     base = load_image_model(str(ASSETS / "shapes.safetensors"))
     unet, _ = load_motion_module(base.unet, ASSETS / "shapes_motion.safetensors")
     clips = LatentClips.of_world(folder / "clips.pt", base.vae, World(clips=16), log=lambda line: None)
