@@ -40,6 +40,8 @@ def encode_prompts(
         UserError: embeddings do not fit together.
     """
     for name, value in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+        if isinstance(value, PooledContext):
+            value = value.tokens
         if value is not None and not (isinstance(value, Tensor) and value.ndim == 3 and len(value)):
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else describe(value)
             raise UserError(f"{name}: got {got}, expected a tensor (b, l, d)")

@@ -71,7 +71,7 @@ def predict(unet, control, x, scale=1.0):
     parts = ("conditional",) if scale <= 1 else ("unconditional", "conditional")
     request = Request(sampling=Sampling(guidance_scale=scale), sparsectrl=Options(images=("given",)))
     text = text_of_frames([TEXT[:1]] * len(parts), like=unet.conv_in.weight)
-    model = SimpleNamespace(unet=unet, loras=None, lora_roles={})
+    model = SimpleNamespace(unet=unet, loras=None, lora_roles={}, networks={})
     with guided_denoiser(Run(model, request, None, T, text, parts, cache={"sparsectrl": control})) as denoise:
         return denoise(x, T)
 

@@ -92,7 +92,12 @@ def denoiser(unet, context, negative, scale):
     request = Request(sampling=Sampling(guidance_scale=scale))
     text = text_of_frames(list(parts.values()), like=unet.conv_in.weight)
     run = Run(
-        SimpleNamespace(unet=unet, loras=None, lora_roles={}), request, None, torch.tensor([9, 5]), text, tuple(parts)
+        SimpleNamespace(unet=unet, loras=None, lora_roles={}, networks={}),
+        request,
+        None,
+        torch.tensor([9, 5]),
+        text,
+        tuple(parts),
     )
     with guided_denoiser(run) as denoise:
         return denoise

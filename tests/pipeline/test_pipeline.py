@@ -198,7 +198,7 @@ def test_sizes_default_to_the_config(pipeline):
     [
         ({"num_frames": 0}, "num_frames: got 0"),
         ({"num_frames": 33}, "num_frames: got 33 frames, expected at most 32, .*by windows=open"),
-        ({"num_frames": 40, "windows": Windows(length=33)}, "windows.length: got 33 frames, expected at most 32"),
+        ({"num_frames": 40, "windows": Windows(length=33)}, "windows: got 33 frames, expected at most 32"),
         ({"height": 20}, "height: got 20, expected a multiple of 8: use 16"),
         ({"width": 17}, "width: got 17"),
         ({"num_inference_steps": 0}, "num_inference_steps: got 0"),

@@ -63,7 +63,7 @@ def test_words_of_a_config(nano, embedding, pipeline, tmp_path):
     assert settings["prompt"] == {"0": "a vixen, at night", "1": "(snow:1.5), at night"}
     assert settings["clip_skip"] == 2 and settings["prompt_weighting"]
     assert settings["embeddings[0].path"] == {"path": str(embedding), "sha256": file_sha256(embedding)}
-    assert load_config(folder / "config.yaml").entries[0].prompts == config.entries[0].promptss.prompt
+    assert load_config(folder / "config.yaml").entries[0].prompts == config.entries[0].prompts
 
     taught = AnimateDiffPipeline.from_config(tmp_path / "words.yaml", device="cpu")
     assert any("vixen" in line for line in taught.model.reports)

@@ -67,7 +67,7 @@ def test_an_entry_and_motions_of_the_camera(config, tmp_path, capsys):
         ({}, ["--style", "oil"], "style: got 'oil', expected one of plain"),
         ({"L": 8}, [], "entry a: got L=8 H=64 W=64, expected L=16 H=64 W=64"),
         ({"image": "x.png"}, [], "entry a: got image, expected none: clips are made from captions alone"),
-        ({"controlnet_path": "x", "controlnet_images": "y"}, [], "entry a: got controlnet_images, expected none"),
+        ({"controlnet_path": "x", "controlnet_images": "y"}, [], "entry a: got controlnet_images.0., expected none"),
     ],
 )
 def test_what_cannot_be_measured_is_told_before_anything_is_loaded(
