@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from animatediff.lab.stage_table import load_train_config
 from animatediff.pipeline.device import pick_device
 from animatediff.training.stages import Training
 from animatediff.utils import Parser, UserError, run_main
+
+GONE = re.compile("closed by peer|reset by peer|Connection (refused|closed)|Broken pipe|failed to recv", re.IGNORECASE)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,7 +98,9 @@ if __name__ == "__main__":
         if not dist.is_initialized():
             raise
         # An error of this process: the others wait for it, and the group's own end might wait for them.
-        if not isinstance(end, SystemExit):
+        if isinstance(end, RuntimeError) and GONE.search(str(end)):
+            print("this process ends, too: another one has ended, which says why", file=sys.stderr)
+        elif not isinstance(end, SystemExit):
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -74,7 +74,7 @@ def test_every_spelling_gives_the_same_adapter(tmp_path, base, variant, spelling
         ),
         (
             lambda: _recognise("sdxl ip-adapter"),
-            "an IP-Adapter for SDXL, not an IP-Adapter for SD 1.x: it needs an SDXL base",
+            "an IP-Adapter for SDXL, not an IP-Adapter for SD 1.x: it needs an SD 1.x adapter",
         ),
         (lambda: _cut("ip_adapter.31."), "for cross-attentions of widths .*choose an IP-Adapter made for this base"),
         (lambda: _cut("image_proj.norm.bias"), "1 weights are missing, such as image_proj.norm.bias"),

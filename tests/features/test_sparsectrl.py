@@ -277,10 +277,10 @@ def test_a_run_of_an_official_config(files, tmp_path):
         ({"controlnet_scale": [1.0, 1.0, 1.0]}, "controlnet_scale: got 3 scales, expected one for all frames, or one"),
         ({"controlnet_scale": -1.0}, "controlnet_scale: got -1.0, expected at least 0"),
         ({"controlnet_images": ["none.png"]}, r"controlnet_images\[0\]: there is no none.png"),
-        ({"controlnet_images": ["{nano}/mm_v3.safetensors"]}, "expected an image: it cannot be read"),
+        ({"controlnet_images": ["{nano}/mm_v3.safetensors"]}, "expected a picture .*: it is none"),
         ({"controlnet_path": "{nano}/mm_v3.safetensors"}, "this is a motion module, not a SparseCtrl encoder"),
         ({"controlnet_path": "v3_sd15_sparsectrl_rgb.ckpt"}, "download it from https://huggingface.co/guoyww"),
-        ({"motion_module": "{nano}/sparsectrl_rgb.safetensors"}, "use it as `controlnet_path: .*safetensors`$"),
+        ({"motion_module": "{nano}/sparsectrl_rgb.safetensors"}, "use it as `controlnet_path: .*safetensors` and"),
         (
             {"controlnet_config": "configs/inference/sparsectrl/image_condition.yaml"},
             "encoder of kind scribble, but the weights are of kind rgb: use .*latent_condition.yaml",

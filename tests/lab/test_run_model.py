@@ -51,7 +51,7 @@ def test_an_entry_frames_its_captions():
     framed = replace(ENTRY, prompts=words)
     clip_maker(pipeline, framed)(["a star", "a cross"], [0, 1])
     ((prompts, call),) = pipeline.calls
-    assert prompts == ["a film, a star, 4k", "a film, a cross, 4k"] and call["negative_prompt"] == "bad"
+    assert prompts == ["a film, a star, 4k", "a film, a cross, 4k"] and call["negative_prompt"] == ("bad",)
 
 
 def test_frames_want_an_encoder():

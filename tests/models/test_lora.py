@@ -43,7 +43,7 @@ def entry(layer: str, *, rank: int = 2, alpha: float | None = None, tucker: bool
         return 0.3 * torch.randn(shape, generator=rng)
 
     target = f"unet.{layer}"
-    keys = (f"lora_unet_{layer}.lora_down.weight", f"lora_unet_{layer}.lora_up.weight")
+    keys = {"down": f"lora_unet_{layer}.lora_down.weight", "up": f"lora_unet_{layer}.lora_up.weight"}
     if tucker:
         mid = draw(rank + 1, rank, *kernel)
         tensors = {"down": draw(rank, width, *ones), "up": draw(out, rank + 1, *ones), "mid": mid}
@@ -246,7 +246,9 @@ def test_text_encoder_and_unet_are_told_apart(net, x):
 
 
 def test_report_names_every_key_that_was_not_applied(net):
-    stranger = LoRAEntry("unet.nowhere", pair((1, 1), (1, 1)), 1.0, keys=("n.down", "n.up", "n.alpha"))
+    stranger = LoRAEntry(
+        "unet.nowhere", pair((1, 1), (1, 1)), 1.0, keys={"down": "n.down", "up": "n.up", "alpha": "n.alpha"}
+    )
     norm = LoRAEntry("unet.norm", pair((1, 1), (1, 1)))
     report = LoRAStack(net).add(LoRA("style", "lora", (entry("conv_in"), stranger, norm), unread=("extra",)))
     assert (report.applied, report.total) == (2, 7)
@@ -266,7 +268,7 @@ def test_a_lora_of_which_nothing_applies_is_refused(net):
 
 def test_a_wrong_shape_names_the_key_and_both_shapes_and_attaches_nothing(net, x):
     plain = net(x)
-    wrong = LoRAEntry("unet.proj_in", pair((2, 16), (8, 2)), keys=("lora_unet_proj_in.lora_down.weight",))
+    wrong = LoRAEntry("unet.proj_in", pair((2, 16), (8, 2)), keys={"down": "lora_unet_proj_in.lora_down.weight"})
     stack = LoRAStack(net)
     with pytest.raises(UserError) as caught:
         stack.add(LoRA("style", "lora", (entry("conv_in"), wrong)))

@@ -52,5 +52,5 @@ def test_offset_noise_is_one_number_for_each_channel_of_a_clip():
 
 
 def test_bad_values():
-    with pytest.raises(UserError, match="min_snr_gamma: got -1, expected 0"):
+    with pytest.raises(UserError, match="min_snr_gamma: got -1, expected at least 0"):
         LossConfig(min_snr_gamma=-1)

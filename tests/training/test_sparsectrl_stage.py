@@ -133,7 +133,7 @@ def test_the_file_is_official_and_only_the_encoder_learnt(files, trained, kind):
     assert encoder.config.kind == kind and read_state_dict(trained[kind]).tensors.keys() == official
     assert torch.allclose(encoder.conv_in.weight, base.unet.conv_in.weight, atol=1e-3)  # stored as float16
     fresh = build_sparsectrl(base.unet, kind, downsampling=base.vae.config.downsampling).state_dict()
-    assert all((encoder.state_dict()[key] - fresh[key]).abs().max() > 1e-3 for key in fresh if "controlnet_" in key)
+    assert all((encoder.state_dict()[key] - fresh[key]).abs().max() > 1e-5 for key in fresh if "controlnet_" in key)
     saved = torch.load(trained[kind].parent / "state.pt", weights_only=True)["model"]
     assert saved.keys() == dict(encoder.named_parameters()).keys() - {"conv_in.weight"}
 
