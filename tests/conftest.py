@@ -11,7 +11,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread of torch's is enough for each
 
-COMPUTES = ("checkpoints", "diffusion", "features", "media", "metrics", "models", "training")
+COMPUTES = ("diffusion", "features", "metrics", "models")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

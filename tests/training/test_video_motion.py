@@ -262,7 +262,7 @@ def test_on_a_gpu(files, tmp_path):
         ({"train_data": DATA}, "train_data: got neither csv_path nor video_folder"),
         ({"pretrained_model_path": "none.safetensors"}, "got none.safetensors, which is not there"),
         ({"init_from": "{}/mm_v2.safetensors"}, "v2"),
-        ({"version": "v4"}, "version: got 'v4', expected  or v1 or v2 or v3"),
+        ({"version": "v4"}, "version: got 'v4', expected v1 or v2 or v3"),
     ],
 )
 def test_mistakes(files, tmp_path, values, message):
