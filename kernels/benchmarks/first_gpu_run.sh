@@ -30,7 +30,7 @@ if [ $dry = 1 ]; then
   part tests 300 python -m pytest -q -n 0 -m gpu tests/kernels/test_gpu.py
   part step 900 python $step --device cpu --threads 1 --size 64 --frames 2 --repeat 1 --networks ours --results "$out"
   part calibration 120 python scripts/doctor.py --gpu
-  part operations 600 python $run --device cpu --threads 1 --clip 16f-256 --op layer_norm --layer motion --mode fwd \
+  part operations 600 python $run --device cpu --threads 1 --clip 16f-256 --op geglu --layer down_blocks.0 --mode fwd \
     --no-compile --measured --results "$out"
 else
   part machine 10 nvidia-smi

@@ -2,7 +2,8 @@
 
 python kernels/benchmarks/torch_path.py --threads 1
 
-Layers of a guided step of 16 frames at 256x256 in float32; times are CPU time per thread, the least of `--repeat`.
+Layers of a guided step of 16 frames at 256x256 in float32, both ways with the allocator setting of our command line;
+times are CPU time per thread, the least of `--repeat`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from animatediff_kernels import temporal_attention
-from animatediff_kernels.cpu import upsampled_conv3x3
+from animatediff_kernels import temporal_attention, use_backend
+from animatediff_kernels.cpu import conv3x3, upsampled_conv3x3
 from ops import OPS
 from run import RESULTS, device_label, provenance, time_once, write_rows
+from step import fill
 from torch import Tensor
 
+from animatediff.config.networks import VAEConfig
 from animatediff.models.attention import FeedForward
+from animatediff.models.vae import VAE
+from animatediff.utils import keep_freed_memory
 
 LEVELS = {320: 32, 640: 16, 1280: 8}  # width -> side of the feature map
 IMAGES, FRAMES, HEADS = 32, 16, 8
@@ -46,7 +51,22 @@ def cases() -> Iterator[Case]:
     for width, side in ((640, 16), (1280, 8), (1280, 4)):
         x, w, b = torch.randn(IMAGES, width, side, side), torch.randn(width, width, 3, 3) / width, torch.randn(width)
         old = lambda x=x, w=w, b=b: F.conv2d(F.interpolate(x, scale_factor=2), w, b, padding=1)  # noqa: E731
-        yield "upsampling in four", width, side, old, lambda x=x, w=w, b=b: upsampled_conv3x3(x, w, b)
+        yield "upsampling", width, side, old, lambda x=x, w=w, b=b: upsampled_conv3x3(x, w, b)
+    for into, width, side in ((320, 320, 32), (960, 320, 32), (640, 640, 16), (1280, 1280, 8), (2560, 1280, 8)):
+        x, w, b = torch.randn(IMAGES, into, side, side), torch.randn(width, into, 3, 3) / into, torch.randn(width)
+        old = lambda x=x, w=w, b=b: F.conv2d(x, w, b, padding=1)  # noqa: E731
+        yield f"3x3 convolution of {into}", width, side, old, lambda x=x, w=w, b=b: conv3x3(x, w, b)
+    with torch.device("meta"):
+        vae = VAE(VAEConfig())
+    vae = fill(vae.to_empty(device="cpu"), {name: name for name, _ in vae.named_parameters()}).eval()
+    latents = torch.randn(1, 4, 32, 32)
+    yield "VAE decodes one frame", 512, 32, lambda: without(vae.decode, latents), lambda: vae.decode(latents)
+
+
+def without(way: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Without Winograd and oneDNN's products."""
+    with use_backend("torch"):
+        return way(x)
 
 
 def whole(layer: FeedForward, x: Tensor) -> Tensor:
@@ -60,9 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--path", default="", help="only those whose name has this in it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     for path, width, side, old, new in cases():
+        if args.path not in path:
+            continue
         exact = old()
         error = ((new() - exact).norm() / exact.norm()).item()
         times = [[time_once(way) for way in (old, new)] for _ in range(args.repeat)]
