@@ -123,12 +123,12 @@ def write_grid_table(grid: Grid) -> str:
     loop, world = stage.loop, stage.world
     assert world is not None
     seen = loop.steps * loop.batch_size * loop.micro_batches
-    entry = load_config(resolve_path(grid.animate), grid.sampling).entries[0]
+    sampling = load_config(resolve_path(grid.animate), grid.sampling).entries[0].sampling
     devices = {result["device"] for results in found.values() for result in results}
     caption = (
         f"{loop.steps} steps, {seen} clips seen, of {world.clips} that show {', '.join(world.motions or MOTIONS)}; "
-        f"{grid.captions} captions, {entry.sampler or 'ddim'}, {entry.steps} steps; mean ± standard deviation over "
-        f"the trainings of each ({len(grid.seeds)}); {', '.join(sorted(devices))}"
+        f"{grid.captions} captions, {sampling.sampler or 'ddim'}, {sampling.steps} steps; mean ± standard deviation "
+        f"over the trainings of each ({len(grid.seeds)}); {', '.join(sorted(devices))}"
     )
     header = ["", *(title or name for name, title in MEASURES.items())]
     lines = [[row["cell"], *(row[name] for name in MEASURES)] for row in rows]
