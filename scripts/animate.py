@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from animatediff.config.help import explain_options
-from animatediff.config.prompt_yaml import RunConfig, config_from, config_of, load_config
+from animatediff.config.prompt_yaml import BUNDLED, RunConfig, config_from, config_of, load_config
 from animatediff.config.spellings import all_options, flat_names, parse_assignments
 from animatediff.utils import Parser, UserError, run_main
 
-BUNDLED = Path(__file__).resolve().parents[1] / "configs" / "animate" / "shapes.yaml"
 CLIPS = (".gif", ".webp", ".png", ".mp4")
 # Options of the official script and the most used ones; every option has `key=value`.
 FLAGS = {

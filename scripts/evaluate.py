@@ -17,9 +17,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from animatediff.config.prompt_yaml import load_config
+from animatediff.config.prompt_yaml import BUNDLED, load_config
 from animatediff.utils import Parser, UserError, run_main
-from scripts.animate import BUNDLED
 
 WORLD = {  # options that make the clips of Shapes, the toy data set, and their defaults
     "config": BUNDLED,
