@@ -13,9 +13,7 @@ from animatediff.config.settings import dump_yaml, listed, read_yaml
 from animatediff.config.spellings import as_values, build_request, flat_names, group_classes
 from animatediff.utils import UserError, describe, unknown_key
 
-BUNDLED = (
-    Path(__file__).resolve().parents[2] / "configs" / "animate" / "shapes.yaml"
-)  # needs a checkout
+BUNDLED = Path(__file__).resolve().parents[2] / "configs" / "animate" / "shapes.yaml"  # needs a checkout
 
 
 @dataclass(frozen=True)
