@@ -99,6 +99,13 @@ class CallOptions(TypedDict, total=False):
     lora_schedule: Any
     motion_lora_schedule: Any
     noise_type: Any
+    max_memory: str
+    vae_frames: int
+    vae_tile: int
+    chunk_tokens: int
+    split_guidance: bool
+    offload: Any
+    weights_dtype: Any
     name: str
     fps: float
     format: Any
@@ -126,6 +133,7 @@ class CallOptions(TypedDict, total=False):
     loras: Any
     noise: Any
     loop: Any
+    memory: Any
     output: Any
     callback_on_step_end_tensor_inputs: list[str]
     cross_attention_kwargs: dict[str, float]

@@ -43,6 +43,7 @@ def refusals(
         *_sparsectrl(request, sparsectrl),
         *condition_refusals(request, motion=motion),
         *window_refusals(request),
+        *_memory(request),
     )
     if not m.base:
         rules += ("{model.base}: got none, expected the base model: a diffusers folder or a file",)
@@ -128,6 +129,13 @@ def _steering(request: Request, *, motion: bool, loras: Sequence[str]) -> Iterat
     for name, needed in (("loras.schedule", "loras"), ("loras.motion_schedule", "motion_loras")):
         if getattr(request.loras, name.partition(".")[2]) is not None and needed not in loras:
             yield f"{{{name}}} needs LoRAs to schedule: set {{model.{needed}}}, or remove {{{name}}}"
+
+
+def _memory(request: Request) -> Iterator[str]:
+    for name in ("schedule", "motion_schedule"):
+        if request.memory.weights == "float8" and getattr(request.loras, name) is not None:
+            yield (f"{{loras.{name}}}: got scales that change, expected fixed ones with {{memory.weights}}=float8: "
+                   "choose bfloat16")  # fmt: skip
 
 
 def _sparsectrl(request: Request, encoder: bool) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from animatediff.config.condition_options import I2V, PIA, Camera, ControlNets, IPAdapters, Mixture
+from animatediff.config.memory_options import Memory
 from animatediff.config.settings import Bool, Files, Float, Int, Many, TakesText, before, limits, opt, options
 from animatediff.config.values import (
     ADAPTER,
@@ -373,6 +374,7 @@ class Request:
     loras: LoRASchedules = LoRASchedules()
     noise: Noise = Noise()
     loop: Loop = Loop()
+    memory: Memory = Memory()
     output: Output = Output()
     spelled: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 

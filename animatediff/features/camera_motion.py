@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -33,10 +33,15 @@ def camera(denoise: FrameDenoise, run: Run) -> Iterator[FrameDenoise]:
     network, features = model.networks["camera"], CameraFeatures(options.scale)
     path = run.once("camera", lambda: read_path(run.request))
 
-    @lru_cache(maxsize=WINDOWS)
-    def encode(frames: tuple[int, ...]) -> list[Tensor]:
-        rays = plucker_embedding(path.of(torch.tensor(frames)), size.height, size.width)
-        return network.pose_encoder(rays.to(model.device, model.dtype))
+    def encoder() -> Callable[[tuple[int, ...]], list[Tensor]]:
+        @lru_cache(maxsize=WINDOWS)
+        def encode(frames: tuple[int, ...]) -> list[Tensor]:
+            rays = plucker_embedding(path.of(torch.tensor(frames)), size.height, size.width)
+            return network.pose_encoder(rays.to(model.device, model.dtype))
+
+        return encode
+
+    encode = run.once("camera encoder", encoder)
 
     def moved(x: Tensor, t: Tensor, frames: Tensor, **inputs: Any) -> Tensor:
         features.values = encode(tuple(frames.tolist()))

@@ -124,11 +124,18 @@ class Control:
         self._cache: dict[int, tuple[float, Tensor, list[Tensor]]] = {}
         self._uses: Counter[int] = Counter()
 
+    @property
+    def _conditional_alone(self) -> bool:
+        """Whether the unconditional part has no residuals."""
+        return self.guess_mode or self.net.config.pooled
+
     def __call__(self, x: Tensor, t: Tensor, frames: Tensor, run: Run) -> list[Tensor] | None:
         """Scaled residuals ((n b w), c, h, w), the middle block's last; None where there are none.
 
         Args: as of `FrameDenoise`.
         """
+        if self._conditional_alone and run.parts == ("unconditional",):
+            return None
         step, steps = step_of(run.timesteps, t), len(run.timesteps)
         numbers = frames.tolist()
         scales = [self.scale.at(frame, run.progress(t)) * (self.rows[frame] >= 0) for frame in numbers]
@@ -152,7 +159,7 @@ class Control:
     def _compute(self, x: Tensor, t: Tensor, frames: Tensor, run: Run) -> None:
         """Residuals of some frames for all parts of the batch; a perturbed part has the conditional one's."""
         parts = ["conditional" if part == "perturbed" else part for part in run.parts]
-        one_half = self.guess_mode or self.net.config.pooled
+        one_half = self._conditional_alone
         needed = [part for part in dict.fromkeys(parts) if part == "conditional" or not one_half]
         chosen = [parts.index(part) for part in needed]
 

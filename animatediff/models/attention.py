@@ -10,12 +10,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from animatediff.config.networks import UNetConfig
-from animatediff.models.layers import GroupNorm, LayerNorm, is_plain
+from animatediff.models.layers import Chunked, GroupNorm, LayerNorm, in_parts, is_plain
 
 CPU_ROWS = 2048  # tokens whose feed-forward stays in the cache
 
 
-class Attention(nn.Module):
+class Attention(Chunked):
     """Multi-head attention of tokens (n, s, width) to themselves or to a context (n / r, l, context_dim).
 
     `image_prompts(q, out)` adds what the queries find in pictures, see `ip_adapter_network`.
@@ -33,6 +33,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """With a context of fewer rows than x, r = n / rows consecutive rows of x (frames) share each context row."""
+        if context is None and self.chunk and self.image_prompts is None:
+            return in_parts(lambda x: self._forward(x, None), max(self.chunk // x.shape[1], 1), x)
+        return self._forward(x, context)
+
+    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         source, q = x if context is None else context, self.to_q(x)
         out = attention(q, self.to_k(source), self.to_v(source), num_heads=self.num_heads)
         if self.image_prompts is not None:
@@ -57,16 +62,17 @@ class GEGLU(nn.Module):
         return geglu(self.proj(x))
 
 
-class FeedForward(nn.Module):
+class FeedForward(Chunked):
     def __init__(self, width: int, *, mult: int = 4):
         super().__init__()
         # index 1 is the dropout of the original, which has no weights and never drops
         self.net = nn.ModuleList([GEGLU(width, mult * width), nn.Identity(), nn.Linear(mult * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu":
-            return self.net[2](self.net[0](x))
-        return torch.cat([self.net[2](self.net[0](rows)) for rows in x.flatten(0, 1).split(CPU_ROWS)]).view(x.shape)
+        rows = self.chunk or x.shape[:2].numel()
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            rows = min(rows, CPU_ROWS)
+        return in_parts(lambda x: self.net[2](self.net[0](x)), rows, x.flatten(0, 1)).view(x.shape)
 
 
 class SpatialTransformerBlock(nn.Module):

@@ -6,6 +6,7 @@ Activations are `(b f) c h w` throughout: frames ride in the batch axis.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -62,12 +63,48 @@ class Conv3x3(nn.Conv2d):
         return conv3x3(x, self.weight, self.bias)
 
 
+class Chunked(nn.Module):
+    """A layer that may take its input a part at a time.
+
+    Attributes:
+        chunk: image tokens (pixels of latents) that are worked on at once; 0: all.
+    """
+
+    chunk = 0
+
+
+def set_chunk(network: nn.Module, tokens: int) -> None:
+    """Let every layer that can take at most this many image tokens at once; 0: all of them."""
+    for module in network.modules():
+        if isinstance(module, Chunked):
+            module.chunk = tokens
+
+
+def in_parts(function: Callable[..., Tensor], size: int, *inputs: Tensor, dim: int = 0) -> Tensor:
+    """`function` of the inputs, `size` rows of axis `dim` at a time: only its results are there as a whole."""
+    length, out = inputs[0].shape[dim], None
+    for start in range(0, length, size):
+        count = min(size, length - start)
+        part = function(*(x.narrow(dim, start, count) for x in inputs))
+        if out is None:
+            if count == length:
+                return part
+            last = part.dim() == 4 and not part.is_contiguous()
+            layout = torch.channels_last if last else torch.contiguous_format
+            shape = (*part.shape[:dim], length, *part.shape[dim + 1 :])
+            out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
+        out.narrow(dim, start, count).copy_(part)
+        del part
+    assert out is not None
+    return out
+
+
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a layer can be computed from its weights: nothing stands in its place (a LoRA) or hooks into it."""
     return type(layer) is kind and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock(Chunked):
     """Two 3x3 convolutions with GroupNorm and SiLU; the time embedding is added between them."""
 
     def __init__(
@@ -90,6 +127,18 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None, frames: int = 1) -> Tensor:
         """x: ((b f), c, h, w); time: (b, time_channels), one row per video."""
+        images = self.chunk // x.shape[-2:].numel() if self.chunk else len(x)
+        if self.norm1.over_frames:  # whose statistics need whole clips
+            images -= images % frames
+            images = max(images, frames)
+        if images >= len(x):
+            return self._forward(x, time, frames)
+        if time is None:
+            return in_parts(lambda x: self._forward(x, None, frames), max(images, 1), x)
+        rows = time.repeat_interleave(len(x) // len(time), dim=0)
+        return in_parts(lambda x, rows: self._forward(x, rows, frames), max(images, 1), x, rows)
+
+    def _forward(self, x: Tensor, time: Tensor | None, frames: int) -> Tensor:
         y = self.conv1(self.norm1(x, frames, silu=True))
         shift = None
         if self.time_emb_proj is not None:
@@ -129,7 +178,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
-class Upsample(nn.Module):
+class Upsample(Chunked):
     """Nearest-neighbour resize to `size` (twice as large by default), then a 3x3 convolution."""
 
     def __init__(self, channels: int):
@@ -139,6 +188,10 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         twice = (2 * x.shape[-2], 2 * x.shape[-1])
         size = size or twice
+        images = max(self.chunk // (size[0] * size[1]), 1) if self.chunk else len(x)
+        return in_parts(lambda x: self._forward(x, size, twice), images, x)
+
+    def _forward(self, x: Tensor, size: tuple[int, int], twice: tuple[int, int]) -> Tensor:
         measured = x.device.type == "cpu" and x.dtype == self.conv.weight.dtype == torch.float32
         if measured and size == twice and is_plain(self.conv, Conv3x3) and not torch.is_grad_enabled():
             return upsampled_conv3x3(x, self.conv.weight, self.conv.bias)

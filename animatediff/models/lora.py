@@ -121,6 +121,7 @@ class LoRAStack(nn.Module):
                     slot = _Slot(root.get_submodule(parent), name, module)
                     self._slots[f"{network}.{path.replace('.', '_')}"] = slot
         self._originals: dict[tuple[nn.Module, str], nn.Parameter] | None = None  # while merged
+        self.fixed = ""  # why nothing can be changed any more, for messages
 
     @property
     def merged(self) -> bool:
@@ -216,7 +217,9 @@ class LoRAStack(nn.Module):
                 setattr(layer, name, nn.Parameter(merged, requires_grad=original.requires_grad))
 
     def unmerge(self) -> None:
-        """Put the original weights back, bit for bit, and go on unmerged."""
+        """Put the original weights back, bit for bit, and go on unmerged. Raises: UserError where they are `fixed`."""
+        if self.fixed:
+            raise UserError(self.fixed)
         if self._originals is None:
             return
         for (layer, name), original in self._originals.items():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from animatediff.config.networks import MotionConfig
 from animatediff.models.attention import FeedForward
-from animatediff.models.layers import GroupNorm, LayerNorm
+from animatediff.models.layers import Chunked, GroupNorm, LayerNorm, in_parts
 
 
 def positional_encoding(
@@ -47,7 +47,7 @@ def encoding_of(x: Tensor, frames: int, dtype: torch.dtype, stretch: float) -> T
     return make(frames, x.shape[-1], x.device, dtype, stretch)
 
 
-class TemporalAttention(nn.Module):
+class TemporalAttention(Chunked):
     """Self-attention of each pixel along the frames. Queries, keys and values all see the frame's position."""
 
     stretch = 1.0  # frames per trained frame
@@ -62,6 +62,10 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """x: ((b f), s, width), with the positional encoding of the frames in it if there is one."""
+        pixels = max(self.chunk // len(x), 1) if self.chunk else x.shape[1]
+        return in_parts(lambda x: self._forward(x, frames), pixels, x, dim=1)
+
+    def _forward(self, x: Tensor, frames: int) -> Tensor:
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return self.to_out[0](temporal_attention(q, k, v, frames=frames, num_heads=self.num_heads))

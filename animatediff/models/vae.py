@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from animatediff.config.networks import VAEConfig
 from animatediff.models.layers import Downsample, GroupNorm, ResnetBlock, Upsample
+from animatediff.models.tiles import tiled
 
 EPS = 1e-6  # of every GroupNorm in the VAE
 
@@ -110,6 +111,17 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
+    """Encoder and decoder, frame by frame.
+
+    Attributes:
+        tile: pixels of a side of the overlapping tiles that are encoded and decoded one after the other; 0: whole
+            frames. Each tile is normalised by itself, so that what comes out is not quite the same.
+        chunk_frames: frames that are worked on at once where a call does not say; 0: 16 encoded, 8 decoded.
+    """
+
+    tile = 0
+    chunk_frames = 0
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
@@ -123,15 +135,18 @@ class VAE(nn.Module):
 
         x: (n, 3, H, W) in [-1, 1], H and W divisible by `config.downsampling`.
         """
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        side = self.config.downsampling
+        moments = tiled(lambda part: self.quant_conv(self.encoder(part)), x, self.tile, shrink=side)
+        mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z: Tensor) -> Tensor:
         """Pixels (n, 3, H, W), about [-1, 1] and not clamped, of unscaled latents (n, latent_channels, h, w)."""
-        return self.decoder(self.post_quant_conv(z))
+        side = self.config.downsampling
+        return tiled(lambda part: self.decoder(self.post_quant_conv(part)), z, self.tile // side, grow=side)
 
     def encode_video(
-        self, video: Tensor, *, generator: torch.Generator | None = None, chunk_frames: int = 16
+        self, video: Tensor, *, generator: torch.Generator | None = None, chunk_frames: int | None = None
     ) -> Tensor:
         """Scaled latents (b, f, c, h, w) of a video (b, f, 3, H, W) in [-1, 1], `chunk_frames` images at a time.
 
@@ -139,7 +154,7 @@ class VAE(nn.Module):
         """
         frames = rearrange(video, "b f c h w -> (b f) c h w")
         parts = []
-        for chunk in frames.split(chunk_frames):
+        for chunk in frames.split(chunk_frames or self.chunk_frames or 16):
             mean, logvar = self._safely(self.encode, chunk)
             if generator is not None:
                 noise = torch.randn(mean.shape, generator=generator).to(mean)
@@ -147,10 +162,11 @@ class VAE(nn.Module):
             parts.append(mean)
         return rearrange(torch.cat(parts), "(b f) c h w -> b f c h w", b=len(video)) * self.config.scaling_factor
 
-    def decode_video(self, latents: Tensor, *, chunk_frames: int = 8) -> Tensor:
+    def decode_video(self, latents: Tensor, *, chunk_frames: int | None = None) -> Tensor:
         """Pixels (b, f, 3, H, W) in [-1, 1] of scaled latents (b, f, c, h, w), `chunk_frames` images at a time."""
         frames = rearrange(latents, "b f c h w -> (b f) c h w") / self.config.scaling_factor
-        parts = [self._safely(self.decode, chunk).clamp(-1, 1) for chunk in frames.split(chunk_frames)]
+        chunks = frames.split(chunk_frames or self.chunk_frames or 8)
+        parts = [self._safely(self.decode, chunk).clamp(-1, 1) for chunk in chunks]
         return rearrange(torch.cat(parts), "(b f) c h w -> b f c h w", b=len(latents))
 
     def _safely(self, function, x: Tensor):

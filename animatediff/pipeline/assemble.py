@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from animatediff.models.lora_layers import AlphaRule
 from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import END, Tokenizer
 from animatediff.models.unet import UNet
-from animatediff.pipeline.device import share_weights, to_device
+from animatediff.pipeline.device import share_weights
 from animatediff.pipeline.headers import Checked, Headers
+from animatediff.pipeline.memory import FIXED, place
 from animatediff.pipeline.model import Model
 from animatediff.utils import UserError, naming
 
@@ -85,25 +87,26 @@ class Assembler:
             second = text_encoder_2 and (text_encoder_2, tokenizer_2)
             report = load_textual_inversion(path, text_encoder, tokenizer, second=second, name=embedding.name)
             reports.append(str(report))
+        if request.memory.weights == "float8":
+            loras.fixed = FIXED
         schedule = headers.inference.build_schedule(image.schedule, betas=headers.recipe(request).schedule)
         schedule = distilled_schedule(schedule, headers.distillation(request))
+        placed = partial(place, memory=request.memory, device=self.device, dtype=self.dtype)
         return Model(
-            unet=self._placed(unet),
-            vae=self._placed(share_weights(image.vae)),
-            text_encoder=text_encoder and self._placed(text_encoder),
+            unet=placed(unet),
+            vae=placed(share_weights(image.vae)),
+            text_encoder=text_encoder and placed(text_encoder),
             tokenizer=tokenizer,
             schedule=schedule,
             loras=loras,
             lora_roles=roles,
-            networks={group: self._placed(network) for group, network in networks.items()},
+            networks={group: placed(network) for group, network in networks.items()},
             distillation=headers.distillation(request),
             reports=tuple(reports),
-            text_encoder_2=text_encoder_2 and self._placed(text_encoder_2),
+            text_encoder_2=text_encoder_2 and placed(text_encoder_2),
             tokenizer_2=tokenizer_2,
+            memory=request.memory,
         )
-
-    def _placed(self, network):
-        return to_device(network, self.device, self.dtype)
 
     def _image_model(self, base_path: Path, personal_path: Path | None) -> ImageModel:
         if self._base[0] != base_path:

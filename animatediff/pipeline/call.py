@@ -43,7 +43,7 @@ class CallArguments:
 
     videos: int
     output_type: str
-    chunk: int
+    chunk: int | None
     callback: StepCallback | None
     lora_scale: float = 1.0
     pooled: Tensor | None = None
@@ -64,7 +64,8 @@ class CallArguments:
         self.lora_scale = attention.get("scale", 1.0)
         self.pooled = options.pop("pooled_prompt_embeds", None)
         self.negative_pooled = options.pop("negative_pooled_prompt_embeds", None)
-        for name, value in (("num_videos_per_prompt", self.videos), ("decode_chunk_size", self.chunk)):
+        chunk = 1 if self.chunk is None else self.chunk
+        for name, value in (("num_videos_per_prompt", self.videos), ("decode_chunk_size", chunk)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}: got {describe(value)}, expected at least 1")
         if self.callback is not None and not callable(self.callback):

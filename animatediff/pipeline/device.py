@@ -45,6 +45,11 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Whether it is apart from the machine's."""
+    return device.type == "cuda"
+
+
 def to_device(module: M, device: torch.device, dtype: torch.dtype) -> M:
     """Move a network, and give its images the memory format that the device's convolutions like best.
 

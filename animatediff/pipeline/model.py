@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from animatediff.checkpoints.lora_files import read_lora
+from animatediff.config.memory_options import Memory
 from animatediff.config.networks import Distillation, Recipe, ScheduleConfig, recipe_of
 from animatediff.models.lora import LoRAStack
 from animatediff.models.text import TextEncoder
@@ -29,6 +30,7 @@ class Model:
         distillation: what the motion module needs, if it was distilled to few steps.
         reports: one line for each file that was loaded.
         text_encoder_2, tokenizer_2: SDXL's; its refiner has no first ones.
+        memory: how it was loaded.
     """
 
     unet: UNet
@@ -43,6 +45,7 @@ class Model:
     reports: tuple[str, ...] = ()
     text_encoder_2: TextEncoder | None = None
     tokenizer_2: Tokenizer | None = None
+    memory: Memory = field(default_factory=Memory)
 
     @property
     def sparsectrl(self) -> nn.Module | None:

@@ -32,7 +32,7 @@ def decode_video(vae: VAE, latents: Tensor, *, chunk_frames: int) -> Tensor:
     """
     while True:
         try:
-            video = vae.decode_video(latents, chunk_frames=chunk_frames).float().cpu()
+            video = _decoded(vae, latents, chunk_frames)
             break
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or chunk_frames == 1:
@@ -42,10 +42,16 @@ def decode_video(vae: VAE, latents: Tensor, *, chunk_frames: int) -> Tensor:
     if not bool(video.isfinite().all()) and bool(latents.isfinite().all()) and weight.dtype != torch.float32:
         dtype = weight.dtype
         try:
-            video = vae.float().decode_video(latents, chunk_frames=chunk_frames).float().cpu()
+            video = _decoded(vae.float(), latents, chunk_frames)
         finally:
             vae.to(dtype)
     return (video / 2 + 0.5).clamp(0, 1)
+
+
+def _decoded(vae: VAE, latents: Tensor, chunk: int) -> Tensor:
+    """Only `chunk` frames at a time are on the VAE's device."""
+    parts = [vae.decode_video(part, chunk_frames=chunk).float().cpu() for part in latents.split(chunk, dim=1)]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def decode(vae: VAE, latents: Tensor, output_type: str, *, chunk_frames: int) -> Any:

@@ -38,6 +38,7 @@ from animatediff.pipeline.call import (
 )
 from animatediff.pipeline.device import pick_device, pick_dtype, to_device
 from animatediff.pipeline.headers import check_requests
+from animatediff.pipeline.memory import apply_memory, check_memory
 from animatediff.pipeline.model import Model
 from animatediff.pipeline.outputs import decode, decode_frames
 from animatediff.pipeline.prompts import encode_prompts, with_pooled
@@ -96,6 +97,7 @@ class AnimateDiffPipeline:
             raise UserError(f"got entry {entry}, but {path} has {len(entries)}: count from 0")
         target = pick_device(device)
         (checked,) = check_requests([entries[entry]])
+        check_memory(checked.request.memory, target)
         model = Assembler(target, pick_dtype(dtype, target)).assemble(checked)
         return cls(model, defaults_for_calls(entries[entry]))
 
@@ -137,7 +139,8 @@ class AnimateDiffPipeline:
         return self.model.dtype
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> AnimateDiffPipeline:
-        """Move all networks."""
+        """Move all networks. Raises: UserError for those whose weights rest elsewhere or in fewer bits."""
+        self._check_whole("moved")
         dtype = dtype or self.dtype
         for module in self.model.modules():
             to_device(module, torch.device(device), dtype)
@@ -171,9 +174,16 @@ class AnimateDiffPipeline:
         Raises:
             UserError: the folder cannot be written to.
         """
+        self._check_whole("saved")
         from animatediff.pipeline.save import save_model  # reads the export tables, which no call needs
 
         return save_model(self.model, Path(folder))
+
+    def _check_whole(self, what: str) -> None:
+        m = self.model.memory
+        if m.offload != "none" or m.weights:
+            how = f"offload={m.offload}" if m.offload != "none" else f"weights_dtype={m.weights}"
+            raise UserError(f"got networks that were loaded with {how}, which cannot be {what}: load them without")
 
     # ---- clips ------------------------------------------------------------------------------------------------
 
@@ -196,7 +206,7 @@ class AnimateDiffPipeline:
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
-        decode_chunk_size: int = 8,
+        decode_chunk_size: int | None = None,
         **options: Unpack[CallOptions],
     ) -> AnimateDiffOutput | tuple[Any]:
         """Animate prompts; arguments, defaults and layouts are those of diffusers' AnimateDiffPipeline.
@@ -222,7 +232,7 @@ class AnimateDiffPipeline:
                 prompt_embeds=embeds, negative_prompt_embeds=negatives,
                 callback=call.after_step(self),
             )  # fmt: skip
-        frames = decode(self.vae, x, output_type, chunk_frames=decode_chunk_size)
+        frames = decode(self.vae, x, output_type, chunk_frames=decode_chunk_size or request.memory.vae_frames)
         return AnimateDiffOutput(frames) if return_dict else (frames,)
 
     def request_for(
@@ -270,6 +280,7 @@ class AnimateDiffPipeline:
             callback: called after every step with its number, its timestep and the latents, which it may change.
         """
         m, size, r = self.model, request.size, request
+        apply_memory(m, r.memory)
         context, negative = encode_prompts(
             m, r, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, videos=videos
         )

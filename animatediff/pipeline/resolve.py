@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from animatediff.config.memory_options import Memory
 from animatediff.config.networks import SD1_RECIPE, Distillation, Recipe, ScheduleConfig
 from animatediff.config.request import Inputs, MicroConditioning, Request, Sampling, Windows
 from animatediff.config.spellings import called
@@ -42,6 +43,7 @@ class Facts:
         downsampling: pixels of a side for each latent pixel.
         recipe: how models of this family are sampled.
         sdxl, refiner: whether the image model is SDXL, or its refiner.
+        memory: how the networks were loaded; None where they are yet to be.
     """
 
     schedule: ScheduleConfig
@@ -58,6 +60,7 @@ class Facts:
     recipe: Recipe = SD1_RECIPE
     sdxl: bool = False
     refiner: bool = False
+    memory: Memory | None = None
 
 
 def facts_of(model: Model) -> Facts:
@@ -79,6 +82,7 @@ def facts_of(model: Model) -> Facts:
         recipe=model.recipe,
         sdxl=bool(model.unet.config.added_channels),
         refiner=model.text_encoder is None,
+        memory=model.memory,
     )
 
 
@@ -106,6 +110,7 @@ def resolve(request: Request, facts: Facts, *, steps: int = STEPS) -> Request:
     _check_picture(request, facts)
     _check_loaded(request, facts)
     _check_micro_conditioning(request, facts)
+    _check_memory(request, facts)
     return replace(request, sampling=sampling, inputs=inputs, windows=windows)
 
 
@@ -255,6 +260,17 @@ def _check_picture(request: Request, facts: Facts) -> None:
             raise UserError(f"{name} needs {PICTURE_MODULES[group]} as motion_module, got {facts.motion or 'none'}")
         if group == facts.picture and not given:
             raise UserError(f"{facts.motion} animates a picture, got none: set {name}")
+
+
+def _check_memory(request: Request, facts: Facts) -> None:
+    """Whether a call leaves alone what was decided when its networks were loaded."""
+    for name in ("max", "offload", "weights") if facts.memory else ():
+        got, loaded = getattr(request.memory, name), getattr(facts.memory, name)
+        if got != loaded:
+            raise UserError(
+                f"{called(request, f'memory.{name}')}: got {got or 'none'}, but the networks were loaded with "
+                f"{loaded or 'none'}: give it to from_config"
+            )
 
 
 def _check_loaded(request: Request, facts: Facts) -> None:

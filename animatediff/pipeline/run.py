@@ -133,7 +133,7 @@ def file_words(prompt: str) -> str:
 def _run(pipeline: AnimateDiffPipeline, job: Job, hashes: dict[str, str], bar: tqdm) -> None:
     """Make one clip and write it, frame by frame."""
     latents = pipeline.sample(job.request, callback=lambda *_: bar.update() and None)
-    clip = FrameStream(latents.shape[1], decode_frames(pipeline.vae, latents))
+    clip = FrameStream(latents.shape[1], decode_frames(pipeline.vae, latents, chunk=job.request.memory.vae_frames))
     output = job.request.output
     save_video(clip, job.path, output.fps, metadata=clip_settings(job.request, hashes), loop=output.loop_count)
     with tqdm.external_write_mode(file=sys.stdout):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -157,11 +157,52 @@ def make_run(
 @contextmanager
 def guided_denoiser(run: Run, features: Sequence[Feature] = FEATURES) -> Iterator[Denoise]:
     """The network, features around it, windows of frames around these, guidance around all."""
+    if run.request.memory.split_guidance and len(run.parts) > 1:
+        loras, r = run.model.loras, run.request.loras
+        scheduled = r.schedule is not None or r.motion_schedule is not None
+        with loras.unmerged() if scheduled else nullcontext():  # once, and not at every step
+            yield guided(part_by_part(run, features), run)
+        return
+    with steered(run, features) as denoise:
+        yield guided(over_frames(denoise, run), run)
+
+
+@contextmanager
+def steered(run: Run, features: Sequence[Feature]) -> Iterator[FrameDenoise]:
+    """The network, features around it."""
     with ExitStack() as stack:
         denoise = network(run)
         for feature in features:
             denoise = stack.enter_context(feature(denoise, run))
-        yield guided(over_frames(denoise, run), run)
+        yield denoise
+
+
+def part_by_part(run: Run, features: Sequence[Feature]) -> Denoise:
+    """A denoiser of all parts of the batch, one after the other: each is a batch of its own to network and features."""
+    runs = [_part(run, i) for i in range(len(run.parts))]
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        predicted = []
+        for part, own, when in zip(runs, x.chunk(len(runs)), t.chunk(len(runs)), strict=True):
+            with steered(part, features) as one:
+                predicted.append(over_frames(one, part)(own, when))
+        return torch.cat(predicted)
+
+    return denoise
+
+
+def _part(run: Run, i: int) -> Run:
+    """A run of one part alone, with a cache of its own that lasts as long as the clip."""
+    n, name = len(run.parts), run.parts[i]
+
+    def text(frames: Tensor) -> Tensor:
+        return run.text(frames).chunk(n)[i]
+
+    def added(frames: Tensor) -> dict[str, Tensor]:
+        return {key: value.chunk(n)[i] for key, value in run.added(frames).items()}
+
+    cache = run.once(f"part {name}", dict)
+    return replace(run, parts=(name,), text=text, added=added, cache=cache)
 
 
 def network(run: Run) -> FrameDenoise:
