@@ -41,6 +41,7 @@ class Steps:
         timesteps: (steps,), from noisy to clean, as `schedule.timesteps(steps)` gives them; may be fractional.
         noise: draws standard normal noise of x's shape; only samplers that add noise need it.
         callback: called after every step with its number, timestep and the new x, which it may change in place.
+        estimated: called with every x_0 (b, f, c, h, w) that is predicted, for previews.
     """
 
     denoise: Denoise
@@ -48,6 +49,7 @@ class Steps:
     timesteps: Tensor
     noise: Callable[[], Tensor] | None = None
     callback: Callback | None = None
+    estimated: Callable[[Tensor], None] | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor, float, float]]:
         """For every step its number, its timestep, abar there, and abar at the next."""
@@ -63,7 +65,10 @@ class Steps:
         """
         batch_t = t.to(x.device).expand(len(x))
         clean, epsilon = self.schedule.clean_and_noise(self.denoise(x, batch_t), x, batch_t)
-        return clean.clamp(-1, 1) if self.schedule.config.clip_sample else clean, epsilon
+        clean = clean.clamp(-1, 1) if self.schedule.config.clip_sample else clean
+        if self.estimated is not None:
+            self.estimated(clean)
+        return clean, epsilon
 
     def draw(self, x: Tensor) -> Tensor:
         """Fresh noise of x's type and device."""

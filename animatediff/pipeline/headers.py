@@ -173,6 +173,7 @@ def _check(request: Request, headers: Headers) -> Checked:
     if "model.inference_config" in headers.paths:
         headers = replace(headers, inference=load_inference_config(headers.paths["model.inference_config"]))
     with naming(_entry(request).removesuffix(": ")):
+        _check_family(request, headers)
         if headers.motion is not None:
             _check_version(request, headers)
         if "sparsectrl.config" in headers.paths:
@@ -211,3 +212,17 @@ def _check_version(request: Request, headers: Headers) -> None:
     if version and motion.version not in (version, "animatelcm", None):  # of these two the file is not sure
         raise UserError(f"{where} is a {motion.version} module, but the entry says `version: {version}`: remove it")
     headers.inference.check_version(MOTION_VERSIONS[headers.version(request) or motion.version or ""])
+
+
+def _check_family(request: Request, headers: Headers) -> None:
+    """A motion module and a SparseCtrl encoder fit UNets of one family and of its widths."""
+    image, families = headers.image, ("SD 1.x", "SDXL")
+    for option in ("model.motion_module", "sparsectrl.path"):
+        other = headers.infos.get(option)
+        if image is None or other is None or other.version is None:  # of a module that does not tell, nor is its base
+            continue
+        if other.base != image.base and other.base.startswith(families) and image.base.startswith(families):
+            raise UserError(
+                f"{called(request, option)}: {other.path}: this is {other.summary} for {other.base}, but {image.path} "
+                f"is of {image.base}: choose another of either"
+            )

@@ -270,6 +270,7 @@ class AnimateDiffPipeline:
         prompt_embeds: Context | None = None,
         negative_prompt_embeds: Context | None = None,
         callback: Callable[[int, int, Tensor], None] | None = None,
+        estimated: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Clean latents (b v, f, c, h, w) of a resolved request: b prompts, v videos of each.
 
@@ -278,6 +279,7 @@ class AnimateDiffPipeline:
             latents: start noise (b v, c, f, h, w), instead of drawing it.
             prompt_embeds, negative_prompt_embeds: as of `encode_prompts`.
             callback: called after every step with its number, its timestep and the latents, which it may change.
+            estimated: called with every estimate of the clean latents (b v, f, c, h, w), for previews.
         """
         m, size, r = self.model, request.size, request
         apply_memory(m, r.memory)
@@ -297,7 +299,7 @@ class AnimateDiffPipeline:
             )
             shows, _ = encode_prompts(m, plain)
         generators = generators_of(generator, r, clips, videos)
-        sampler = ClipSampler(m, r, context, negative, generators, inputs, shows, callback, self.features)
+        sampler = ClipSampler(m, r, context, negative, generators, inputs, shows, callback, estimated, self.features)
         if latents is None:
             return sampler.sample(sampler.draw(size.num_frames))
         side = m.vae.config.downsampling

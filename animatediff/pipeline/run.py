@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from animatediff.checkpoints.files import file_sha256
@@ -41,8 +42,27 @@ class Job:
     path: Path
 
 
+class Follower:
+    """What a run tells whoever waits for it; what a method raises ends the run. This one listens to nothing."""
+
+    def loaded(self, pipeline: AnimateDiffPipeline) -> None:
+        """The networks of the next clips are there."""
+
+    def stepped(self, done: int, total: int) -> None:
+        """A step of a sampler is done, of so many of the whole run."""
+
+    def estimated(self, latents: Tensor) -> None:
+        """The clean latents (1, f, c, h, w) that are expected so far."""
+
+
 def animate(
-    config: RunConfig, *, output_dir: str | Path | None = None, device: str = "auto", dtype: str | None = None
+    config: RunConfig,
+    *,
+    output_dir: str | Path | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    assembler: Assembler | None = None,
+    follower: Follower | None = None,
 ) -> Path:
     """Animate every prompt of a config.
 
@@ -57,6 +77,8 @@ def animate(
             taken up where it stopped.
         device: auto, cuda, mps or cpu.
         dtype: float32, float16 or bfloat16; by default what suits the device.
+        assembler: of earlier runs, with what it has read; on its device and in its dtype.
+        follower: is told how far the run is.
 
     Returns:
         The folder.
@@ -64,8 +86,9 @@ def animate(
     Raises:
         UserError: anything wrong with the config, its files or the folder; all that can be known is checked first.
     """
-    target = pick_device(device)
-    weights_dtype = pick_dtype(dtype, target)
+    follower = follower or Follower()
+    target = assembler.device if assembler else pick_device(device)
+    weights_dtype = assembler.dtype if assembler else pick_dtype(dtype, target)
     for entry in config.entries:
         if entry.sparsectrl.path and not len(entry.sparsectrl.images):
             raise UserError(
@@ -84,7 +107,7 @@ def animate(
     if done := len(jobs) - len(waiting):
         _say(f"{done} of {len(jobs)} prompts are there already")
     with _progress(checked, jobs, waiting) as bar, _hint_on_interrupt(folder, jobs):
-        assembler = Assembler(target, weights_dtype)
+        assembler = assembler or Assembler(target, weights_dtype)
         for index, entry in enumerate(checked):
             todo = [job for job in waiting if job.entry == index]
             if not todo:
@@ -96,11 +119,12 @@ def animate(
                 pipeline = AnimateDiffPipeline(assembler.assemble(entry))
             for line in pipeline.model.reports:
                 _say(line)
+            follower.loaded(pipeline)
             bar.unpause()  # loading is no part of a step
             for job in todo:
                 bar.set_description(f"prompt {jobs.index(job) + 1}/{len(jobs)}")
                 with _one_line_when_full(entry):
-                    _run(pipeline, job, hashes, bar)
+                    _run(pipeline, job, hashes, bar, follower)
             del pipeline
     grid = folder / ("sample-grid" if config.entries[0].output.format == "png" else f"sample.{_format(config)}")
     if len(jobs) > 1 and (waiting or not grid.exists()):
@@ -130,9 +154,14 @@ def file_words(prompt: str) -> str:
     return "-".join(re.findall(r"\w+", prompt)[:NAME_WORDS]).encode()[:NAME_LENGTH].decode(errors="ignore").rstrip("-")
 
 
-def _run(pipeline: AnimateDiffPipeline, job: Job, hashes: dict[str, str], bar: tqdm) -> None:
+def _run(pipeline: AnimateDiffPipeline, job: Job, hashes: dict[str, str], bar: tqdm, follower: Follower) -> None:
     """Make one clip and write it, frame by frame."""
-    latents = pipeline.sample(job.request, callback=lambda *_: bar.update() and None)
+
+    def after_step(*_: object) -> None:
+        bar.update()
+        follower.stepped(int(bar.n), int(bar.total))
+
+    latents = pipeline.sample(job.request, callback=after_step, estimated=follower.estimated)
     clip = FrameStream(latents.shape[1], decode_frames(pipeline.vae, latents, chunk=job.request.memory.vae_frames))
     output = job.request.output
     save_video(clip, job.path, output.fps, metadata=clip_settings(job.request, hashes), loop=output.loop_count)

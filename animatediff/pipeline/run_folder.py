@@ -28,7 +28,7 @@ def open_folder(
         UserError: a folder of something else, or of another run.
     """
     if output_dir is None:
-        folder = _new_folder(config.name)
+        folder = new_folder(config.name)
     else:
         folder = Path(output_dir)
         if not str(output_dir).strip():
@@ -98,16 +98,17 @@ def settings_request(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in flat.items() if k not in ("frames", "animatediff", "training_step", "prompts")}
 
 
-def _new_folder(name: str) -> Path:
+def new_folder(name: str, root: str | Path = "samples") -> Path:
+    """Make `<root>/<name>-<time>`, numbered where there is one already."""
     time = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
     for attempt in range(1, 1000):
-        folder = Path("samples") / (f"{name}-{time}" if attempt == 1 else f"{name}-{time}-{attempt}")
+        folder = Path(root) / (f"{name}-{time}" if attempt == 1 else f"{name}-{time}-{attempt}")
         try:
             _make_folder(folder)
             return folder
         except FileExistsError:
             continue
-    raise UserError(f"got a thousand folders samples/{name}-{time}*, expected a free name: give --output-dir")
+    raise UserError(f"got a thousand folders {root}/{name}-{time}*, expected a free name: give --output-dir")
 
 
 def _is_fresh(folder: Path) -> bool:

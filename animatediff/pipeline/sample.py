@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -41,6 +41,7 @@ class ClipSampler:
         inputs: pictures and video to start from.
         inversion_context: of what the video shows, for DDIM inversion.
         callback: called after every step with its number, its timestep and the new latents.
+        estimated: called with every x_0 that is predicted.
         features: what reaches into the network.
         cache: of this clip's features.
     """
@@ -53,6 +54,7 @@ class ClipSampler:
     inputs: PixelInputs | None = None
     inversion_context: Context | None = None
     callback: Callback | None = None
+    estimated: Callable[[Tensor], None] | None = None
     features: Sequence[Feature] = FEATURES
     cache: dict[str, Any] = field(default_factory=dict)
 
@@ -117,7 +119,8 @@ class ClipSampler:
 
         with guided_denoiser(run, self.features) as denoise:
             draw = lambda: self.draw(x.shape[1])  # noqa: E731
-            return find_sampler(s.sampler, eta=s.eta)(x, Steps(denoise, schedule, timesteps, draw, after_step))
+            steps_to_take = Steps(denoise, schedule, timesteps, draw, after_step, self.estimated)
+            return find_sampler(s.sampler, eta=s.eta)(x, steps_to_take)
 
     def _run(self, schedule: NoiseSchedule, timesteps: Tensor, first_frame: int) -> Run:
         parts = {"unconditional": self.negative, "conditional": self.context}

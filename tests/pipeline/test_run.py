@@ -158,6 +158,41 @@ def test_an_interrupted_run_goes_on(config, finished, tmp_path, monkeypatch, cap
     assert len(calls) == 4 and {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+def test_who_follows_a_run_is_told_of_steps_and_estimates_and_may_end_it(config, tmp_path):
+    """Estimates are latents of the clip, the last of which is the clip's own, and none comes after the end."""
+    seen: list[object] = []
+
+    class Stop(Exception):
+        pass
+
+    class Watch(run.Follower):
+        until = 10**6
+
+        def loaded(self, pipeline):
+            seen.append("loaded")
+
+        def estimated(self, latents):
+            seen.append(tuple(latents.shape))
+
+        def stepped(self, done, total):
+            seen.append((done, total))
+            if done >= self.until:
+                raise Stop
+
+    small = replace(config.entries[0], size=replace(config.entries[0].size, num_frames=2, height=16, width=16))
+    small = replace(small, prompts=replace(small.prompts, prompt=small.prompts.prompt[:1]))
+    small = replace(config, entries=(small,))
+    animate(small, output_dir=tmp_path / "whole", device="cpu", follower=Watch())
+    total = max(e[1] for e in seen if isinstance(e, tuple) and len(e) == 2)
+    assert seen == ["loaded", *(x for n in range(total) for x in ((1, 2, 4, 2, 2), (n + 1, total)))]
+    seen.clear()
+    Watch.until = 1
+    with pytest.raises(Stop):
+        animate(small, output_dir=tmp_path / "ended", device="cpu", follower=Watch())
+    assert seen[-1] == (1, total)
+    assert not list((tmp_path / "ended").glob("sample/*"))
+
+
 def test_too_large_a_clip_is_told_in_one_line(config, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
