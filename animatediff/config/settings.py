@@ -257,8 +257,12 @@ def _unknown(cls: type, path: tuple[Any, ...], name: Callable[[tuple[Any, ...]],
             cls = next(iter(_dataclasses_of(hint)), cls)
     inside = f"{name(path[:-1])}: " if len(path) > 1 else ""
     infos = getattr(cls, "__pydantic_fields__", {}).items()
-    spellings = [s for n, i in infos for s in (n, *(i.validation_alias.choices if i.validation_alias else ()))]
-    return inside + unknown_key(path[-1], spellings or [f.name for f in fields(cls)])
+    spellings = {n: (n, *(i.validation_alias.choices if i.validation_alias else ())) for n, i in infos}
+    if same := spellings.get(canonical(cls, str(path[-1]))):
+        expected = f"expected one of {', '.join(same)}: remove the rest"
+        return f"{inside}got {path[-1]!r} beside another spelling of it, {expected}"
+    known = [s for names in spellings.values() for s in names]
+    return inside + unknown_key(path[-1], known or [f.name for f in fields(cls)])
 
 
 def _dataclasses_of(hint: Any) -> Iterable[type]:

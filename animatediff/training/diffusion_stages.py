@@ -42,6 +42,9 @@ class ClipSource(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """No more batches are needed."""
+
 
 class DiffusionStage(Stage):
     """Some parameters learn to denoise clips or pictures, on the device where the networks are.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,9 @@ class LatentClips:
             frame = torch.randint(self.latents.shape[1], (batch_size,), generator=generator)
             return self.latents[which, frame].float()[:, None], self.captions(which, generator)
         return self.latents[which].float(), self.captions(which, generator)
+
+    def close(self) -> None:
+        """Nothing is open: they are in memory."""
 
     @classmethod
     def of_world(cls, path: Path, vae: VAE, world: World, *, scribbles: bool = False, log: Log = print) -> LatentClips:
@@ -157,13 +160,14 @@ class StreamedClips:
         self.scribbles: Tensor | None = None
         self.names: list[str] = []
         self.empty = tokenize(tokenizer, [""])[0]
-        self._batches: Iterator[ClipBatch] = iter(())
+        self._batches: Generator[ClipBatch] | None = None
         self._next: tuple[int, int] | None = None  # micro-batch that `_batches` gives next, and its size
 
     def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Clips of the series: a `ClipSource`."""
         processes = rank_and_world_size()[1]
         if self._next != (index, batch_size):  # the first, from which on they are read ahead
+            self.close()
             micro_batches = itertools.count(index, processes)
             self._batches = self.reader.batches(range(i * batch_size, (i + 1) * batch_size) for i in micro_batches)
         video, captions, self.names = next(self._batches)
@@ -173,6 +177,11 @@ class StreamedClips:
         if self.draws:
             self.scribbles = draw_scribbles(video.to(self.vae.quant_conv.weight.device))
         return latents, drop_captions(tokenize(self.tokenizer, captions), self.empty, generator)
+
+    def close(self) -> None:
+        """End the processes that read ahead: at once, where the garbage collector would wait for them."""
+        if self._batches:
+            self._batches.close()
 
 
 def in_chunks(count: int) -> Iterator[range]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,7 +128,8 @@ class Training(StageConfig):
             autocast=None if self.dtype == "float32" else getattr(torch, self.dtype),
             **self.stage_options(),
         )
-        train(stage, self.loop, folder, log=log, sampler=sampler, stage_config=self)
+        with closing(clips):
+            train(stage, self.loop, folder, log=log, sampler=sampler, stage_config=self)
 
     def check_data(self, log: Log) -> None:
         """Look at every file and log the report. Raises: UserError where none can be used."""

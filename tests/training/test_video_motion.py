@@ -1,5 +1,6 @@
 """Stage `motion_module`: from video files and an image model to a motion module that animates."""
 
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -213,6 +214,17 @@ def test_a_killed_run_goes_on_to_the_same_weights(files, tmp_path, monkeypatch):
         assert all(torch.equal(one[part][k], two[part][k]) for k in one[part])
 
 
+def test_no_reader_outlives_a_training(files, tmp_path, monkeypatch):
+    def counted(self, *arguments):
+        assert multiprocessing.active_children()
+        raise InterruptedError
+
+    monkeypatch.setattr(DiffusionStage, "loss", counted)
+    with pytest.raises(InterruptedError):
+        config(files, tmp_path, threads=1).run(quiet)
+    assert not multiprocessing.active_children()
+
+
 # ---- how it learns
 
 
@@ -263,6 +275,7 @@ def test_on_a_gpu(files, tmp_path):
         ({"pretrained_model_path": "none.safetensors"}, "got none.safetensors, which is not there"),
         ({"init_from": "{}/mm_v2.safetensors"}, "v2"),
         ({"version": "v4"}, "version: got 'v4', expected v1 or v2 or v3"),
+        ({"num_workers": 1}, "got 'num_workers' beside another spelling of it, expected one of num_workers, threads"),
     ],
 )
 def test_mistakes(files, tmp_path, values, message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ class ClipReader:
         self.clips, self.num_workers, self.log = clips, min(num_workers, cpus), log
         self._left_out: set[str] = set()
 
-    def batches(self, numbers: Iterable[Sequence[int]]) -> Iterator[ClipBatch]:
+    def batches(self, numbers: Iterable[Sequence[int]]) -> Generator[ClipBatch]:
         """The clips with these numbers, a batch for each.
 
         Raises:
