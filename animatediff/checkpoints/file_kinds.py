@@ -167,7 +167,7 @@ KINDS: dict[str, Kind] = {
     ),
     "image-encoder": Kind(
         "a CLIP vision model",
-        _any(r"^(visual\.class_embedding$|vision_model\.embeddings\.class_embedding$)"),
+        _any(r"^(visual\.class_embedding|vision_model\.embeddings\.class_embedding|image_encoder\.0\.weight)$"),
         "an IP-Adapter that was trained with it",
         "image_encoder: {path}",
     ),

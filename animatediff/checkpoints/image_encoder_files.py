@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from animatediff.checkpoints.diffusers_json import TEXT_STEMS
 from animatediff.checkpoints.files import StateDict, find_weights, read_json, read_state_dict
 from animatediff.checkpoints.load import load_strictly
+from animatediff.checkpoints.small_clip_files import CONFIG_KEY, build_small_clip
+from animatediff.models.small_clip import SmallCLIP
 from animatediff.utils import UserError
 
 if TYPE_CHECKING:
@@ -36,11 +39,23 @@ OPEN_CLIP = (  # its names below `visual.` -> transformers'
 )
 
 
-class ImageEncoder:
+class ImageEncoder(nn.Module):
     """What an IP-Adapter sees of a picture: its embedding, or its tokens before the last layer."""
 
+    mean, std = MEAN, STD  # of the pixels that it takes
+
     def __init__(self, model: CLIPVisionModelWithProjection):
+        super().__init__()
         self.model = model
+
+    def pixels(self, picture: Image.Image, *, fit: str = "crop") -> Tensor:
+        """Of a picture, as `clip_pixels`."""
+        return clip_pixels(picture, self.size, fit=fit, mean=self.mean, std=self.std)
+
+    def pixels_of(self, frames: Tensor) -> Tensor:
+        """Of frames (n, 3, H, W) in [-1, 1], as of pictures in files."""
+        rgb = ((frames.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).cpu().numpy()
+        return torch.cat([self.pixels(Image.fromarray(frame)) for frame in rgb])
 
     @property
     def size(self) -> int:
@@ -67,11 +82,43 @@ class ImageEncoder:
         return self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
 
 
+class SmallImageEncoder(ImageEncoder):
+    """The same of the toy data set's encoder."""
+
+    mean, std = (0.5,) * 3, (0.5,) * 3
+    model: SmallCLIP
+
+    def __init__(self, model: SmallCLIP):
+        nn.Module.__init__(self)
+        self.model = model
+
+    @property
+    def size(self) -> int:
+        return self.model.config.size
+
+    @property
+    def width(self) -> int:
+        return self.model.config.channels[-1]
+
+    @property
+    def embedding_width(self) -> int:
+        return self.model.config.width
+
+    @torch.no_grad()
+    def embeddings(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_images(pixels.to(self.model.text_projection.weight))
+
+    @torch.no_grad()
+    def hidden(self, pixels: Tensor) -> Tensor:
+        return self.model.image_tokens(pixels.to(self.model.text_projection.weight))
+
+
 def load_image_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> ImageEncoder:
     """Load a CLIP vision model with projection on the CPU.
 
     Args:
-        path: a transformers folder, its weights alone, or an OpenCLIP file. A whole CLIP's text half is left out.
+        path: a transformers folder, its weights alone, an OpenCLIP file, or the toy data set's encoder. The text half
+            of a whole CLIP is left out.
 
     Raises:
         UserError: it is something else, incomplete, or of a width that needs a config.json to tell its heads.
@@ -82,7 +129,10 @@ def load_image_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32) 
     weights = find_weights(path, *TEXT_STEMS) if path.is_dir() else path
     if weights is None:
         raise UserError(f"got the folder {path}, expected an image encoder: it has no {TEXT_STEMS[0]}.safetensors")
-    tensors = _vision_part(read_state_dict(weights).tensors)
+    file = read_state_dict(weights)
+    if CONFIG_KEY in file.metadata:
+        return SmallImageEncoder(build_small_clip(file, path).to(dtype))
+    tensors = _vision_part(file.tensors)
     if "visual_projection.weight" not in tensors:
         raise UserError(
             f"got {path}, expected a CLIP vision model with projection (image_encoder/ of h94/IP-Adapter, or "
@@ -123,10 +173,18 @@ def vision_config(tensors: StateDict, config_json: Path):
     )
 
 
-def clip_pixels(picture: Image.Image, size: int, *, fit: str = "crop") -> Tensor:
+def clip_pixels(
+    picture: Image.Image,
+    size: int,
+    *,
+    fit: str = "crop",
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> Tensor:
     """Pixel values (1, 3, size, size) of a picture, as transformers makes them with PIL.
 
     Args:
+        mean, std: of every channel, of a range of 1.
         fit: "crop" its middle, "squash" it to a square, or "pad" it to one with black.
     """
     picture, (width, height) = picture.convert("RGB"), picture.size
@@ -140,7 +198,7 @@ def clip_pixels(picture: Image.Image, size: int, *, fit: str = "crop") -> Tensor
     picture = picture.resize(target, Image.Resampling.BICUBIC)
     left, top = (target[0] - size) // 2, (target[1] - size) // 2
     pixels = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-    normalised = (torch.from_numpy(pixels) - torch.tensor(MEAN)) / torch.tensor(STD)
+    normalised = (torch.from_numpy(pixels) - torch.tensor(mean)) / torch.tensor(std)
     return normalised.permute(2, 0, 1)[None]
 
 

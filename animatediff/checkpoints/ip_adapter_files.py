@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict
+import torch
+
+from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict, write_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
 from animatediff.checkpoints.load import LoadReport, load_strictly
 from animatediff.config.networks import IPAdapterConfig
@@ -57,6 +60,15 @@ def load_ip_adapter(path: str | Path, unet: UNet) -> tuple[IPAdapter, LoadReport
         path, info.kind, config.variant, file_sha256(path), applied=len(ready), notes=notes, unused=unused
     )
     return adapter, report
+
+
+def save_ip_adapter(
+    adapter: IPAdapter, path: str | Path, *, metadata: Mapping[str, str], dtype: torch.dtype | None = None
+) -> Path:
+    """Write an adapter in the released spelling; dtype: to store it in, its own by default."""
+    return write_state_dict(
+        Path(path), {k: t.to(dtype or t.dtype) for k, t in adapter.state_dict().items()}, metadata=metadata
+    )
 
 
 def ip_adapter_config(tensors: StateDict, path: Path) -> IPAdapterConfig:

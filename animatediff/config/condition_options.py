@@ -21,7 +21,9 @@ from animatediff.config.values import (
 )
 from animatediff.utils import UserError, describe
 
-Preprocessor = Literal["none", "canny", "blur", "tile", "scribble", "lineart", "invert", "threshold", "inpaint"]
+Preprocessor = Literal[
+    *("none", "canny", "blur", "tile", "scribble", "lineart", "outlines", "invert", "threshold", "inpaint")
+]
 LayerPreset = Literal["all", "style", "composition", "strong style", "style and composition"]
 Move = Literal[
     *("zoom_in", "zoom_out", "pan_left", "pan_right"), *("tilt_up", "tilt_down", "roll_clockwise", "roll_anticlockwise")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from animatediff.checkpoints.image_encoder_files import ImageEncoder, clip_pixels, load_image_encoder
+from animatediff.checkpoints.image_encoder_files import ImageEncoder, load_image_encoder
 from animatediff.checkpoints.ip_adapter_files import load_ip_adapter
 from animatediff.checkpoints.load import ImageModel
 from animatediff.config.condition_options import IPAdapter as Options
@@ -57,14 +57,10 @@ class IPAdapters(nn.Module):
     def __init__(self, adapters: list[IPAdapter], encoder: ImageEncoder):
         super().__init__()
         self.adapters = nn.ModuleList(adapters)
-        self.clip = encoder.model
+        self.encoder = encoder
 
     def __len__(self) -> int:
         return len(self.adapters)
-
-    @property
-    def encoder(self) -> ImageEncoder:
-        return ImageEncoder(self.clip)
 
 
 def load(request: Request, headers: Any, image: ImageModel, unet: UNet) -> tuple[IPAdapters, str] | None:
@@ -127,7 +123,7 @@ def read_tokens(run: Run, i: int) -> Tokens:
     with naming(f"ip_adapter[{i}]"):
         pictures = read_pictures(options.images)
         masks = [_mask(mask, run.request) for mask in read_pictures(options.masks).values()]
-    pixels = torch.cat([clip_pixels(p, encoder.size, fit=options.fit) for p in pictures.values()]).to(model.device)
+    pixels = torch.cat([encoder.pixels(p, fit=options.fit) for p in pictures.values()]).to(model.device)
     nothing = torch.zeros_like(pixels[:1])
     if adapter.config.variant == "base":
         known, none = encoder.embeddings(pixels), torch.zeros(1, encoder.embedding_width, device=pixels.device)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from animatediff.config.settings import build, parse_value, read_yaml, split_assignment
 from animatediff.lab.world_encoder import ShapesEncoder
 from animatediff.lab.world_image import ShapesDecoder, ShapesImage
+from animatediff.training.controlnet_stage import ControlNetTraining
+from animatediff.training.ip_adapter_stage import IPAdapterTraining
 from animatediff.training.stage_config import StageConfig
 from animatediff.training.stages import (
     ConsistencyTraining,
@@ -32,6 +34,8 @@ STAGES: dict[str, type[StageConfig]] = {
         MotionModule,
         MotionLoRA,
         SparseCtrlTraining,
+        ControlNetTraining,
+        IPAdapterTraining,
         ConsistencyTraining,
         ShapesImage,
         ShapesDecoder,

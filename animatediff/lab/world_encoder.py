@@ -8,8 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from animatediff.checkpoints.small_clip_files import save_small_clip
 from animatediff.config.networks import SmallCLIPConfig
 from animatediff.config.settings import Int, opt, options
+from animatediff.models.small_clip import SmallCLIP
 from animatediff.models.tokenizer import Tokenizer
 from animatediff.training.distributed import rank_and_world_size
 from animatediff.training.loop import LoopConfig, Stage, train
@@ -20,11 +22,9 @@ from animatediff.world.encoder import (
     matches,
     new_small_clip,
     retrieval,
-    save_encoder,
     tokenize,
 )
 from animatediff.world.shapes import make_scene
-from animatediff.world.small_clip import SmallCLIP
 
 FILE = "encoder.safetensors"
 
@@ -59,7 +59,7 @@ class ContrastiveStage(Stage):
         return -(found[0].mean() + found[1].mean()) / 2, {"caption": 100 * float(right)}
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
-        save_encoder(self.model, folder / FILE, metadata)
+        save_small_clip(self.model, folder / FILE, metadata)
 
 
 @options

@@ -1,7 +1,7 @@
 """Hint images for ControlNets from pictures, as far as no learned model is needed for it.
 
 The formulas are those of the ControlNet authors' annotators and of sd-webui-controlnet. Maps are white on black, as
-ControlNets want them. OpenCV does the filtering.
+ControlNets want them. OpenCV does the filtering, but for `outlines`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from animatediff.media.pictures import fit
+from animatediff.media.scribble import draw_scribbles
 from animatediff.utils import UserError
 
 Picture = NDArray[np.uint8]  # (H, W, 3), RGB; maps too
@@ -54,6 +56,12 @@ def lineart(picture: Picture, *, sigma: float = 6.0, floor: float = 8.0) -> Pict
     return _grey(np.clip(127 * darker / max(16.0, median), 0, 255))
 
 
+def outlines(picture: Picture) -> Picture:
+    """Lines along the edges, as a ControlNet of this project's training has seen them (`scribble.py`); no OpenCV."""
+    pixels = torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    return _grey(draw_scribbles(pixels)[0].numpy() * np.uint8(255))
+
+
 def invert(picture: Picture) -> Picture:
     """Dark lines on white as white lines on black."""
     return 255 - picture
@@ -71,6 +79,7 @@ PREPROCESSORS: dict[str, Callable[..., Picture]] = {
     "tile": tile,
     "scribble": scribble,
     "lineart": lineart,
+    "outlines": outlines,
     "invert": invert,
     "threshold": threshold,
 }

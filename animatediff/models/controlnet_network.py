@@ -6,6 +6,9 @@ Parameter names are diffusers'.
 
 from __future__ import annotations
 
+import math
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,7 +16,9 @@ from torch import Tensor, nn
 
 from animatediff.config.networks import ControlNetConfig, UNetConfig
 from animatediff.models.layers import TimestepEmbedding, timestep_embedding
-from animatediff.models.unet import DownBlock, MidBlock
+from animatediff.models.unet import DownBlock, MidBlock, UNet
+
+PIXEL_WIDTHS = (16, 32, 96, 256)  # of the released encoders of pixels; each after the first halves the size
 
 
 class PixelEmbedding(nn.Module):
@@ -69,6 +74,9 @@ class ResidualEncoder(nn.Module):
         return [head(skip) for head, skip in heads], self.controlnet_mid_block(h)
 
 
+E = TypeVar("E", bound=ResidualEncoder)
+
+
 class ControlNet(ResidualEncoder):
     """The residuals that hint images add to a UNet's skip connections. Freshly built ones are all zero."""
 
@@ -93,14 +101,40 @@ class ControlNet(ResidualEncoder):
             x: noisy latents (b, f, in_channels, h, w).
             t: timesteps (b,), 0 … 999.
             context: text embedding (b, l, context_dim), one row per video, or (b, f, l, context_dim), one per frame.
-            embedded: hints of `embed`, (f, c, h, w), the same for every video.
+            embedded: hints of `embed`, ((b f), c, h, w), or (f, c, h, w), the same for every video.
         """
         frames = x.shape[1]
-        h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w")) + embedded.repeat(len(x), 1, 1, 1)
+        h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w"))
+        h = h + embedded.repeat(len(h) // len(embedded), 1, 1, 1)
         down, mid = self.residuals(h, t, context, frames)
         if not self.config.pooled:
             return down, mid
         return [residual.mean((2, 3), keepdim=True) for residual in down], mid.mean((2, 3), keepdim=True)
+
+
+def build_controlnet(unet: UNet, *, downsampling: int = 8) -> ControlNet:
+    """A ControlNet to train: the encoder of an image model, on its device and in its dtype, that changes nothing yet.
+
+    Args:
+        unet: its weights are copied; its motion modules, if it has any, are left out.
+        downsampling: pixels per latent cell and side.
+    """
+    config = ControlNetConfig(unet.config.with_motion(None), hint_widths=pixel_widths(downsampling))
+    return copy_encoder(ControlNet(config), unet)
+
+
+def pixel_widths(downsampling: int) -> tuple[int, ...]:
+    """Widths of a fresh CNN from pixels to latents."""
+    return PIXEL_WIDTHS[: round(math.log2(downsampling)) + 1]
+
+
+def copy_encoder(encoder: E, unet: UNet) -> E:
+    """Give an encoder the weights of an image model's way down, its device and dtype; motion modules stay fresh."""
+    image = {key: tensor for key, tensor in unet.state_dict().items() if "motion_modules." not in key}
+    known = encoder.state_dict().keys()
+    missing, _ = encoder.load_state_dict({key: image[key] for key in image.keys() & known}, strict=False)
+    assert all("motion_modules." in key or key.startswith("controlnet_") for key in missing)
+    return encoder.to(unet.conv_in.weight)
 
 
 def guess_weights(residuals: int) -> list[float]:

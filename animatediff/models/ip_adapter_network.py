@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +141,27 @@ class IPAdapter(nn.Module):
                 for the unconditional half.
         """
         return self.image_proj(features)
+
+
+def build_ip_adapter(
+    unet: UNet, variant: Literal["base", "plus", "full"], *, encoder_width: int, tokens: int = 4
+) -> IPAdapter:
+    """A fresh IP-Adapter for an image model, on its device and in its dtype; keys and values begin as the text's.
+
+    Args:
+        encoder_width: of what it sees of a picture, see `IPAdapter.forward`.
+        tokens: that a picture becomes; full has as many as the encoder.
+    """
+    layers = cross_attentions(unet)
+    widths = tuple(layer.to_q.weight.shape[0] for layer in layers.values())
+    config = IPAdapterConfig(
+        variant, encoder_width=encoder_width, context_dim=unet.config.context_dim, layer_widths=widths, tokens=tokens
+    )
+    adapter = IPAdapter(config).to(unet.conv_in.weight)
+    for keys, layer in zip(adapter.ip_adapter.values(), layers.values(), strict=True):
+        keys.to_k_ip.load_state_dict(layer.to_k.state_dict())
+        keys.to_v_ip.load_state_dict(layer.to_v.state_dict())
+    return adapter
 
 
 def cross_attentions(unet: UNet) -> dict[str, Attention]:

@@ -7,7 +7,6 @@ Parameter names are those of the official checkpoints.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -15,10 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from animatediff.config.networks import MOTION_VERSIONS, MotionConfig, SparseCtrlConfig
-from animatediff.models.controlnet_network import PixelEmbedding, ResidualEncoder, zero
+from animatediff.models.controlnet_network import PixelEmbedding, ResidualEncoder, copy_encoder, pixel_widths, zero
 from animatediff.models.unet import UNet
-
-PIXEL_CHANNELS = (16, 32, 96, 256)  # of the official scribble encoder; each after the first halves the size
 
 
 class SparseCtrl(ResidualEncoder):
@@ -79,11 +76,6 @@ def build_sparsectrl(
     config = SparseCtrlConfig(
         unet=unet.config.with_motion(motion),
         condition_channels=3 if pixels else latent_channels,
-        pixel_channels=PIXEL_CHANNELS[: round(math.log2(downsampling)) + 1] if pixels else (),
+        pixel_channels=pixel_widths(downsampling) if pixels else (),
     )
-    encoder = SparseCtrl(config).to(unet.conv_in.weight)
-    image = {key: tensor for key, tensor in unet.state_dict().items() if "motion_modules." not in key}
-    known = encoder.state_dict().keys()
-    missing, _ = encoder.load_state_dict({key: image[key] for key in image.keys() & known}, strict=False)
-    assert all("motion_modules." in key or key.startswith("controlnet_") for key in missing)
-    return encoder
+    return copy_encoder(SparseCtrl(config), unet)

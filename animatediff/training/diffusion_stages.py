@@ -22,6 +22,7 @@ from animatediff.models.layers import ResnetBlock
 from animatediff.models.motion import MotionModule
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
+from animatediff.training.latents import CAPTION_DROPOUT
 from animatediff.training.loop import Stage
 from animatediff.training.losses import MEAN_SQUARE, Denoise, LossConfig, denoising_loss
 
@@ -33,7 +34,7 @@ class ClipSource(Protocol):
 
     names: list[str]  # of the clips of the last batch, for messages
     empty: Tensor  # tokens (77,) of the empty caption
-    scribbles: Tensor | None  # of the last batch, bool (b, f, H, W), where the source was asked for them
+    condition: Tensor | None  # of the last batch, (b, f, …), where the source was asked for one
 
     def batch(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Scaled latents (b, f, c, h, w), float32, and caption tokens (b, 77) of micro-batch `index` of the run.
@@ -102,6 +103,13 @@ class DiffusionStage(Stage):
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             denoise = self.denoiser(x0, context, generator)
             return denoising_loss(denoise, self.schedule, x0, t, generator, self.loss_config), {}
+
+    def without_captions(self, context: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+        """The context (b, l, d) with a fraction of the captions left empty, with those that the source left out."""
+        further = (fraction - CAPTION_DROPOUT) / (1 - CAPTION_DROPOUT)
+        dropped = torch.rand(len(context), 1, 1, generator=generator) < further
+        empty = self.text_encoder(self.clips.empty[None].long().to(context.device))
+        return torch.where(dropped.to(context.device), empty, context)
 
     def denoiser(self, x0: Tensor, context: Tensor, generator: torch.Generator) -> Denoise:
         """The network as a function of (x, t); a stage whose network is told more overrides this.

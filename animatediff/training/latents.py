@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,25 @@ from animatediff.world.series import World
 
 CAPTION_DROPOUT = 0.1  # fraction of empty captions, which teaches the unconditional half of guidance
 CHUNK = 16  # clips rendered and encoded at a time
-SCRIBBLED = {"scribbled": 1}  # in the key of clips with scribbles; another number where they are drawn differently
 OVERSAMPLING = 4.0  # how many times as often an oversampled motion is drawn
 
 Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a stage sees of every frame beside its latents.
+
+    Attributes:
+        key: of clips that are kept with it; another one where it is made differently.
+        make: video (b, f, 3, H, W) in [-1, 1] -> (b, f, …), bool or floating point, without gradients.
+    """
+
+    key: Mapping[str, Any]
+    make: Callable[[Tensor], Tensor]
+
+
+SCRIBBLES = Condition({"scribbled": 2}, draw_scribbles)  # bool (b, f, H, W), white lines on black
 
 
 class LatentClips:
@@ -33,7 +49,7 @@ class LatentClips:
         weights: how often each is drawn, relative to the others.
         single_frames: whether a batch has one random frame of each clip.
         names: of the clips of the last batch.
-        scribbles: of the last batch, bool (b, f, H, W), where the clips have them.
+        condition: of the last batch, where the clips have one, see `Condition`.
     """
 
     def __init__(
@@ -41,13 +57,13 @@ class LatentClips:
         latents: Tensor,
         tokens: Tensor,
         empty: Tensor,
-        lines: Tensor | None = None,
+        conditions: Tensor | None = None,
         files: Sequence[str] = (),
     ):
         self.latents, self.tokens, self.empty = latents, tokens, empty
-        self.lines = lines  # of all clips, packed
+        self.conditions = conditions  # of all clips; bool ones are packed
         self.files = files  # that each clip is from; none in Shapes, the toy data set
-        self.scribbles: Tensor | None = None
+        self.condition: Tensor | None = None
         self.weights, self.single_frames = torch.ones(len(latents)), False
         self.names: list[str] = []
 
@@ -66,19 +82,23 @@ class LatentClips:
         """Clips drawn by `generator`: a `ClipSource`."""
         which = self.draw(batch_size, generator)
         self.names = [self.files[i] if self.files else f"clip {i}" for i in which.tolist()]
-        if self.lines is not None:
-            downsampling = self.lines.shape[-2] // self.latents.shape[-2]
-            self.scribbles = unpack(self.lines[which], downsampling * self.latents.shape[-1])
+        frames = torch.arange(self.latents.shape[1])[None]
         if self.single_frames:
-            frame = torch.randint(self.latents.shape[1], (batch_size,), generator=generator)
-            return self.latents[which, frame].float()[:, None], self.captions(which, generator)
-        return self.latents[which].float(), self.captions(which, generator)
+            frames = torch.randint(self.latents.shape[1], (batch_size,), generator=generator)[:, None]
+        if self.conditions is not None:
+            self.condition = self.conditions[which[:, None], frames]
+            if self.condition.dtype == torch.uint8:
+                downsampling = self.condition.shape[-2] // self.latents.shape[-2]
+                self.condition = unpack(self.condition, downsampling * self.latents.shape[-1])
+        return self.latents[which[:, None], frames].float(), self.captions(which, generator)
 
     def close(self) -> None:
         """Nothing is open: they are in memory."""
 
     @classmethod
-    def of_world(cls, path: Path, vae: VAE, world: World, *, scribbles: bool = False, log: Log = print) -> LatentClips:
+    def of_world(
+        cls, path: Path, vae: VAE, world: World, *, condition: Condition | None = None, log: Log = print
+    ) -> LatentClips:
         """Clips of Shapes; oversampled motions are drawn more often."""
 
         clips = cls.build(
@@ -89,7 +109,7 @@ class LatentClips:
             Tokenizer(),
             count=world.clips,
             chunk_frames=64,
-            scribbles=scribbles,
+            condition=condition,
             log=log,
         )
         motions = (world.scene(i).motion for i in range(world.clips))
@@ -108,7 +128,7 @@ class LatentClips:
         *,
         count: int,
         chunk_frames: int = 16,
-        scribbles: bool = False,
+        condition: Condition | None = None,
         log: Log = print,
     ) -> LatentClips:
         """Read the clips at `path`, or encode `batches` and write that file.
@@ -119,26 +139,27 @@ class LatentClips:
             batches: `count` clips in all.
             vae, tokenizer: of the image model.
             chunk_frames: pictures encoded at a time.
-            scribbles: draw them too.
+            condition: made of them, too.
             log: told how far it is.
         """
         empty = tokenize(tokenizer, [""])[0]
-        key = key | SCRIBBLED if scribbles else key
+        key = {**key, **condition.key} if condition else key
         if state := made_from(path, key):
-            lines = state["lines"] if scribbles else None
-            return cls(state["latents"], state["tokens"], empty, lines, state.get("files", ()))
-        latents, tokens, lines, files, done = [], [], [], [], 0
+            made = state["conditions"] if condition else None
+            return cls(state["latents"], state["tokens"], empty, made, state.get("files", ()))
+        latents, tokens, conditions, files, done = [], [], [], [], 0
         for number, (video, captions, names) in enumerate(batches):
             latents.append(encode(vae, video, chunk_frames=chunk_frames).half().cpu())
             tokens.append(tokenize(tokenizer, captions))
-            if scribbles:
-                lines.append(pack(draw_scribbles(video.to(vae.quant_conv.weight.device))))
+            if condition:
+                seen = condition.make(video.to(vae.quant_conv.weight.device))
+                conditions.append(pack(seen) if seen.dtype == torch.bool else seen.half().cpu())
             files += names
             done += len(captions)
             if number % 32 == 0 or done == count:
                 log(f"encoded {done}/{count} clips")
-        clips = cls(torch.cat(latents), torch.cat(tokens), empty, torch.cat(lines) if scribbles else None, files)
-        drawn = {"lines": clips.lines} if scribbles else {}
+        clips = cls(torch.cat(latents), torch.cat(tokens), empty, torch.cat(conditions) if condition else None, files)
+        drawn = {"conditions": clips.conditions} if condition else {}
         write_tensors(path, {**key, "latents": clips.latents, "tokens": clips.tokens, "files": files, **drawn})
         return clips
 
@@ -154,10 +175,10 @@ def made_from(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 class StreamedClips:
     """Clips of files, encoded as they are needed: micro-batch `index` of size b begins with clip b * index."""
 
-    def __init__(self, reader: ClipReader, vae: VAE, tokenizer: Tokenizer, *, scribbles: bool = False):
+    def __init__(self, reader: ClipReader, vae: VAE, tokenizer: Tokenizer, *, condition: Condition | None = None):
         self.reader, self.vae, self.tokenizer = reader, vae, tokenizer
-        self.draws = scribbles
-        self.scribbles: Tensor | None = None
+        self.made = condition
+        self.condition: Tensor | None = None
         self.names: list[str] = []
         self.empty = tokenize(tokenizer, [""])[0]
         self._batches: Generator[ClipBatch] | None = None
@@ -174,8 +195,8 @@ class StreamedClips:
         self._next = (index + processes, batch_size)
         with torch.no_grad():
             latents = encode(self.vae, video).float()
-        if self.draws:
-            self.scribbles = draw_scribbles(video.to(self.vae.quant_conv.weight.device))
+            if self.made:
+                self.condition = self.made.make(video.to(self.vae.quant_conv.weight.device))
         return latents, drop_captions(tokenize(self.tokenizer, captions), self.empty, generator)
 
     def close(self) -> None:

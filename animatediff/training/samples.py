@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from animatediff.config.clip_formats import check_fps
+from animatediff.config.condition_options import ControlNet
 from animatediff.config.refusals import condition_frames
 from animatediff.config.request import MAX_FRAMES, MAX_SIDE, Request, Size, SparseCtrl
 from animatediff.config.settings import Float, Int, Many, opt, options
+from animatediff.features.controlnet import read_hints
+from animatediff.features.guide_pictures import read_pictures
 from animatediff.features.noise import seeded
 from animatediff.features.sparsectrl import condition_pixels
 from animatediff.media.video import save_video
@@ -35,8 +39,9 @@ class SampleConfig:
     H: Int = opt(256, "pixels", "height", ge=8, le=MAX_SIDE, multiple_of=8)
     W: Int = opt(256, "pixels", "width", ge=8, le=MAX_SIDE, multiple_of=8)
     fps: Float = opt(8.0, "of the GIFs")
-    controlnet_images: Many[str] = opt((), "for a SparseCtrl encoder that is being trained,")
-    controlnet_image_indexs: Many[Int] = opt((0,), "the frame of each")
+    controlnet_images: Many[str] = opt((), "for a SparseCtrl encoder or a ControlNet that is being trained,")
+    controlnet_image_indexs: Many[Int] = opt((0,), "the frame of each, of SparseCtrl")
+    ip_adapter_images: Many[str] = opt((), "for an IP-Adapter that is being trained")
 
     def __post_init__(self) -> None:
         check_fps(self.fps, "gif")
@@ -59,13 +64,31 @@ class SampleClips:
             )
         if motion and config.L > motion.max_frames:
             raise UserError(f"samples: L: got {config.L}, expected at most {motion.max_frames}, what the module holds")
-        if bool(config.controlnet_images) != (components.sparsectrl is not None):
-            raise UserError("samples: expected controlnet_images where a SparseCtrl encoder is trained, and only there")
-        self.images = [resolve_path(path) for path in config.controlnet_images] or None
-        if self.images:
-            with naming("samples"):
-                condition_frames(config.controlnet_image_indexs, images=len(self.images), frames=config.L)
-                condition_pixels(SparseCtrl(images=tuple(self.images)), (config.H, config.W))
+        self.pictures = self._pictures(components.networks)
+
+    def _pictures(self, networks: Collection[str]) -> dict[str, Any]:
+        """Options of the call that give the network in training its pictures."""
+        c = self.config
+        for option, groups, what in (
+            ("controlnet_images", ("sparsectrl", "controlnets"), "a SparseCtrl encoder or a ControlNet"),
+            ("ip_adapter_images", ("ip_adapters",), "an IP-Adapter"),
+        ):
+            if bool(getattr(c, option)) != any(group in networks for group in groups):
+                raise UserError(f"samples: expected {option} where {what} is trained, and only there")
+        images = tuple(resolve_path(path) for path in (*c.controlnet_images, *c.ip_adapter_images))
+        entry = {"path": "in training", "images": images}
+        with naming("samples"):
+            if "sparsectrl" in networks:
+                condition_frames(c.controlnet_image_indexs, images=len(images), frames=c.L)
+                condition_pixels(SparseCtrl(images=images), (c.H, c.W))
+                return {"conditioning_frames": images, "controlnet_frame_indices": c.controlnet_image_indexs}
+            if "controlnets" in networks:
+                read_hints(ControlNet(**entry), Request(size=Size(num_frames=c.L, height=c.H, width=c.W)))
+                return {"controlnet": entry}
+            if "ip_adapters" in networks:
+                read_pictures(images)
+                return {"ip_adapter": entry, "image_encoder": "in training"}
+        return {}
 
     def __call__(self, folder: Path, step: int) -> None:
         """Write `folder`/<step>-<number>.gif, or a PNG folder of that name for a single frame."""
@@ -79,9 +102,8 @@ class SampleClips:
                     guidance_scale=config.guidance_scale,
                     negative_prompt=config.n_prompt,
                     generator=seeded(config.seed + number),
-                    conditioning_frames=self.images,
-                    controlnet_frame_indices=config.controlnet_image_indexs,
                     output_type="pt",
+                    **self.pictures,
                 ).frames[0]
             name = f"{step:06d}-{number}" + (".gif" if config.L > 1 else "")
             settings = {"prompt": prompt, "seed": config.seed + number, "training_step": step}

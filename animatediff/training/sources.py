@@ -15,7 +15,7 @@ from animatediff.training.data.images import ImageConfig, Images
 from animatediff.training.data.reader import ClipReader
 from animatediff.training.diffusion_stages import ClipSource
 from animatediff.training.distributed import first_process_first
-from animatediff.training.latents import SCRIBBLED, LatentClips, StreamedClips, in_chunks, made_from
+from animatediff.training.latents import Condition, LatentClips, StreamedClips, in_chunks, made_from
 from animatediff.training.stage_config import Log
 from animatediff.utils import UserError
 from animatediff.world.series import World
@@ -34,7 +34,7 @@ class Data:
     world: World | None
     single_frames: bool
     seed: int
-    scribbles: bool = False  # draw them too
+    condition: Condition | None = None  # what the stage sees of every frame besides
 
     def __post_init__(self) -> None:
         given = [self.videos, self.images, self.world]
@@ -93,7 +93,7 @@ class Data:
         series, tokenizer = self.series(), load_tokenizer(base_path)
         reader = ClipReader(series, num_workers=num_workers, log=log)
         if not cache:
-            return StreamedClips(reader, base.vae, tokenizer, scribbles=self.scribbles)
+            return StreamedClips(reader, base.vae, tokenizer, condition=self.condition)
         files = [(file, _version(file.path)) for file in series.files]
         made = repr((self.videos or self.images, self.single_frames, self.seed, base.report.sha256, files))
         key, count = {"made_from": hashlib.sha256(made.encode()).hexdigest()}, len(series.files)
@@ -105,16 +105,16 @@ class Data:
                 base.vae,
                 tokenizer,
                 count=count,
-                scribbles=self.scribbles,
+                condition=self.condition,
                 log=log,
             )
 
     def _of_world(self, world: World, vae: VAE, base_path: Path, folder: Path, log: Log) -> LatentClips:
         beside = base_path.parent / "clips.pt"  # the image stage may have encoded the same clips
-        key = {"world": world.key()} | (SCRIBBLED if self.scribbles else {})
+        key = {"world": world.key()} | dict(self.condition.key if self.condition else {})
         path = beside if made_from(beside, key) else folder / "clips.pt"
         with first_process_first():
-            clips = LatentClips.of_world(path, vae, world, scribbles=self.scribbles, log=log)
+            clips = LatentClips.of_world(path, vae, world, condition=self.condition, log=log)
         clips.single_frames = self.single_frames
         return clips
 

@@ -34,8 +34,8 @@ class SparseCtrlStage(DiffusionStage):
         given = draw_given(*x0.shape[:2], generator).to(x0.device)
         shown = x0
         if self.trainable.config.kind == "scribble":
-            assert self.clips.scribbles is not None
-            shown = self.clips.scribbles[:, :, None].expand(-1, -1, 3, -1, -1).to(x0)
+            assert self.clips.condition is not None
+            shown = self.clips.condition[:, :, None].expand(-1, -1, 3, -1, -1).to(x0)
         condition = (shown * given[:, :, None, None, None]).flatten(0, 1)
         embedded = rearrange(self.trainable.embed(condition, given.flatten()), "(b f) ... -> b f ...", b=len(x0))
 

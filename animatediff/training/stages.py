@@ -37,6 +37,7 @@ from animatediff.training.diffusion_stages import (
     insert_motion,
     unfreeze_motion_modules,
 )
+from animatediff.training.latents import SCRIBBLES
 from animatediff.training.loop import LoopConfig, train
 from animatediff.training.lora_stages import Algorithm, attach_lora
 from animatediff.training.losses import MAX_FACTOR, MEAN_SQUARE, LossConfig
@@ -112,7 +113,7 @@ class Training(StageConfig):
         sampler = self._sampler(base, base_path, trainable, log)
         if self.gradient_checkpointing:
             checkpoint_activations(base.unet)
-            if isinstance(trainable, SparseCtrl):
+            if trainable is not base.unet:
                 checkpoint_activations(trainable)
         clips = data.source(base, base_path, folder, cache=self.cache, num_workers=self.num_workers, log=log)
         stage = self.stage_class(
@@ -140,6 +141,10 @@ class Training(StageConfig):
         assert base.vae is not None
         data.check_fit(base.vae)
 
+    def sample_networks(self, trainable: nn.Module) -> dict[str, nn.Module]:
+        """`Model.networks` of the clips drawn during training."""
+        return {}
+
     def _sampler(self, base: ImageModel, base_path: Path, trainable: nn.Module, log: Log) -> SampleClips | None:
         if self.samples is None:
             return None
@@ -150,7 +155,7 @@ class Training(StageConfig):
             tokenizer=load_tokenizer(base_path),
             schedule=base.schedule,
             loras=LoRAStack(base.unet, base.text_encoder),
-            networks={"sparsectrl": trainable} if isinstance(trainable, SparseCtrl) else {},
+            networks=self.sample_networks(trainable),
         )
         return SampleClips(self.samples, parts, log)
 
@@ -322,7 +327,7 @@ class SparseCtrlTraining(ClipTraining):
     stage_class: ClassVar[type[DiffusionStage]] = SparseCtrlStage
 
     def data(self) -> Data:
-        return replace(super().data(), scribbles=self.kind == "scribble")
+        return replace(super().data(), condition=SCRIBBLES if self.kind == "scribble" else None)
 
     def networks(self, base: ImageModel, log: Log) -> UNet:
         return self.with_module(self.adapted(base.unet, log), self.motion_module, log)
@@ -339,6 +344,9 @@ class SparseCtrlTraining(ClipTraining):
             save_sparsectrl(encoder, folder / "sparsectrl.safetensors", metadata=metadata, dtype=torch.float16)
 
         return unfreeze_sparsectrl(encoder), save
+
+    def sample_networks(self, trainable: nn.Module) -> dict[str, nn.Module]:
+        return {"sparsectrl": trainable}
 
     def encoder(self, unet: UNet, vae: VAE) -> SparseCtrl:
         """Raises: UserError where the file is no encoder of this kind for these networks."""

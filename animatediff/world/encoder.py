@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from animatediff.checkpoints.files import file_sha256, read_state_dict, write_state_dict
+from animatediff.checkpoints.files import file_sha256, read_state_dict
+from animatediff.checkpoints.small_clip_files import CONFIG_KEY, build_small_clip
 from animatediff.config.networks import SmallCLIPConfig
-from animatediff.config.settings import build
 from animatediff.metrics.clip_metrics import Encoder
 from animatediff.metrics.encoders import LocalCLIP
 from animatediff.metrics.references import cover
+from animatediff.models.small_clip import SmallCLIP
 from animatediff.models.tokenizer import Tokenizer
 from animatediff.utils import UserError
 from animatediff.world.shapes import (
@@ -33,12 +32,9 @@ from animatediff.world.shapes import (
     motion_phrases,
     render,
 )
-from animatediff.world.small_clip import SmallCLIP
 
 WORLD = "world"  # the name of the bundled encoder
 BUNDLED = "assets/shapes_encoder.safetensors"
-MAX_SIZE = 1024  # pixels of a picture
-CONFIG_KEY = "small_clip"  # of the file's metadata: the sizes, as JSON
 LABELS = {"color": COLORS, "shape": SHAPES, "background": BACKGROUNDS, "motion": MOTIONS}
 
 
@@ -77,20 +73,7 @@ class WorldEncoder:
         path = Path(str(files("animatediff").joinpath(BUNDLED))) if bundled else Path(path)
         if not path.is_file():
             raise UserError(f"got no encoder at {path}: train stage shapes_encoder, or give a local CLIP's folder")
-        loaded = read_state_dict(path)
-        if CONFIG_KEY not in loaded.metadata:
-            raise UserError(f"got {path}, expected an encoder of Shapes, the toy data set: train stage shapes_encoder")
-        try:
-            sizes = json.loads(loaded.metadata[CONFIG_KEY])
-            config = build(SmallCLIPConfig, sizes, where=str(path))
-            if sizes.keys() != asdict(config).keys():
-                raise ValueError(f"sizes of {', '.join(sorted(sizes))}"[:100])
-            model = _with_weights(config, loaded.tensors)
-        except UserError:
-            raise
-        except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:100]
-            raise UserError(f"got {path}, a damaged encoder ({reason}): train stage shapes_encoder again") from None
+        model = build_small_clip(read_state_dict(path), path)
         return cls(model, "world" if bundled else f"{path} (sha256 {file_sha256(path)[:16]})")
 
     @torch.no_grad()
@@ -104,24 +87,6 @@ class WorldEncoder:
         return self.model.encode_tokens(tokenize(self._tokenizer, texts, self.model.config.max_length))
 
 
-def _with_weights(config: SmallCLIPConfig, tensors: Mapping[str, Tensor]) -> SmallCLIP:
-    """Raises: ValueError and the like where the tensors are no weights of these sizes."""
-    if config.text_layers + len(config.channels) > len(tensors):
-        raise ValueError("more layers than tensors")
-    if not config.patch <= config.size <= MAX_SIZE:
-        raise ValueError(f"pictures of {config.size} pixels")
-    with torch.device("meta"):  # sizes of a file are a stranger's: nothing is made that is not there
-        shapes = {key: t.shape for key, t in SmallCLIP(config, tensors["tokens"]).state_dict().items()}
-    found = {key: t.shape for key, t in tensors.items()}
-    if wrong := sorted(key for key in shapes.keys() | found if shapes.get(key) != found.get(key)):
-        raise ValueError(f"{wrong[0]} is missing, unknown or of another shape")
-    if bad := next((key for key, t in tensors.items() if not t.isfinite().all()), None):
-        raise ValueError(f"{bad} is not finite")
-    model = SmallCLIP(config, tensors["tokens"])
-    model.load_state_dict({key: t.float() for key, t in tensors.items()})
-    return model
-
-
 def new_small_clip(config: SmallCLIPConfig) -> SmallCLIP:
     """Fresh weights, with rows for every token that captions of any version can have."""
     words = [word for table in (COLORS, SHAPES, BACKGROUNDS, SIZES) for word in table]
@@ -130,12 +95,6 @@ def new_small_clip(config: SmallCLIPConfig) -> SmallCLIP:
     templates = [template.format(**blank) for template in TEMPLATES]
     tokens = Tokenizer()([*words, *phrases, *templates]).unique()
     return SmallCLIP(config, tokens)
-
-
-def save_encoder(model: SmallCLIP, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write the weights as float16, the sizes in the metadata."""
-    tensors = {key: t.half() if t.is_floating_point() else t for key, t in model.state_dict().items()}
-    write_state_dict(path, tensors, metadata={CONFIG_KEY: json.dumps(asdict(model.config)), **metadata})
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Tensor:

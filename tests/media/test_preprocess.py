@@ -4,9 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from animatediff.media.preprocess import PREPROCESSORS, make_hint
+from animatediff.media.scribble import draw_scribbles
 from animatediff.utils import UserError
 from tests.control import EXPECTED
 
@@ -51,6 +53,12 @@ def test_maps():
     assert np.array_equal(hint("invert", grey), 255 - hint("none", grey))
     half_transparent = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     assert (hint("none", half_transparent) == 255).all()
+
+
+def test_outlines_are_those_of_training():
+    frames = torch.from_numpy(np.asarray(PICTURE).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    lines = hint("outlines")
+    assert set(np.unique(lines)) == {0, 255} and np.array_equal(lines[:, :, 0] > 0, draw_scribbles(frames)[0].numpy())
 
 
 def test_sizes_and_colours():

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
 from animatediff.config.networks import MOTION_VERSIONS, SparseCtrlConfig, UNetConfig
-from animatediff.models.sparsectrl_encoder import PIXEL_CHANNELS, SparseCtrl, build_sparsectrl
+from animatediff.models.controlnet_network import PIXEL_WIDTHS
+from animatediff.models.sparsectrl_encoder import SparseCtrl, build_sparsectrl
 from tests.checkpoints.synthetic import sparsectrl_tensors, write
 from tests.models.test_golden import assert_close, golden
 from tests.nano import write_files
@@ -85,7 +86,7 @@ def test_a_fresh_one_changes_nothing(base, kind):
 @pytest.mark.parametrize(("kind", "parameters", "keys"), [("rgb", 496_730_880, 478), ("scribble", 497_802_784, 492)])
 def test_sizes_of_the_released_files(kind, parameters, keys):
     config = (
-        SparseCtrlConfig() if kind == "rgb" else SparseCtrlConfig(condition_channels=3, pixel_channels=PIXEL_CHANNELS)
+        SparseCtrlConfig() if kind == "rgb" else SparseCtrlConfig(condition_channels=3, pixel_channels=PIXEL_WIDTHS)
     )
     with torch.device("meta"):
         encoder = SparseCtrl(config)

@@ -78,12 +78,12 @@ def test_every_number_of_given_frames_is_as_likely():
 
 
 class Drawn:
-    """A source of random clips; `scribbles` are all white."""
+    """A source of random clips; `condition` is all white."""
 
     names: list[str] = []
 
     def __init__(self, frames: int, size: int):
-        self.frames, self.scribbles = frames, torch.ones(2, frames, size, size, dtype=torch.bool)
+        self.frames, self.condition = frames, torch.ones(2, frames, size, size, dtype=torch.bool)
 
     def batch(self, index, batch_size, generator):
         return torch.randn(batch_size, self.frames, 4, 8, 8, generator=generator), torch.full((batch_size, 77), 5)
@@ -172,10 +172,10 @@ def test_options(files, trained, tmp_path):
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-3) for key in theirs)
     adapter = str(files / "adapter.safetensors")
     run(files, tmp_path / "start", "scribble", init_from=str(same), adapter_lora_path=adapter, cache=True)
-    lines = torch.load(tmp_path / "start/clips.pt", weights_only=True)["lines"]
+    lines = torch.load(tmp_path / "start/clips.pt", weights_only=True)["conditions"]
     assert lines.shape == (3, 3, 16, 2) and lines.dtype == torch.uint8
     run(files, tmp_path / "world", "scribble", train_data=None, world={"clips": 2})
-    assert torch.load(tmp_path / "world/clips.pt", weights_only=True)["lines"].any()
+    assert torch.load(tmp_path / "world/clips.pt", weights_only=True)["conditions"].any()
 
 
 def test_samples_during_training(files, trained, tmp_path):

@@ -16,6 +16,7 @@ from animatediff.config.networks import SmallCLIPConfig
 
 GROUPS = 8  # of the GroupNorms
 TEMPERATURE = 0.07  # of the contrastive loss at the start of the training
+TAIL = 5  # layers of the image encoder that make one vector of the cells
 MAX_SCALE = 100.0  # of the inverse temperature, as in CLIP
 
 
@@ -49,6 +50,10 @@ class SmallCLIP(nn.Module):
         """Embeddings (n, d) of length one of pictures (n, 3, `size`, `size`) in [-1, 1]."""
         return F.normalize(self.image_encoder(images), dim=-1)
 
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """What the last convolution makes of pictures, cell by cell of a coarse grid: (n, cells, channels[-1])."""
+        return self.image_encoder[:-TAIL](images).flatten(2).mT
+
     def encode_tokens(self, token_ids: Tensor) -> Tensor:
         """Embeddings (n, d) of length one of texts, as int64 ids (n, l) of the tokenizer, l at most `max_length`."""
         rows = torch.searchsorted(self.tokens, token_ids.contiguous()).clamp(max=len(self.tokens) - 1)
@@ -73,8 +78,8 @@ def _image_encoder(config: SmallCLIPConfig) -> nn.Sequential:
         layers.append(nn.Conv2d(before, channels, size, stride=stride, padding=1 if level else 0))
         layers.append(_Residual(channels))
         before = channels
-    layers += [nn.GroupNorm(GROUPS, before), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(before, config.width, bias=False))
+    tail = [nn.GroupNorm(GROUPS, before), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, *tail, nn.Linear(before, config.width, bias=False))
 
 
 class _Residual(nn.Module):
