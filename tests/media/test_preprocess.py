@@ -85,4 +85,14 @@ def test_mistakes_are_named(monkeypatch):
     for how in ("canny", "blur", "tile", "scribble", "lineart"):
         with pytest.raises(UserError, match="pip install opencv-python-headless.*extra `hints`"):
             hint(how)
-    assert set(PREPROCESSORS) == {"none", "canny", "blur", "tile", "scribble", "lineart", "invert", "threshold"}
+    assert set(PREPROCESSORS) == {
+        "none",
+        "canny",
+        "blur",
+        "tile",
+        "scribble",
+        "lineart",
+        "outlines",
+        "invert",
+        "threshold",
+    }
