@@ -15,11 +15,11 @@ CAMERA_SIDE = 64  # pixels: the camera encoder halves 6 times and rounds down, w
 CAMERA_FRAMES = 16  # the longest clip CameraCtrl was trained on
 
 
-def condition_refusals(request: Request, *, motion: bool) -> Iterator[str]:
-    """One message for every rule that a request breaks; options as {group.name}."""
-    yield from _controlnets(request)
-    yield from _ip_adapters(request)
-    yield from _camera(request, motion)
+def condition_refusals(request: Request, *, motion: bool, complete: bool = True) -> Iterator[str]:
+    """One message for every rule that a request breaks; options as {group.name}. The others as of `refusals`."""
+    yield from _controlnets(request, complete)
+    yield from _ip_adapters(request, complete)
+    yield from _camera(request, motion, complete)
     for i, module in enumerate(request.mixture.modules):
         name = "{mixture.modules}" + (f"[{i}]" if len(request.mixture.modules) > 1 else "")
         if not motion:
@@ -34,25 +34,25 @@ def condition_refusals(request: Request, *, motion: bool) -> Iterator[str]:
         yield "got both {pia.loop} and {pia.style_transfer}, expected one of them"
 
 
-def _controlnets(request: Request) -> Iterator[str]:
+def _controlnets(request: Request, complete: bool) -> Iterator[str]:
     many = len(request.controlnets.nets) > 1
     for i, net in enumerate(request.controlnets.nets):
         name = "{controlnets.nets}" + (f"[{i}]" if many else "")
-        if not len(net.images) and request.inputs.video is None:
+        if complete and not len(net.images) and request.inputs.video is None:
             yield f"{name}: got no images, expected hints, or a {{inputs.video}} to make them of: add images"
-        if net.preprocessor == "inpaint" and request.inputs.mask is None:
+        if complete and net.preprocessor == "inpaint" and request.inputs.mask is None:
             yield f"{name}: got preprocessor inpaint without a mask, expected one: add {{inputs.mask}}"
         yield from _common(name, net, request.size.num_frames)
 
 
-def _ip_adapters(request: Request) -> Iterator[str]:
+def _ip_adapters(request: Request, complete: bool) -> Iterator[str]:
     o = request.ip_adapters
     for i, adapter in enumerate(o.adapters):
         name = "{ip_adapters.adapters}" + (f"[{i}]" if len(o.adapters) > 1 else "")
-        if not len(adapter.images):
+        if complete and not len(adapter.images):
             yield f"{name}: got no images, expected at least one picture: add images"
         masks, pictures = len(adapter.masks), len(adapter.images)
-        if masks not in (0, 1, pictures) or (masks > 1 and isinstance(adapter.images, dict)):
+        if masks not in (0, 1, pictures) and (complete or pictures) or (masks > 1 and isinstance(adapter.images, dict)):
             yield f"{name}: got {masks} masks for {pictures} images, expected one, or one for each"
         yield from _common(name, adapter, request.size.num_frames)
     if o.adapters and not o.image_encoder:
@@ -77,7 +77,7 @@ def _scale_and_steps(name: str, entry: Any, frames: int) -> Iterator[str]:
         yield f"{name}: scale: {error}"
 
 
-def _camera(request: Request, motion: bool) -> Iterator[str]:
+def _camera(request: Request, motion: bool, complete: bool) -> Iterator[str]:
     c = request.camera
     if not c.path:
         for name in ("poses", "move"):
@@ -86,7 +86,7 @@ def _camera(request: Request, motion: bool) -> Iterator[str]:
         return
     if not motion:
         yield "{camera.path} needs the motion_module it was trained with, v3's: set {model.motion_module}"
-    if bool(c.poses) == bool(c.move):
+    if bool(c.poses) == bool(c.move) and (complete or c.poses):
         got = "both" if c.poses else "neither"
         yield f"got {got} of {{camera.poses}} and {{camera.move}}, expected one of them"
     for name in ("height", "width"):

@@ -25,7 +25,7 @@ class RunConfig:
     provenance: dict[str, Any] = field(default_factory=dict)  # versions, and path -> sha256 of the files
 
 
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, *, complete: bool = True) -> RunConfig:
     """Read a prompt config.
 
     Four shapes are understood: a list of entries (official, 2024), a mapping of name -> entry (official, 2023;
@@ -36,14 +36,17 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         path: the YAML file.
         overrides: raw values that replace every entry's, as from `parse_assignments`. A new `prompt` keeps only
             the first of an entry's negative prompts and seeds, which belonged to the old list.
+        complete: as of `refusals`.
 
     Raises:
         UserError: no such file, broken YAML, or unknown, missing, mistyped or out-of-range values: all of them.
     """
-    return config_from(read_yaml(path), str(path), name=Path(path).stem, overrides=overrides)
+    return config_from(read_yaml(path), str(path), name=Path(path).stem, overrides=overrides, complete=complete)
 
 
-def config_from(raw: Any, where: str, *, name: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+def config_from(
+    raw: Any, where: str, *, name: str, overrides: Mapping[str, Any] | None = None, complete: bool = True
+) -> RunConfig:
     """The same from what a YAML holds; `where` starts every message."""
     overrides, provenance = dict(overrides or {}), {}
     if overrides:
@@ -62,7 +65,7 @@ def config_from(raw: Any, where: str, *, name: str, overrides: Mapping[str, Any]
             if not isinstance(values, dict):
                 raise UserError(f"{at}: got {describe(values)}, expected keys such as prompt, motion_module, seed")
             for variant in _expand({str(k): v for k, v in values.items()}, at):
-                entries.append(_entry(variant, overrides, at, name=str(number)))
+                entries.append(_entry(variant, overrides, at, name=str(number), complete=complete))
         except UserError as error:
             mistakes += str(error).split("\n")
     if mistakes:
@@ -87,10 +90,10 @@ def dump_config(config: RunConfig) -> str:
     return dump_yaml({"entries": entries, "provenance": config.provenance})
 
 
-def _entry(values: dict[str, Any], overrides: Mapping[str, Any], where: str, *, name: str) -> Request:
+def _entry(values: dict[str, Any], overrides: Mapping[str, Any], where: str, *, name: str, complete: bool) -> Request:
     named = {"output.name", "name"} & set(values) or "name" in (values.get("output") or {})
     if not overrides:
-        return build_request(values if named else {"name": name, **values}, where=where)
+        return build_request(values if named else {"name": name, **values}, where=where, complete=complete)
     if clean := _without_overridden(values, overrides):
         request = build_request(clean if named else {"name": name, **clean}, where=where, check=False)
     else:
@@ -103,7 +106,7 @@ def _entry(values: dict[str, Any], overrides: Mapping[str, Any], where: str, *, 
     if "sampling.seed" in given:
         sampling = dataclasses.replace(sampling, random_seed=())
     request = dataclasses.replace(request, sampling=sampling, prompts=prompts)
-    return build_request(overrides, where=where, base=request)
+    return build_request(overrides, where=where, base=request, complete=complete)
 
 
 def _dotted(key: str) -> list[str]:

@@ -22,6 +22,7 @@ def refusals(
     loras: Sequence[str] | None = None,
     sparsectrl: bool | None = None,
     embeds: bool = False,
+    complete: bool = True,
 ) -> Iterator[str]:
     """One message for every rule that a request breaks, options under the names that the user gave them.
 
@@ -30,6 +31,7 @@ def refusals(
         motion, loras, sparsectrl: whether there is a motion module, which of model.loras and model.motion_loras
             there are, whether there is a SparseCtrl encoder; by default as the request's files say.
         embeds: the prompts come as embeddings.
+        complete: False where a call is yet to say which pictures ControlNets and the like get.
     """
     m = request.model
     motion = bool(m.motion_module) if motion is None else motion
@@ -41,7 +43,7 @@ def refusals(
         *_inputs(request),
         *_steering(request, motion=motion, loras=loras),
         *_sparsectrl(request, sparsectrl),
-        *condition_refusals(request, motion=motion),
+        *condition_refusals(request, motion=motion, complete=complete),
         *window_refusals(request),
         *_memory(request),
     )

@@ -239,10 +239,22 @@ def _merged(old: Any, new: Any) -> Any:
     if new is None or old is None:
         return new
     group = type(old).__name__
+    new = {name: _completed(getattr(old, canonical(type(old), name), None), value) for name, value in new.items()}
     changed = {canonical(type(old), name) for name in new}
     return (
         {f.name: getattr(old, f.name) for f in dataclasses.fields(old) if f.name not in changed} | new if group else new
     )
+
+
+def _completed(old: Any, new: Any) -> Any:
+    """Entries of a list that name no file are the old ones, with what is said of them: a call brings pictures so."""
+    items = [new] if isinstance(new, Mapping) else new
+    if not (isinstance(old, tuple) and isinstance(items, (list, tuple)) and len(items) == len(old)):
+        return new
+    pairs = list(zip(old, items, strict=True))
+    if not all(dataclasses.is_dataclass(a) and isinstance(b, Mapping) and "path" not in b for a, b in pairs):
+        return new
+    return [_merged(entry, dict(item)) for entry, item in pairs]
 
 
 def _typed_name(path: tuple[Any, ...], nested: Mapping[str, Any], spelled: Mapping[str, str]) -> str:

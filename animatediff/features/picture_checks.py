@@ -9,13 +9,15 @@ from animatediff.features.guide_pictures import read_pictures
 from animatediff.utils import naming
 
 
-def check_pictures(request: Request) -> None:
-    """Read them all, before any network is loaded.
+def check_pictures(request: Request, *, complete: bool = True) -> None:
+    """Read them all, before any network is loaded. complete: as of `refusals`.
 
     Raises:
         UserError: one cannot be read, or there are too few of them.
     """
     for i, net in enumerate(request.controlnets.nets):
+        if not complete and not len(net.images):
+            continue
         with naming(f"controlnet[{i}]"):
             read_hints(net, request)
     for i, adapter in enumerate(request.ip_adapters.adapters):
@@ -26,5 +28,5 @@ def check_pictures(request: Request) -> None:
         if (image := getattr(request, group).image) is not None:
             with naming(group):
                 read_pictures(image)
-    if request.camera.path:
+    if request.camera.path and (complete or request.camera.poses or request.camera.move):
         read_path(request)

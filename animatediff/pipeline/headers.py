@@ -130,8 +130,8 @@ class Checked:
     steps: int
 
 
-def check_requests(requests: Iterable[Request]) -> list[Checked]:
-    """Look at every file of every request, without loading any.
+def check_requests(requests: Iterable[Request], *, complete: bool = True) -> list[Checked]:
+    """Look at every file of every request, without loading any. complete: as of `refusals`.
 
     Raises:
         UserError: a file is missing, broken, or something else than its option says; the motion module contradicts
@@ -148,7 +148,7 @@ def check_requests(requests: Iterable[Request]) -> list[Checked]:
                     infos[path] = identify(path)
         weights = {option: infos[path] for option, path in paths.items() if path in infos}
         headers.append(Headers(paths, weights))
-    return [_check(request, known) for request, known in zip(requests, headers, strict=True)]
+    return [_check(request, known, complete) for request, known in zip(requests, headers, strict=True)]
 
 
 def _entry(request: Request) -> str:
@@ -166,7 +166,7 @@ def _find_all(request: Request) -> dict[str, Path]:
     return paths
 
 
-def _check(request: Request, headers: Headers) -> Checked:
+def _check(request: Request, headers: Headers, complete: bool) -> Checked:
     for option, file in files(request).items():
         if file.kind.kinds and headers.infos[option].kind not in file.kind.kinds:
             raise UserError(f"{_entry(request)}{file.called}: {refusal(headers.infos[option], file.kind.what)}")
@@ -180,14 +180,14 @@ def _check(request: Request, headers: Headers) -> Checked:
             kind = headers.infos["sparsectrl.path"].version
             headers = replace(headers, control=load_control_config(headers.paths["sparsectrl.config"], kind=kind))
         longest = headers.max_frames(request)
-        request = resolve(request, headers.facts(request))
+        request = resolve(request, headers.facts(request), complete=complete)
         size = request.size
         if request.motion.mask:
             with naming(called(request, "motion.mask")):
                 read_mask(headers.paths["motion.mask"], height=size.height, width=size.width)
         if len(request.sparsectrl.images):
             condition_pixels(request.sparsectrl, (size.height, size.width))
-        check_pictures(request)
+        check_pictures(request, complete=complete)
         inputs = prepare_inputs(
             request.inputs,
             frames=size.num_frames,

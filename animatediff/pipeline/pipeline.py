@@ -92,11 +92,11 @@ class AnimateDiffPipeline:
         Raises:
             UserError: whatever is wrong with the config or its files.
         """
-        entries = load_config(path, overrides).entries
+        entries = load_config(path, overrides, complete=False).entries
         if not 0 <= entry < len(entries):
             raise UserError(f"got entry {entry}, but {path} has {len(entries)}: count from 0")
         target = pick_device(device)
-        (checked,) = check_requests([entries[entry]])
+        (checked,) = check_requests([entries[entry]], complete=False)
         check_memory(checked.request.memory, target)
         model = Assembler(target, pick_dtype(dtype, target)).assemble(checked)
         return cls(model, defaults_for_calls(entries[entry]))

@@ -86,11 +86,12 @@ def facts_of(model: Model) -> Facts:
     )
 
 
-def resolve(request: Request, facts: Facts, *, steps: int = STEPS) -> Request:
+def resolve(request: Request, facts: Facts, *, steps: int = STEPS, complete: bool = True) -> Request:
     """The same request with nothing left open.
 
     Args:
         steps: where neither the request, nor a distilled model, nor the family says how many.
+        complete: as of `refusals`.
 
     Raises:
         UserError: something that the files cannot do.
@@ -107,7 +108,7 @@ def resolve(request: Request, facts: Facts, *, steps: int = STEPS) -> Request:
     inputs = _inputs(request, sampling, facts)
     windows = _windows(request, facts)
     _check_sparsectrl(request, windows, facts)
-    _check_picture(request, facts)
+    _check_picture(request, facts, complete)
     _check_loaded(request, facts)
     _check_micro_conditioning(request, facts)
     _check_memory(request, facts)
@@ -251,14 +252,14 @@ def _check_sparsectrl(request: Request, windows: Windows | None, facts: Facts) -
         )
 
 
-def _check_picture(request: Request, facts: Facts) -> None:
+def _check_picture(request: Request, facts: Facts, complete: bool) -> None:
     """Whether a motion module that animates a picture has one, and no other is given one."""
     for group in PICTURE_GROUPS.values():
         given = getattr(request, group).image is not None
         name = called(request, f"{group}.image")
         if given and group != facts.picture:
             raise UserError(f"{name} needs {PICTURE_MODULES[group]} as motion_module, got {facts.motion or 'none'}")
-        if group == facts.picture and not given:
+        if complete and group == facts.picture and not given:
             raise UserError(f"{facts.motion} animates a picture, got none: set {name}")
 
 

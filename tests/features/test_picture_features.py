@@ -401,3 +401,29 @@ def test_an_inpaint_hint_is_marked_where_it_is_painted_anew(folder, tmp_path):
     hints, rows = read_hints(request.controlnets.nets[0], request)
     assert hints.shape == (2, 3, 64, 64) and rows == [0, 1]
     assert (hints[..., :32] == -1).all() and (hints[..., 33:] >= 0).all()
+
+
+def test_a_call_brings_the_pictures_that_its_config_has_not(folder, tmp_path):
+    """Its other values stay the config's; without pictures at all the call is refused."""
+    options = {"scale": 0.8, "end": 0.6}
+    without = {"controlnet": {"path": str(folder / "control.safetensors")} | options}
+    without |= {"ip_adapter": {"path": str(folder / "base.safetensors"), "scale": 0.6}}
+    encoder = str(folder / "image_encoder")
+    pipe = pipeline(folder, tmp_path, image_encoder=encoder, **without)
+    with pytest.raises(UserError, match="controlnet: got no images"):
+        latents(pipe, steps=2)
+    images = {"controlnet": {"images": str(folder / "hints")}, "ip_adapter": [{"images": str(folder / "a.png")}]}
+    got = latents(pipe, steps=2, **images)
+    whole = pipeline(
+        folder,
+        tmp_path,
+        image_encoder=encoder,
+        controlnet=net(folder, **options),
+        ip_adapter=adapter(folder, scale=0.6),
+    )
+    assert torch.equal(got, latents(whole, steps=2))
+    picture = str(folder / "a.png")
+    pia = pipeline(folder, tmp_path, motion_module=str(folder / "pia.safetensors"))
+    assert latents(pia, pia={"image": picture}).isfinite().all()
+    with pytest.raises(UserError, match="animates a picture, got none"):
+        latents(pia)
