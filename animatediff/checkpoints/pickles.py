@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from animatediff.checkpoints.lora_lists import named_motion_lora
 from animatediff.utils import UserError
 
 WRAPPERS = ("state_dict", "controlnet")  # entries under which training code puts the weights, possibly nested
@@ -141,6 +142,13 @@ def first_line(text: str) -> str:
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     notes, metadata = [], {}
+    if (
+        isinstance(content, list)
+        and all(isinstance(t, Tensor) for t in content)
+        and (named := named_motion_lora(content))
+    ):
+        content = named
+        notes.append("its layers have no names: told by their order and shapes, as MotionDirector writes them")
     entries = _entries(content)
     for _ in range(DEEPEST_WRAPPER):
         if entries is None:
@@ -156,7 +164,7 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str]
         entries = _entries(content)
     if entries is None:
         kind = type(content).__name__
-        which = " (as MotionDirector and early LoRA trainers write, whose layers have no names)" * (kind == "list")
+        which = " (as MotionDirector and early LoRA trainers write; its shapes are not our layers')" * (kind == "list")
         raise UserError(
             f"got {path} holding a {kind}{which}, expected named tensors: save the module's state_dict() instead"
         )

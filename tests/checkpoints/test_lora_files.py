@@ -352,6 +352,66 @@ def test_temporal_loras_of_other_trainers_are_motion_loras(tmp_path, spelling):
     assert_same_entries(described(read_lora(path)), entries_of(synthetic_lora("motion_lora")))
 
 
+def director_layers(unet: UNet, choice: str) -> list[tuple[str, nn.Linear]]:
+    """What MotionDirector changes of the official UNet, in the order in which torch walks it: the middle is last."""
+    inside = {
+        "attentions": ".attention_blocks.",
+        "blocks": "temporal_transformer.transformer_blocks.",
+        "whole": ".temporal_transformer.",
+    }
+    order = ("proj_in", "transformer_blocks", "proj_out")
+    found = [
+        (name, module)
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) and inside[choice] in name
+    ]
+    part = lambda name: next(i for i, word in enumerate(order) if f"temporal_transformer.{word}" in name)  # noqa: E731
+    block = lambda name: ("down_blocks", "up_blocks", "mid_block").index(name.split(".")[0])  # noqa: E731
+    return sorted(found, key=lambda f: (block(f[0]), f[0].split(".temporal_transformer.")[0], part(f[0])))
+
+
+@pytest.mark.parametrize("version", ["v2", "v3"])
+@pytest.mark.parametrize("choice", ["attentions", "blocks", "whole"])
+def test_lists_of_motion_director_are_motion_loras(tmp_path, version, choice):
+    """No names, only order and shapes: what the list means is what the named file means."""
+    unet = nano_unet(version)
+    layers = director_layers(unet, choice)
+    factors = [
+        (torch.randn(layer.out_features, 2 + i % 2), torch.randn(2 + i % 2, layer.in_features))
+        for i, (_, layer) in enumerate(layers)
+    ]
+    path = tmp_path / "500_temporal_unet.pt"
+    torch.save([nn.Parameter(t) for pair in factors for t in pair], path)
+    assert identify(path).kind == "motion-lora" and "MotionDirector" in identify(path).notes[0]
+    before = {name: layer.weight.clone() for name, layer in layers}
+    loras = LoRAStack(unet)
+    assert loras.add(read_lora(path), 0.5).applied == 2 * len(layers)
+    loras.merge()
+    for (name, layer), (up, down) in zip(layers, factors, strict=True):
+        assert torch.allclose(layer.weight - before[name], 0.5 * up @ down, atol=1e-4), name
+
+
+def test_lists_of_other_layers_are_refused_by_name(tmp_path):
+    path = tmp_path / "temporal_unet.pt"
+    for content in ([torch.ones(8, 2), torch.ones(2, 8)], [torch.ones(8, 2)] * 3, [torch.ones(4, 2, 3), torch.ones(2)]):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="a list .as MotionDirector .* not our layers'.*expected named tensors"):
+            identify(path)
+
+
+def test_motion_director_of_animatediff_in_safetensors(tmp_path):
+    """Its names of layers within layers: `to_out.processor.0_lora`."""
+    tensors, unet = {}, nano_unet("v3")
+    for name, layer in director_layers(unet, "blocks"):
+        parent, _, last = name.rpartition(".")
+        tensors[f"{parent}.processor.{last}_lora.up.weight"] = torch.randn(layer.out_features, 2)
+        tensors[f"{parent}.processor.{last}_lora.down.weight"] = torch.randn(2, layer.in_features)
+    path = write_state_dict(tmp_path / "temporal.safetensors", tensors, metadata={"model_type": "motion_director"})
+    assert identify(path).kind == "motion-lora"
+    report = LoRAStack(unet).add(read_lora(path))
+    assert report.applied == len(tensors) and not report.unused
+
+
 @pytest.mark.parametrize(
     "name", ["pytorch_lora_weights.safetensors", "adapter_model.bin", "diffusion_pytorch_model.safetensors"]
 )
