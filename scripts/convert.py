@@ -38,7 +38,7 @@ def main() -> None:
     if args.to in DIALECTS:
         lora = read_lora(args.input)
         write_lora(in_dialect(lora, DIALECTS[args.to]), args.output)
-        unused = [*lora.unread, *(f"bundle_emb.{name}" for name in lora.embeddings)]
+        unused = [*lora.unread, *(f"bundle_emb.{word}" for word in lora.embeddings)]
     elif args.to.endswith("controlnet"):
         net = read_controlnet_parts(args.input)
         write_controlnet(net, args.output)

@@ -187,6 +187,7 @@ KINDS: dict[str, Kind] = {
         "an SDXL image model",
         "lora_model_path: {path}",
     ),
+    "sd2-lora": Kind("a LoRA for SD 2.x", _both(_lora(), lambda t: lora_base(t) == "SD 2.x"), _UNUSED_HERE),
     "domain-adapter": Kind(
         "a domain adapter",
         _both(_lora(lambda targets: not any("_motion_modules_" in t for t in targets)), _any(_ADAPTER)),

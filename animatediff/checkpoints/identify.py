@@ -23,7 +23,7 @@ from animatediff.checkpoints.diffusers_json import (
 from animatediff.checkpoints.file_kinds import KINDS, motion_part
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
 from animatediff.checkpoints.keymaps import LDM_UNET, MOTION_MARK, REFINER_TEXT_2
-from animatediff.checkpoints.lora_keys import LORA_STEMS, lora_algorithms, unsupported_lora
+from animatediff.checkpoints.lora_keys import LORA_STEMS, lora_algorithms, lora_base, unsupported_lora
 from animatediff.checkpoints.metadata import marked, schedule_facts
 from animatediff.config.networks import ANIMATE_LCM, ANIMATE_LCM_I2V, SDXL_TURBO, Distillation, lightning
 from animatediff.utils import UserError, naming
@@ -159,7 +159,7 @@ def identify_tensors(
         path=path,
         kind=kind,
         version=version,
-        base=_base(kind, tensors, version),
+        base=_base(kind, tensors, version, metadata),
         **_totals(tensors),
         positional_length=length,
         metadata=metadata,
@@ -211,7 +211,7 @@ def _version(kind: str, tensors: StateDict, metadata: dict[str, str], length: in
     return None, ""
 
 
-def _base(kind: str, tensors: StateDict, version: str | None) -> str:
+def _base(kind: str, tensors: StateDict, version: str | None, metadata: Mapping[str, str]) -> str:
     """The model family, with the widths where they are not SD 1.5's."""
     sdxl_motion = kind in MOTION_KINDS and _unet_widths(tensors) == SDXL_WIDTHS
     if kind.startswith("sdxl") or version in SDXL_VERSIONS or sdxl_motion:
@@ -220,6 +220,8 @@ def _base(kind: str, tensors: StateDict, version: str | None) -> str:
         return "SD 2.x"
     if kind in ("unknown", "dit-checkpoint"):
         return "unknown"
+    if kind == "lora":
+        return lora_base(tensors, metadata) or "not told by the file"
     widths = _unet_widths(tensors)
     return "SD 1.x" if not widths or widths == SD15_WIDTHS else f"SD 1.x layout of widths {', '.join(map(str, widths))}"
 

@@ -114,14 +114,16 @@ def parse_lora(
         raise UserError(f"this is {what}, expected a LoRA for SD 1.x: use one that was made for it")
     groups: dict[str, dict[str, str]] = {}  # target -> tensor's name -> key
     algorithms: dict[str, str] = {}  # target -> algorithm
-    embeddings, unread = {}, []
+    embeddings: dict[str, dict[str, Tensor]] = {}
+    unread = []
     for key in tensors:
         stem, algorithm, part = split_ending(key)
         if key.endswith(GAIN_ENDING) and (gain := key.removesuffix(GAIN_ENDING)) + ".on_input" in tensors:
             stem, algorithm, part = gain, "ia3", "gain"
         target = target_of(stem) if part else None
         if key.startswith(EMBEDDING_PREFIX) and tensors[key].dim() in (1, 2):
-            embeddings[key.removeprefix(EMBEDDING_PREFIX).split(".string_to_param")[0]] = tensors[key]
+            word, _, inner = key.removeprefix(EMBEDDING_PREFIX).partition(".")
+            embeddings.setdefault(word, {})[inner] = tensors[key]
         elif target is None:
             unread.append(key)
         elif (other := _rival(part, algorithm, groups.setdefault(target, {}), algorithms.get(target))) is not None:
@@ -192,7 +194,7 @@ def in_dialect(lora: LoRA, dialect: str) -> LoRA:
             entries.append(LoRAEntry(entry.target, tensors, keys=lora_keys("diffusers", network, path)))
         else:
             alpha = float(entry.rank) if entry.alpha is None else entry.alpha
-            keys = lora_keys("lora", network, path, names=(*tensors, "alpha"))
+            keys = lora_keys("lora", network, path, names=(*tensors, "alpha"), sdxl=lora.base == "SDXL")
             entries.append(LoRAEntry(entry.target, tensors, alpha, keys=keys))
     metadata = {k: v for k, v in lora.metadata.items() if k != "lora_adapter_metadata"}  # its alphas are folded in
     return replace(lora, kind="lora", entries=tuple(entries), metadata=metadata)

@@ -201,7 +201,13 @@ def path_of(target: str) -> str:
 
 
 def lora_keys(
-    kind: str, network: str, path: str, *, algorithm: str = "lora", names: Iterable[str] = ("down", "up", "alpha")
+    kind: str,
+    network: str,
+    path: str,
+    *,
+    algorithm: str = "lora",
+    names: Iterable[str] = ("down", "up", "alpha"),
+    sdxl: bool = False,
 ) -> dict[str, str]:
     """What the tensors of one layer are called in a file, by their names in `models.lora_algorithms`.
 
@@ -210,9 +216,11 @@ def lora_keys(
             without alpha; "diffusers" is its PEFT dialect.
         network: "unet", "text" or "text2".
         path: of the layer in the network, in our names.
+        sdxl: whether the network has two text encoders, which kohya's dialect numbers.
     """
     if kind == "lora":
-        stem = {"unet": "lora_unet_", "text": "lora_te_", "text2": "lora_te2_"}[network] + path.replace(".", "_")
+        prefixes = {"unet": "lora_unet_", "text": f"lora_te{'1' * sdxl}_", "text2": "lora_te2_"}
+        stem = prefixes[network] + path.replace(".", "_")
         written = {(a or algorithm, name): ending for ending, (a, name) in reversed(ENDINGS.items())}
         written |= {(algorithm, "alpha"): ".alpha", (algorithm, "magnitude"): ".dora_scale"}
         return {name: stem + written[algorithm, name] for name in names}

@@ -10,6 +10,7 @@ Files, by their keys:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -59,15 +60,23 @@ def load_textual_inversion(
         words.append(own)
     with naming(path):
         if (info.kind == "sdxl-textual-inversion") != (second is not None):
-            made, base = ("SDXL", "SD 1.x") if second is None else ("SD 1.x", "SDXL")
-            raise UserError(f"got a textual inversion for {made} with an {base} base: use one that was made for {base}")
+            _refuse_family("SDXL" if second is None else "SD 1.x")
         if second is None:
             assert text_encoder is not None
             ids = _add_words(words, vectors, text_encoder, tokenizer)
         else:
             ids = _add_pairs(words, file.tensors, (text_encoder, tokenizer), second)
-    note = f"{len(ids)} vector{'s' * (len(ids) > 1)}, in prompts as {' or '.join(words)}"
-    return LoadReport(path, info.kind, None, file_sha256(path), 1 if second is None else 2, [note])
+    applied = 1 if second is None else 2
+    return LoadReport(path, info.kind, None, file_sha256(path), applied, [_note(words, ids)])
+
+
+def _refuse_family(made: str) -> NoReturn:
+    base = "SD 1.x" if made == "SDXL" else "SDXL"
+    raise UserError(f"got a textual inversion for {made} with an {base} base: use one that was made for {base}")
+
+
+def _note(words: list[str], ids: list[int]) -> str:
+    return f"{len(ids)} vector{'s' * (len(ids) > 1)}, in prompts as {' or '.join(words)}"
 
 
 def _add_pairs(words: list[str], tensors: StateDict, *encoders: tuple[TextEncoder | None, Tokenizer]) -> list[int]:
@@ -84,16 +93,42 @@ def _add_pairs(words: list[str], tensors: StateDict, *encoders: tuple[TextEncode
     return ids
 
 
-def load_bundled_embeddings(lora: LoRA, text_encoder: TextEncoder, tokenizer: Tokenizer) -> list[str]:
-    """Let the words that are packed into a LoRA's file stand for their vectors. Returns the words.
+def load_bundled_embeddings(
+    lora: LoRA,
+    text_encoder: TextEncoder | None,
+    tokenizer: Tokenizer,
+    *,
+    second: tuple[TextEncoder, Tokenizer] | None = None,
+) -> list[str]:
+    """Let the words that are packed into a LoRA's file stand for their vectors. Returns a note on each.
+
+    Args: as of `load_textual_inversion`.
 
     Raises:
-        UserError: vectors of another width, or a word that is there already.
+        UserError: vectors of another family or width, or a word that is there already.
     """
     with naming(f"LoRA {lora.name}"):
-        for word, vectors in lora.embeddings.items():
-            _add_words([word], vectors, text_encoder, tokenizer)
-    return list(lora.embeddings)
+        return [
+            _note([word], _add(word, vectors, text_encoder, tokenizer, second))
+            for word, vectors in lora.embeddings.items()
+        ]
+
+
+def _add(
+    word: str,
+    vectors: StateDict,
+    text_encoder: TextEncoder | None,
+    tokenizer: Tokenizer,
+    second: tuple[TextEncoder, Tokenizer] | None,
+) -> list[int]:
+    if (made_for_two := "clip_g" in vectors) != (second is not None):
+        _refuse_family("SDXL" if made_for_two else "SD 1.x")
+    if second is not None:
+        return _add_pairs([word], vectors, (text_encoder, tokenizer), second)
+    assert text_encoder is not None
+    if len(vectors) != 1:
+        raise UserError(f"got {len(vectors)} tensors for the word {word}, expected one: use another file")
+    return _add_words([word], next(iter(vectors.values())), text_encoder, tokenizer)
 
 
 def _add_words(words: list[str], vectors: Tensor, text_encoder: TextEncoder, tokenizer: Tokenizer) -> list[int]:

@@ -35,7 +35,7 @@ class LoRA:
     Attributes:
         unread: its keys that are no part of any LoRA.
         base: the family of image models it was made for, one of CONTEXT_WIDTHS, where the file tells.
-        embeddings: textual inversions that are packed into it, by name.
+        embeddings: textual inversions that are packed into it: word -> the vectors of its file, by their keys.
     """
 
     name: str
@@ -44,7 +44,7 @@ class LoRA:
     metadata: dict[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     base: str | None = None
-    embeddings: dict[str, Tensor] = field(default_factory=dict)
+    embeddings: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

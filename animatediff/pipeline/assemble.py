@@ -70,12 +70,13 @@ class Assembler:
         if "model.motion_module" in paths:
             unet, report = self._with_motion(request, headers, unet)
             reports.append(report)
+        second = text_encoder_2 and (text_encoder_2, tokenizer_2)
         loras, roles = LoRAStack(unet, text_encoder, text_encoder_2), {}
         for role, path, scale, rule in _loras(request, paths):
             lora = read_lora(path, name=_unused_name(path, loras))
             roles[lora.name] = role
             reports.append(str(loras.add(lora, scale, alpha_rule=rule)))
-            load_bundled_embeddings(lora, text_encoder, tokenizer)
+            reports += load_bundled_embeddings(lora, text_encoder, tokenizer, second=second)
         loras.merge()
         networks: dict[str, nn.Module] = {}
         for group, load in NETWORKS.items():
@@ -84,7 +85,6 @@ class Assembler:
                 reports += report.splitlines()
         for i, embedding in enumerate(request.model.embeddings):
             path = paths[f"model.embeddings[{i}].path"]
-            second = text_encoder_2 and (text_encoder_2, tokenizer_2)
             report = load_textual_inversion(path, text_encoder, tokenizer, second=second, name=embedding.name)
             reports.append(str(report))
         if request.memory.weights == "float8":

@@ -215,8 +215,15 @@ def _check_version(request: Request, headers: Headers) -> None:
 
 
 def _check_family(request: Request, headers: Headers) -> None:
-    """A motion module and a SparseCtrl encoder fit UNets of one family and of its widths."""
+    """Motion modules and SparseCtrl encoders fit UNets of one family and its widths, LoRAs those of one family."""
     image, families = headers.image, ("SD 1.x", "SDXL")
+    for i in range(len(request.model.loras)):
+        lora = headers.infos[f"model.loras[{i}].path"]
+        if image is not None and lora.base in families and lora.base != image.base[: len(lora.base)]:
+            raise UserError(
+                f"{called(request, 'model.loras')}: {lora.path}: this is a LoRA for {lora.base}, but {image.path} is "
+                f"of {image.base}: choose another of either"
+            )
     for option in ("model.motion_module", "sparsectrl.path"):
         other = headers.infos.get(option)
         if image is None or other is None or other.version is None:  # of a module that does not tell, nor is its base

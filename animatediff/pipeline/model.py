@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from animatediff.checkpoints.lora_files import read_lora
+from animatediff.checkpoints.textual_inversion import load_bundled_embeddings
 from animatediff.config.memory_options import Memory
 from animatediff.config.networks import Distillation, Recipe, ScheduleConfig, recipe_of
 from animatediff.models.lora import LoRAStack
@@ -68,7 +69,9 @@ class Model:
         lora = read_lora(Path(path), name=name or Path(path).stem)
         report = self.loras.add(lora, scale)
         self.lora_roles = {**self.lora_roles, lora.name: "motion_loras" if lora.kind == "motion-lora" else "loras"}
-        self.reports = (*self.reports, str(report))
+        second = self.text_encoder_2 and (self.text_encoder_2, self.tokenizer_2)
+        words = load_bundled_embeddings(lora, self.text_encoder, self.tokenizer, second=second)
+        self.reports = (*self.reports, str(report), *words)
         return lora.name
 
     def modules(self) -> list[nn.Module]:

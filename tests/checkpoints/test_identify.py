@@ -73,6 +73,11 @@ CASES: dict[str, tuple[str, object]] = {
         "sdxl-lora",
         lambda: {"lora_unet_x_attn2_to_k.lora_down.weight": torch.empty(4, 2048, device="meta")},
     ),
+    "sd2 lora": (
+        "sd2-lora",
+        lambda: {"lora_unet_x_attn2_to_k.lora_down.weight": torch.empty(4, 1024, device="meta")},
+    ),
+    "toy data set's encoder": ("image-encoder", lambda: zeros(image_encoder__0__weight=(32, 3, 4, 4))),
     "hellomeme": ("hellomeme", lambda: zeros(reference_modules_down__0__x__weight=(4, 4))),
     "flux lora": ("unsupported-lora", lambda: zeros(transformer__blocks__lora_A__weight=(4, 4))),
     "loha": ("lora", lambda: zeros(lora_unet_x__hada_w1_a=(4, 4))),
