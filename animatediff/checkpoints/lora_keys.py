@@ -52,6 +52,7 @@ ENDINGS: dict[str, tuple[str | None, str]] = {
     ".scale": (None, "scale"),
 }
 GAIN_ENDING = ".weight"  # of (IA)3, which only the `.on_input` beside it tells from any other weight
+_ENDINGS = tuple(ENDINGS)  # in this order
 ADAPTER_NAME = re.compile(r"(\.(?:lora_[AB]|lora_magnitude_vector|ia3_l))\.(?!weight$)[^.]+(\.weight)?$")
 
 # Prefix -> network: "unet", "text" or, of SDXL, "text2". Some write a dot where others write `_`.
@@ -119,10 +120,10 @@ def split_ending(key: str) -> tuple[str, str | None, str]:
     """A key as (stem, algorithm, tensor's name); the name is empty where no ending is known."""
     key = ADAPTER_NAME.sub(r"\1\2", key)
     key = key.removesuffix(".weight") if key.endswith("_vector.weight") else key
-    for ending, (algorithm, name) in ENDINGS.items():
-        if key.endswith(ending):
-            return key.removesuffix(ending), algorithm, name
-    return key, None, ""
+    if not key.endswith(_ENDINGS):
+        return key, None, ""
+    ending = next(e for e in _ENDINGS if key.endswith(e))
+    return key.removesuffix(ending), *ENDINGS[ending]
 
 
 def target_of(stem: str) -> str | None:
@@ -191,7 +192,7 @@ def lora_targets(keys: Iterable[str]) -> set[str]:
 
 def lora_algorithms(keys: Iterable[str]) -> set[str]:
     """What kinds of change a LoRA's file holds, as people call them."""
-    names = {name for key in keys for algorithm in split_ending(key)[1:2] if (name := algorithm)}
+    names = {algorithm for _, algorithm, _ in map(split_ending, keys) if algorithm}
     return names | ({"dora"} if any("dora_scale" in key or "magnitude_vector" in key for key in keys) else set())
 
 

@@ -306,6 +306,7 @@ def test_a_call_cannot_load_networks(folder, image):
     assert resolved(image, controlnet=[]).controlnets.nets == ()  # may leave them out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["controlnet", "ip_adapter", "pia", "i2v", "camera"])
 def test_half_precision(folder, tmp_path, family):
     """Nothing stays in another type than the network's, and the prediction is near that of float32."""

@@ -72,8 +72,18 @@ def check(reports: list[dict]) -> None:
 @pytest.mark.parametrize(
     ("arch", "cases", "kernels"),
     [
-        ("sm_80", ("text77-160-bfloat16", "temporal16-80-bfloat16", "one-group"), 8),
-        ("sm_89", ("others", "attention-80-masked-float16", "temporal32-160-bfloat16", "temporal16-40-float32"), 16),
+        pytest.param(
+            "sm_80",
+            ("text77-160-bfloat16", "temporal16-80-bfloat16", "one-group"),
+            8,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "sm_89",
+            ("others", "attention-80-masked-float16", "temporal32-160-bfloat16", "temporal16-40-float32"),
+            16,
+            marks=pytest.mark.slow,
+        ),
         ("sm_90", ("attention-40-bfloat16", "temporal16-40-bfloat16", "gated-40-bfloat16"), 6),
     ],
 )

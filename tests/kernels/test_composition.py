@@ -48,6 +48,7 @@ def test_under_autocast(clips):
     assert_close(*found, 3e-2)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path, clips):
     torch.save(clips, tmp_path / "x.pt")
     torch.multiprocessing.spawn(half_of_the_gradients, (tmp_path,), nprocs=2)

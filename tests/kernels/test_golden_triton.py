@@ -26,6 +26,7 @@ def triton():
         yield
 
 
+@pytest.mark.slow
 def test_video_model_along_frames(unets, monkeypatch):  # noqa: F811
     for module, function in (
         (spatial, attention),

@@ -57,6 +57,7 @@ def plan_values(trained, tmp_path) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_a_table(plan_values, tmp_path, capsys, monkeypatch):
     config = str(write(tmp_path / "plan.yaml", plan_values))
     reproduce.main(["--config", config, "--quick", "--device", "cpu"])

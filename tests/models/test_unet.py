@@ -186,6 +186,7 @@ def test_vae_chunks_do_not_change_the_video():
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_whole_it_copies_nothing_from_the_cpu():
     """Not even the codes of the frames, which are otherwise made there and kept."""

@@ -33,6 +33,7 @@ def loras(nano):
     }
 
 
+@pytest.mark.slow
 def test_nothing_leaks_into_the_next_entry(nano, make_entry, loras):
     """After an entry with a personalised model, its own VAE and every kind of LoRA, the base comes out as from disk."""
     other = {key: tensor * 1.5 for key, tensor in ldm_tensors().items()}

@@ -36,6 +36,7 @@ def networks():
     return Model(unet, vae, None, None, ScheduleConfig(), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CLEAR.exists(), reason="needs Linux's count of the peak")
 def test_memory_does_not_grow_with_the_clip(networks, tmp_path):
     context, schedule = torch.randn(1, 3, 8), NoiseSchedule(ScheduleConfig())

@@ -62,6 +62,7 @@ def test_vid2vid_keeps_the_path(run):
     assert score.amplitudes["right"] == pytest.approx(1, abs=0.25)
 
 
+@pytest.mark.slow
 def test_an_inverted_clip_comes_back(run, shapes):
     """Unguided, from the noise of the inversion, and the closer the more steps."""
     video = render([SCENE])[0][::4]
@@ -103,7 +104,10 @@ def test_a_clip_goes_on_as_it_is(run):
     assert score.drift == 0 and score.amplitudes["bounce"] == pytest.approx(1, abs=0.25)
 
 
-@pytest.mark.parametrize(("number", "share"), [(1, 0.6), (2, 0.75)], ids=["pictures", "scribbles"])
+@pytest.mark.parametrize(
+    ("number", "share"),
+    [pytest.param(1, 0.6, id="pictures"), pytest.param(2, 0.75, id="scribbles", marks=pytest.mark.slow)],
+)
 def test_frames_given_to_sparsectrl_appear(run, number, share):
     """Without them the shape begins where the noise says; the frames between them follow."""
     entry = load_config(CONFIGS / "shapes-sparsectrl.yaml").entries[number]

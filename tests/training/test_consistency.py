@@ -47,6 +47,7 @@ def test_at_timestep_0_nothing_is_changed():
     assert torch.equal(found[0], x[0]) and not torch.allclose(found[1], x[1])
 
 
+@pytest.mark.slow
 def test_a_training_that_is_taken_up(tmp_path, monkeypatch):
     """Bit by bit what one without a stop makes; a LoRA on image and motion layers; the teacher is without it."""
     files = write_files(tmp_path)

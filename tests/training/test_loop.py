@@ -48,6 +48,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, at):
     assert all(torch.equal(again.exported[k], v) for k, v in whole.exported.items())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_outright_goes_on_to_the_same_files(tmp_path):
     """SIGKILL in a step, then SIGKILL while a checkpoint is half written."""
     train(Line(), CONFIG, tmp_path / "whole", log=quiet)

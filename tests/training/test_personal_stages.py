@@ -165,7 +165,9 @@ def test_all_of_them_animate_together(files, trained, tmp_path):
 # ---- how it learns
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", ["image_lora", *(pytest.param(s, marks=pytest.mark.slow) for s in STAGES if s != "image_lora")]
+)
 def test_a_killed_run_goes_on_to_the_same_weights(files, trained, tmp_path, stage, monkeypatch):
     loss = DiffusionStage.loss
 

@@ -149,7 +149,7 @@ def test_the_file_steers(files, trained, tmp_path, kind):
     assert not torch.equal(steered, frames("plain"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["rgb", pytest.param("scribble", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_weights(files, trained, tmp_path, kind, monkeypatch):
     loss = DiffusionStage.loss
 
@@ -165,6 +165,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(files, trained, tmp_path, kind
     assert equal(*(read_state_dict(path).tensors for path in (trained[kind], again)))
 
 
+@pytest.mark.slow
 def test_options(files, trained, tmp_path):
     """Checkpointed layers give the same; a start from a file, an adapter, kept clips and the world do train."""
     same = run(files, tmp_path / "checkpointed", "scribble", gradient_checkpointing=True)

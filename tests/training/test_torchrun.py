@@ -60,6 +60,7 @@ def test_any_number_of_processes(config, processes):
     check_same_as_one_process(config, processes)
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_process_ends_all(config, tmp_path):
     """Where the first cannot write its log, the other does not wait for it: one line, and soon."""
     (tmp_path / "one/log.jsonl").mkdir(parents=True)

@@ -312,6 +312,7 @@ def test_the_flag_for_caching(files, tmp_path):
         train.main(["--config", str(CONFIGS / "shapes_image.yaml"), "--cache"])
 
 
+@pytest.mark.slow
 def test_float16(files, tmp_path):
     """Close to float32, and a training as any other."""
     (loss, expected), (again, found) = (loss_and_gradients(motion_stage(autocast=a)) for a in (None, torch.float16))

@@ -70,6 +70,7 @@ def test_rendered_clips(videos, scenes):
     assert summary["smoothness"] > 0.9 and summary["flicker"] < 0.002 and summary["drift"] < 0.01
 
 
+@pytest.mark.slow
 def test_version_2():
     """As of version 1: rendered and degraded clips are read right, shuffled ones are no motion."""
     world = World(50, version=2, motions=tuple(MOTIONS), seed=HELD_OUT)
@@ -94,6 +95,7 @@ def test_hints_of_single_frames(version):
     assert read_hint(torch.zeros(3, SIZE, SIZE)) == NONE
 
 
+@pytest.mark.slow
 def test_degraded_clips(videos, scenes):
     summary = summarise(score_clips(degraded(videos[:50])), scenes[:50])
     assert min(summary[label] for label in LABELS) >= 97, summary

@@ -43,6 +43,7 @@ def test_styles_of_version_2(styled):
     assert min(summary[label] for label in LABELS) >= 95, summary
 
 
+@pytest.mark.slow
 def test_degraded_styles(styled):
     style, clips = styled
     noise = torch.randn(clips[:30].shape, generator=torch.Generator().manual_seed(0))
