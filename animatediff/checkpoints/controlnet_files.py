@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from animatediff.checkpoints.diffusers_json import DIFFUSERS_VERSION, UNET_STEM, Json
+from animatediff.checkpoints.diffusers_json import UNET_STEM, Json, heads_in, unet_json
 from animatediff.checkpoints.files import (
     StateDict,
     file_sha256,
@@ -30,6 +30,7 @@ from animatediff.models.vae import VAE
 from animatediff.utils import UserError, naming
 
 PREFIX = "control_model."  # of the original files
+TIME_ID_CHANNELS = 256  # features of each of the sizes that SDXL is told
 DIFFERENCE = "difference"  # an entry of this name: weights that the image model has too are differences to it
 
 
@@ -82,7 +83,7 @@ def read_controlnet_parts(path: str | Path) -> ControlNetParts:
         raise UserError(f"got the folder {path}, expected a ControlNet: it has no {UNET_STEM} file")
     file = read_state_dict(weights)
     info = identify_tensors(file.tensors, file.metadata, path=path)
-    if info.kind != "controlnet":
+    if info.kind not in ("controlnet", "sdxl-controlnet"):
         raise refusal(info, "a ControlNet")
     notes = list(file.notes)
     tensors, unused = _named_as_ours(file.tensors)
@@ -216,11 +217,13 @@ def _named_as_ours(tensors: StateDict) -> tuple[StateDict, list[str]]:
         table = controlnet_table(layers=layers, attention_levels=attention_levels, hint_convs=hint_convs)
         back = inverted(table)
         tensors = {translate(key, back) or key: t for key, t in tensors.items()}
+    if any(key.startswith("add_embedding.") for key in tensors):
+        return dict(tensors), unused
     return {key: _projection(key, t) for key, t in tensors.items()}, unused
 
 
 def _projection(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Some files have the 1x1 convolutions of SD 1.x around an attention as matrices."""
+    """Some files have the 1x1 convolutions of SD 1.x around an attention as matrices, as SDXL has them."""
     matrix = tensor.dim() == 2 and key.endswith((".proj_in.weight", ".proj_out.weight"))
     return tensor[:, :, None, None] if matrix else tensor
 
@@ -232,7 +235,13 @@ def _table_of(config: UNetConfig, *, hint_convs: int) -> Table:
 
 
 def _base_facts(unet: UNet) -> dict[str, str]:
-    return {"num_heads": str(unet.config.num_heads), "norm_num_groups": str(unet.config.norm_num_groups)}
+    return heads_and_groups(unet.config)
+
+
+def heads_and_groups(config: UNetConfig) -> dict[str, str]:
+    """What shapes cannot tell of an encoder's image layers, as metadata."""
+    heads = {"head_dim": str(config.head_dim)} if config.head_dim else {"num_heads": str(config.num_heads)}
+    return heads | {"norm_num_groups": str(config.norm_num_groups)}
 
 
 def _facts(weights: Path) -> dict[str, str]:
@@ -242,16 +251,16 @@ def _facts(weights: Path) -> dict[str, str]:
     if config.get("_class_name") != "ControlNetModel":
         return {"global_pool_conditions": "true"} if "shuffle" in weights.stem.lower() else {}
     names = {
-        "num_heads": "attention_head_dim",
         "norm_num_groups": "norm_num_groups",
         "global_pool_conditions": "global_pool_conditions",
         "controlnet_conditioning_channel_order": "controlnet_conditioning_channel_order",
     }
-    return {ours: str(config[theirs]) for ours, theirs in names.items() if config.get(theirs) is not None}
+    told = {ours: str(config[theirs]) for ours, theirs in names.items() if config.get(theirs) is not None}
+    return told | {name: str(value) for name, value in heads_in(config).items() if value is not None}
 
 
 def _facts_of(config: ControlNetConfig) -> dict[str, str]:
-    facts = {"num_heads": str(config.unet.num_heads), "norm_num_groups": str(config.unet.norm_num_groups)}
+    facts = heads_and_groups(config.unet)
     if config.pooled:
         facts["global_pool_conditions"] = "true"
     return facts | ({"controlnet_conditioning_channel_order": "bgr"} if config.bgr else {})
@@ -259,32 +268,22 @@ def _facts_of(config: ControlNetConfig) -> dict[str, str]:
 
 def controlnet_json(config: ControlNetConfig) -> Json:
     """config.json of a ControlNetModel."""
-    unet = config.unet
-    return {
+    ours = ("_class_name", "center_input_sample", "mid_block_scale_factor", "out_channels", "sample_size")
+    unet = unet_json(config.unet, time_id_channels=TIME_ID_CHANNELS)
+    return {key: value for key, value in unet.items() if key not in (*ours, "up_block_types")} | {
         "_class_name": "ControlNetModel",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "act_fn": "silu",
-        "attention_head_dim": unet.num_heads,
-        "block_out_channels": list(unet.block_out_channels),
         "conditioning_channels": config.hint_channels,
         "conditioning_embedding_out_channels": list(config.hint_widths),
         "controlnet_conditioning_channel_order": "bgr" if config.bgr else "rgb",
-        "cross_attention_dim": unet.context_dim,
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention_levels],
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
         "global_pool_conditions": config.pooled,
-        "in_channels": unet.in_channels,
-        "layers_per_block": unet.layers_per_block,
-        "norm_eps": 1e-05,
-        "norm_num_groups": unet.norm_num_groups,
-        "transformer_layers_per_block": unet.num_transformer_blocks,
-        "use_linear_projection": unet.linear_projection,
     }
 
 
 def _check_fits(config: ControlNetConfig, unet: UNet, vae: VAE, path: Path) -> None:
+    made, wanted = (bool(sizes.added_channels) for sizes in (config.unet, unet.config))
+    if made != wanted:
+        names = ("SD 1.x", "SDXL")
+        raise UserError(f"{path}: got a ControlNet for {names[made]}, expected one for {names[wanted]}, as the base is")
     check_encoder_fits("ControlNet", config.unet, unet.config, path)
     got, expected = 2 ** (len(config.hint_widths) - 1), vae.config.downsampling
     if got != expected:

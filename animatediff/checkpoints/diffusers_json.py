@@ -64,7 +64,7 @@ def image_metadata(
     Raises:
         UserError: heads differ between levels neither as their widths do nor not at all.
     """
-    found = _heads(unet) | {
+    found = heads_in(unet) | {
         "norm_num_groups": unet.get("norm_num_groups"),
         "vae_norm_num_groups": vae.get("norm_num_groups"),
         "vae_scaling_factor": vae.get("scaling_factor"),
@@ -125,7 +125,7 @@ def check_config(part: str, config: Json, path: Path) -> None:
             raise UserError(f"{path}: got {name} {value!r}, expected {expected}: this network has no other")
 
 
-def _heads(unet: Json) -> Json:
+def heads_in(unet: Json) -> Json:
     """`num_heads` or `head_dim`. `attention_head_dim` is the NUMBER of heads in these files."""
     heads = unet.get("num_attention_heads") or unet.get("attention_head_dim")
     if not isinstance(heads, list):
@@ -163,7 +163,7 @@ def sparsectrl_metadata(config: Json) -> dict[str, str]:
         "max_frames": "motion_max_seq_length",
         "norm_num_groups": "norm_num_groups",
     }
-    found = {ours: config.get(theirs) for ours, theirs in names.items()} | _heads(config)
+    found = {ours: config.get(theirs) for ours, theirs in names.items()} | heads_in(config)
     return {name: _text(value) for name, value in found.items() if value is not None}
 
 

@@ -89,6 +89,9 @@ _HINT = _any(r"^(control_model\.)?input_hint_block\.|^controlnet_cond_embedding\
 _IMAGE_KEY = r"(ip_adapter|adapter_modules)\.\d+\.to_k_ip\.weight$|attn2\.processor\.to_k_ip\.weight$"
 _MOTION = _any(r"motion_modules\.")
 _UNUSED_HERE = "an SD 2.x base, here it is SD 1.x or SDXL"
+_INSIGHT_FACE = "InsightFace's face recognition network, which is not part of this project"
+_CONTROLNET = "controlnet: {{path: {path}, images: picture.png}}"
+_IP_ADAPTER = "ip_adapter: {{path: {path}, images: picture.png}}\nimage_encoder: image_encoder"
 _IMAGE_MODEL = "nothing more; a motion module animates it"
 
 
@@ -118,16 +121,22 @@ KINDS: dict[str, Kind] = {
             _any(r"^image_proj(_model)?\.perceiver_resampler\.|^ip_adapter\.\d+\.to_\w+_lora\."),
             _both(_any(r"^image_proj(_model)?\.proj\.0\."), _any(r"^image_proj(_model)?\.norm\.")),
         ),
-        "InsightFace's face recognition network, which is not part of this project",
+        _INSIGHT_FACE,
+    ),
+    "instantid": Kind(
+        "InstantID's adapter", _shape(r"^image_proj(_model)?\.proj_in\.weight$", 1, lambda n: n == 512), _INSIGHT_FACE
     ),
     "sdxl-ip-adapter": Kind(
-        "an IP-Adapter for SDXL", _shape(_IMAGE_KEY, 1, lambda n: n == 2048), "an SD 1.x adapter, here SDXL has none"
+        "an IP-Adapter for SDXL",
+        _shape(_IMAGE_KEY, 1, lambda n: n == 2048),
+        "an SDXL image model, its image encoder and pictures",
+        _IP_ADAPTER,
     ),
     "ip-adapter": Kind(
         "an IP-Adapter",
         _any(r"^(image_proj|image_proj_model)\.|" + _IMAGE_KEY),
         "an SD 1.x image model, its image encoder and pictures",
-        "ip_adapter: {{path: {path}, images: picture.png}}\nimage_encoder: image_encoder",
+        _IP_ADAPTER,
     ),
     "control-lora": Kind("a Control-LoRA (low-rank differences of a ControlNet)", _any(r"^lora_controlnet$")),
     "controlllite": Kind("a ControlLLLite", _any(r"^lllite_")),
@@ -138,10 +147,16 @@ KINDS: dict[str, Kind] = {
         "a v3 motion module and images of some frames",
         "controlnet_path: {path}\ncontrolnet_images: [picture.png]\ncontrolnet_image_indexs: [0]",
     ),
+    "union-controlnet": Kind(
+        "a union ControlNet (several kinds of hints in one network)",
+        _both(_HINT, _any(r"^(control_model\.)?(task_embedding|control_add_embedding)\b")),
+        "a network of its own, which is not part of this project; use a ControlNet for one kind of hint",
+    ),
     "sdxl-controlnet": Kind(
         "a ControlNet for SDXL",
-        _both(_HINT, _any(r"^(control_model\.)?(label_emb|add_embedding|task_embedding|control_add_embedding)\b")),
-        "a ControlNet for SD 1.x, here SDXL has none",
+        _both(_HINT, _any(r"^(control_model\.)?(label_emb|add_embedding)\b")),
+        "an SDXL image model and hints",
+        _CONTROLNET,
     ),
     "sd2-controlnet": Kind(
         "a ControlNet for SD 2.x",
@@ -152,7 +167,7 @@ KINDS: dict[str, Kind] = {
         "a ControlNet",
         _any(r"^(input_hint_block|controlnet_cond_embedding|controlnet_down_blocks|control_model)\."),
         "an SD 1.x image model and hints",
-        "controlnet: {{path: {path}, images: picture.png}}",
+        _CONTROLNET,
     ),
     "cameractrl": Kind(
         "a CameraCtrl camera encoder",

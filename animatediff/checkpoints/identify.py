@@ -29,6 +29,7 @@ from animatediff.config.networks import ANIMATE_LCM, ANIMATE_LCM_I2V, SDXL_TURBO
 from animatediff.utils import UserError, naming
 
 SD15_WIDTHS = (320, 640, 1280, 1280)
+SD15_CONTEXT = 768
 SDXL_WIDTHS = (320, 640, 1280)
 SDXL_VERSIONS = ("sdxl-beta", "hotshot-xl")
 _SCHEDULED = ("sd1-checkpoint", "sdxl-checkpoint", "sd1-unet")
@@ -220,6 +221,9 @@ def _base(kind: str, tensors: StateDict, version: str | None, metadata: Mapping[
         return "SD 2.x"
     if kind in ("unknown", "dit-checkpoint"):
         return "unknown"
+    if kind == "ip-adapter":
+        keys = next((t for key, t in tensors.items() if key.endswith(".to_k_ip.weight") and t.dim() == 2), None)
+        return "SD 1.x" if keys is not None and keys.shape[1] == SD15_CONTEXT else "not told by the file"
     if kind == "lora":
         return lora_base(tensors, metadata) or "not told by the file"
     widths = _unet_widths(tensors)

@@ -33,8 +33,8 @@ def load_ip_adapter(path: str | Path, unet: UNet) -> tuple[IPAdapter, LoadReport
     path = Path(path)
     file = read_state_dict(path)
     info = identify_tensors(file.tensors, file.metadata, path=path)
-    if info.kind != "ip-adapter":
-        raise refusal(info, "an IP-Adapter for SD 1.x")
+    if info.kind not in ("ip-adapter", "sdxl-ip-adapter"):
+        raise refusal(info, "an IP-Adapter for SD 1.x or SDXL")
     layers = list(cross_attentions(unet).items())
     numbers = {name: 2 * i + 1 for i, (name, _) in enumerate(layers)}
     named = {_renamed(key, numbers): t for key, t in file.tensors.items()}

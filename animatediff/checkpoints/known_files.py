@@ -13,6 +13,7 @@ IMAGE_MODELS = "https://huggingface.co/guoyww/animatediff_t2i_backups"
 ANIMATE_LCM_FILES = "https://huggingface.co/wangfuyun/AnimateLCM"
 ANIMATE_LCM_I2V_FILES = "https://huggingface.co/wangfuyun/AnimateLCM-I2V"
 CONTROLNETS = "https://huggingface.co/lllyasviel/ControlNet-v1-1"
+SDXL_CONTROLNETS = "https://huggingface.co/diffusers/controlnet"
 IP_ADAPTERS = "https://huggingface.co/h94/IP-Adapter"
 LIGHTNING_FILES = "https://huggingface.co/ByteDance/AnimateDiff-Lightning"
 SDXL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0"
@@ -65,7 +66,9 @@ SOURCES = {
         for name in ("", "-plus", "-plus-face", "-full-face")
         for end in (".safetensors", ".bin")
     },
-    **dict.fromkeys(("ip-adapter_sd15_light.safetensors", "image_encoder"), IP_ADAPTERS),
+    **dict.fromkeys(("ip-adapter_sd15_light.safetensors", "image_encoder", "ip-adapter_sdxl.safetensors"), IP_ADAPTERS),
+    **{f"ip-adapter{name}_sdxl_vit-h.safetensors": IP_ADAPTERS for name in ("", "-plus", "-plus-face")},
+    **{f"controlnet-{kind}-sdxl-1.0": f"{SDXL_CONTROLNETS}-{kind}-sdxl-1.0" for kind in ("canny", "depth")},
     "PIA-condition-adapter": "https://huggingface.co/openmmlab/PIA-condition-adapter",
     "CameraCtrl.ckpt": "https://huggingface.co/hehao13/CameraCtrl",
     **{f"animatediff_lightning_{n}step_comfyui.safetensors": LIGHTNING_FILES for n in (1, 2, 4, 8)},

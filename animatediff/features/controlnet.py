@@ -167,7 +167,9 @@ class Control:
             return rows.unflatten(0, (len(parts), -1))[chosen].flatten(0, 1)
 
         embedded = self.embedded[[self.rows[frame] for frame in frames.tolist()]]
-        down, mid = self.net(of_chosen(x).to(embedded.dtype), of_chosen(t), of_chosen(run.text(frames)), embedded)
+        added = {name: of_chosen(rows) for name, rows in run.added(frames).items()}
+        inputs = (of_chosen(x).to(embedded.dtype), of_chosen(t), of_chosen(run.text(frames)), embedded)
+        down, mid = self.net(*inputs, **added)
         weights = guess_weights(len(down) + 1) if self.guess_mode else [1.0] * (len(down) + 1)
         of_frames: list[list[Tensor]] = [[] for _ in frames]
         for residual, weight in zip([*down, mid], weights, strict=True):

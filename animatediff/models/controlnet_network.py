@@ -15,8 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from animatediff.config.networks import ControlNetConfig, UNetConfig
-from animatediff.models.layers import TimestepEmbedding, timestep_embedding
-from animatediff.models.unet import DownBlock, MidBlock, UNet
+from animatediff.models.layers import TimestepEmbedding
+from animatediff.models.unet import DownBlock, MidBlock, UNet, embed_time
 
 PIXEL_WIDTHS = (16, 32, 96, 256)  # of the released encoders of pixels; each after the first halves the size
 
@@ -54,6 +54,7 @@ class ResidualEncoder(nn.Module):
         self.conv_in = nn.Conv2d(unet.in_channels, channels[0], 3, padding=1)
         self.controlnet_cond_embedding = condition
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0])
+        self.add_embedding = TimestepEmbedding(unet.added_channels, 4 * channels[0]) if unet.added_channels else None
         self.down_blocks = nn.ModuleList(DownBlock(unet, level) for level in range(len(channels)))
         self.mid_block = MidBlock(unet)
         skips = [channels[0]]
@@ -62,10 +63,19 @@ class ResidualEncoder(nn.Module):
         self.controlnet_down_blocks = nn.ModuleList(zero(nn.Conv2d(width, width, 1)) for width in skips)
         self.controlnet_mid_block = zero(nn.Conv2d(channels[-1], channels[-1], 1))
 
-    def residuals(self, h: Tensor, t: Tensor, context: Tensor, frames: int) -> tuple[list[Tensor], Tensor]:
+    def residuals(
+        self,
+        h: Tensor,
+        t: Tensor,
+        context: Tensor,
+        frames: int,
+        *,
+        pooled: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
         """`down_residuals` and `mid_residual` of `UNet.forward` from what stands after `conv_in`, ((b f), c, h, w)."""
         context = context.flatten(0, -3)
-        time = self.time_embedding(timestep_embedding(t, self.conv_in.out_channels).to(h.dtype))
+        time = embed_time(self, t, pooled, time_ids, h.dtype)
         skips = [h]
         for block in self.down_blocks:
             h = block(h, time, context, frames, skips)
@@ -94,7 +104,9 @@ class ControlNet(ResidualEncoder):
         """
         return self.controlnet_cond_embedding(hint.flip(1) if self.config.bgr else hint)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, embedded: Tensor) -> tuple[list[Tensor], Tensor]:
+    def forward(
+        self, x: Tensor, t: Tensor, context: Tensor, embedded: Tensor, **added: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
         """`down_residuals` and `mid_residual` of `UNet.forward`; of size 1x1 where the config says `pooled`.
 
         Args:
@@ -102,11 +114,12 @@ class ControlNet(ResidualEncoder):
             t: timesteps (b,), 0 … 999.
             context: text embedding (b, l, context_dim), one row per video, or (b, f, l, context_dim), one per frame.
             embedded: hints of `embed`, ((b f), c, h, w), or (f, c, h, w), the same for every video.
+            added: `pooled` and `time_ids` of `UNet.forward`, for SDXL.
         """
         frames = x.shape[1]
         h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w"))
         h = h + embedded.repeat(len(h) // len(embedded), 1, 1, 1)
-        down, mid = self.residuals(h, t, context, frames)
+        down, mid = self.residuals(h, t, context, frames, **added)
         if not self.config.pooled:
             return down, mid
         return [residual.mean((2, 3), keepdim=True) for residual in down], mid.mean((2, 3), keepdim=True)

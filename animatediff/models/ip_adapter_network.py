@@ -31,7 +31,14 @@ LAYER_PRESETS: dict[str, dict[str, float]] = {
     "composition": {"down_blocks.2.attentions.0": 0.25, "down_blocks.2.attentions.1": 1.0},
     "strong style": {"": 1.0, "down_blocks.2": 0.0},
 }
-LAYER_PRESETS["style and composition"] = LAYER_PRESETS["style"] | LAYER_PRESETS["composition"]
+SDXL_PRESETS: dict[str, dict[str, float]] = {  # style and composition are InstantStyle's
+    "all": {"": 1.0},
+    "style": {"up_blocks.0.attentions.1": 1.0},
+    "composition": {"down_blocks.2.attentions.1": 1.0},
+    "strong style": {"": 1.0, "down_blocks.2.attentions.1": 0.0},
+}
+for _presets in (LAYER_PRESETS, SDXL_PRESETS):
+    _presets["style and composition"] = _presets["style"] | _presets["composition"]
 
 
 class LinearProjection(nn.Module):
@@ -184,7 +191,8 @@ def layer_weights(unet: UNet, layers: str | Mapping[str, float]) -> list[float]:
     Raises:
         UserError: a beginning that no cross-attention has.
     """
-    weights, names = LAYER_PRESETS[layers] if isinstance(layers, str) else layers, list(cross_attentions(unet))
+    presets = SDXL_PRESETS if unet.config.added_channels else LAYER_PRESETS
+    weights, names = presets[layers] if isinstance(layers, str) else layers, list(cross_attentions(unet))
     if not isinstance(layers, str):
         strange = [start for start in weights if not any(f"{name}.".startswith(f"{start}.") for name in names)]
         if strange:

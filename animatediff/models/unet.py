@@ -7,6 +7,7 @@ carry diffusers' parameter names, motion modules the official AnimateDiff names.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from animatediff_kernels.cpu import with_fast_products
@@ -136,22 +137,6 @@ class UNet(nn.Module):
         """Names and parameters of the motion modules."""
         return ((n, p) for n, p in self.named_parameters() if "motion_modules." in n)
 
-    def embed(self, t: Tensor, pooled: Tensor | None, time_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What ResNets are told: rows (b, d) or, where pooled text varies over the frames, ((b f), d).
-
-        SDXL (arXiv 2307.01952, sec. 2.2) adds to the timestep's embedding that of the pooled text and the numbers.
-        """
-        time = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(dtype))
-        if self.add_embedding is None:
-            return time
-        if pooled is None or time_ids is None:
-            raise ValueError("got no pooled text or no time_ids, expected both: this UNet was trained with them")
-        pooled = pooled.to(dtype).reshape(len(time), -1, pooled.shape[-1])
-        width = (self.config.added_channels - pooled.shape[-1]) // time_ids.shape[-1]
-        numbers = timestep_embedding(time_ids.flatten(), width).view(len(time), 1, -1).to(dtype)
-        added = self.add_embedding(torch.cat([pooled, numbers.expand(-1, pooled.shape[1], -1)], dim=-1))
-        return (time[:, None] + added).flatten(0, 1)
-
     @with_fast_products
     def forward(
         self,
@@ -188,7 +173,7 @@ class UNet(nn.Module):
             )
         if context.dim() == 4:
             context = rearrange(context, "b f l d -> (b f) l d")
-        time = self.embed(t, pooled, time_ids, x.dtype)
+        time = embed_time(self, t, pooled, time_ids, x.dtype)
         h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w"))
         if input_residual is not None:
             h = h + input_residual
@@ -204,6 +189,31 @@ class UNet(nn.Module):
             h = block(h, time, context, frames, skips)
         h = self.conv_out(self.conv_norm_out(h, frames, silu=True))
         return rearrange(h, "(b f) c h w -> b f c h w", b=b)
+
+
+class Timed(Protocol):
+    """A network that ResNets are told of the time in; of SDXL also of the text and of sizes."""
+
+    conv_in: nn.Conv2d
+    time_embedding: TimestepEmbedding
+    add_embedding: TimestepEmbedding | None
+
+
+def embed_time(network: Timed, t: Tensor, pooled: Tensor | None, time_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What ResNets are told: rows (b, d) or, where pooled text varies over the frames, ((b f), d).
+
+    SDXL (arXiv 2307.01952, sec. 2.2) adds to the timestep's embedding that of the pooled text and the numbers.
+    """
+    time = network.time_embedding(timestep_embedding(t, network.conv_in.out_channels).to(dtype))
+    if network.add_embedding is None:
+        return time
+    if pooled is None or time_ids is None:
+        raise ValueError("got no pooled text or no time_ids, expected both: this network was trained with them")
+    pooled = pooled.to(dtype).reshape(len(time), -1, pooled.shape[-1])
+    width = (network.add_embedding.linear_1.in_features - pooled.shape[-1]) // time_ids.shape[-1]
+    numbers = timestep_embedding(time_ids.flatten(), width).view(len(time), 1, -1).to(dtype)
+    added = network.add_embedding(torch.cat([pooled, numbers.expand(-1, pooled.shape[1], -1)], dim=-1))
+    return (time[:, None] + added).flatten(0, 1)
 
 
 def norms_over_frames(config: UNetConfig) -> bool:

@@ -32,6 +32,8 @@ from animatediff.pipeline.resolve import PICTURE_GROUPS, Facts, resolve
 from animatediff.pipeline.sample import count_steps
 from animatediff.utils import UserError, naming
 
+OF_ONE_FAMILY = ("model.loras[", "controlnets.", "ip_adapters.adapters")  # options whose files fit SD 1.x or SDXL alone
+
 
 @dataclass(frozen=True)
 class Headers:
@@ -217,12 +219,15 @@ def _check_version(request: Request, headers: Headers) -> None:
 def _check_family(request: Request, headers: Headers) -> None:
     """Motion modules and SparseCtrl encoders fit UNets of one family and its widths, LoRAs those of one family."""
     image, families = headers.image, ("SD 1.x", "SDXL")
-    for i in range(len(request.model.loras)):
-        lora = headers.infos[f"model.loras[{i}].path"]
-        if image is not None and lora.base in families and lora.base != image.base[: len(lora.base)]:
+    for option, file in files(request).items():
+        info = headers.infos.get(option)
+        if image is None or info is None or not option.startswith(OF_ONE_FAMILY):
+            continue
+        told = info.base.split(" layout")[0]
+        if told in families and told != image.base.split(" layout")[0]:
             raise UserError(
-                f"{called(request, 'model.loras')}: {lora.path}: this is a LoRA for {lora.base}, but {image.path} is "
-                f"of {image.base}: choose another of either"
+                f"{file.called}: {info.path}: this is {info.summary} for {told}, but {image.path} is of {image.base}: "
+                "choose another of either"
             )
     for option in ("model.motion_module", "sparsectrl.path"):
         other = headers.infos.get(option)

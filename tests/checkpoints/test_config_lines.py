@@ -30,6 +30,8 @@ COMPARED = (
     "sdxl-checkpoint",
     "sdxl-lora",
     "sdxl-textual-inversion",
+    "sdxl-controlnet",
+    "sdxl-ip-adapter",
     "diffusers-folder",
 )  # by the tests of SDXL, folders
 

@@ -87,6 +87,13 @@ CASES: dict[str, tuple[str, object]] = {
     "controlnet": ("controlnet", lambda: zeros(control_model__input_hint_block__0__weight=(16, 3, 3, 3))),
     "controlnet diffusers": ("controlnet", lambda: zeros(controlnet_cond_embedding__conv_in__weight=(16, 3, 3, 3))),
     "ip adapter": ("ip-adapter", lambda: zeros(image_proj__proj__weight=(4, 4), ip_adapter__1__to_k_ip__weight=(4, 4))),
+    "instantid": (
+        "instantid",
+        lambda: {
+            "image_proj.proj_in.weight": torch.empty(1280, 512, device="meta"),
+            "ip_adapter.1.to_k_ip.weight": torch.empty(640, 2048, device="meta"),
+        },
+    ),
     "motionctrl": ("motionctrl", lambda: motion_tensors("v3") | zeros(x__cc_projection__weight=(320, 332))),
     "fancyvideo": ("fancyvideo", lambda: motion_tensors("v3") | zeros(fps_embedding__linear__weight=(4, 4))),
     "embedding": ("textual-inversion", lambda: zeros(emb_params=(2, 768))),
@@ -123,7 +130,7 @@ CONTROL_KINDS = {
     "control-lora": "control-lora",
     "sdxl controlnet (original)": "sdxl-controlnet",
     "sdxl controlnet (diffusers)": "sdxl-controlnet",
-    "sdxl controlnet union": "sdxl-controlnet",
+    "sdxl controlnet union": "union-controlnet",
     "controlnet for SD 2.x": "sd2-controlnet",
     "t2i-adapter (original)": "t2i-adapter",
     "t2i-adapter (diffusers)": "t2i-adapter",

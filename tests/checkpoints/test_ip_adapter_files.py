@@ -57,7 +57,7 @@ def test_every_spelling_gives_the_same_adapter(tmp_path, base, variant, spelling
     [
         (
             lambda: motion_tensors("v3"),
-            "this is a motion module, not an IP-Adapter for SD 1.x: use it as `motion_module",
+            "this is a motion module, not an IP-Adapter for SD 1.x or SDXL: use it as `motion_module",
         ),
         (ldm_tensors, "this is an SD 1.x image model in one file, not an IP-Adapter"),
         (
@@ -74,7 +74,7 @@ def test_every_spelling_gives_the_same_adapter(tmp_path, base, variant, spelling
         ),
         (
             lambda: _recognise("sdxl ip-adapter"),
-            "an IP-Adapter for SDXL, not an IP-Adapter for SD 1.x: it needs an SD 1.x adapter",
+            "got an IP-Adapter of context_dim 2048, expected the base's 40: choose an IP-Adapter made",
         ),
         (lambda: _cut("ip_adapter.31."), "for cross-attentions of widths .*choose an IP-Adapter made for this base"),
         (lambda: _cut("image_proj.norm.bias"), "1 weights are missing, such as image_proj.norm.bias"),
