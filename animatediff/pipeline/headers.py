@@ -225,9 +225,10 @@ def _check_family(request: Request, headers: Headers) -> None:
             continue
         told = info.base.split(" layout")[0]
         if told in families and told != image.base.split(" layout")[0]:
+            what = info.summary if told in info.summary else f"{info.summary}, made for {told}"
             raise UserError(
-                f"{file.called}: {info.path}: this is {info.summary} for {told}, but {image.path} is of {image.base}: "
-                "choose another of either"
+                f"{file.called}: {info.path}: this is {what}, but {image.path} is of {image.base}: choose another of "
+                "either"
             )
     for option in ("model.motion_module", "sparsectrl.path"):
         other = headers.infos.get(option)

@@ -46,7 +46,7 @@ def run(files: Path, tmp_path: Path, base: str, lora: object, **values: object) 
     ("base", "lora", "message"),
     [
         ("nano", "sdxl_lora", "lora_model_path.*sdxl_lora.*this is a LoRA for SDXL, but .*nano.* is of SD 1.x"),
-        ("sdxl", "sd1_lora", "lora_model_path.*sd1_lora.*this is a LoRA for SD 1.x, but .*sdxl.* is of SDXL"),
+        ("sdxl", "sd1_lora", "lora_model_path.*sd1_lora.*this is a LoRA .*made for SD 1.x, but .*sdxl.* is of SDXL"),
         ("nano", "sd2_lora", "this is a LoRA for SD 2.x, not a LoRA of an image model: .* here it is SD 1.x or SDXL"),
         ("nano", "flux_lora", "this is a LoRA for a diffusion transformer .Flux"),
         ("nano", "wan_lora", "this is a LoRA for a video transformer .Wan"),
