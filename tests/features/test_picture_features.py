@@ -181,6 +181,7 @@ def test_residuals_of_sparsectrl_and_controlnets_add_up(folder, tmp_path):
         assert torch.allclose(got, one + other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_everything_together(folder, tmp_path):
     """A video made anew in windows, with a LoRA, two motion modules and all that pictures and cameras can tell."""
     nets = [net(folder, images=(), preprocessor="invert"), net(folder, "control_b", scale=0.3, guess_mode=True)]

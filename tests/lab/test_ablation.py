@@ -43,6 +43,7 @@ def grid_file(trained, tmp_path):
     return write(tmp_path / "grid.yaml", grid)
 
 
+@pytest.mark.slow
 def test_a_grid(grid_file, tmp_path, capsys, monkeypatch):
     ablate.main(["--grid", str(grid_file), "--quick"])
     table = capsys.readouterr().out

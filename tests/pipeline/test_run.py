@@ -45,7 +45,7 @@ def official_entry(nano: Path, case: dict) -> dict:
     return values
 
 
-@pytest.mark.parametrize("form", ["gif", "mp4", "webp", "png"])
+@pytest.mark.parametrize("form", ["gif", *(pytest.param(f, marks=pytest.mark.slow) for f in ("mp4", "webp", "png"))])
 def test_a_run_that_is_taken_up_ends_with_the_same_files(nano, tmp_path, form):
     """The grid too; a clip that was emptied is made again."""
 

@@ -110,6 +110,7 @@ def test_the_refiner_refines(files, tmp_path):
     assert torch.equal(once, again) and (once - worse).norm() > 1e-3 * once.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(files, plain, dtype):
     """Guidance 8.5 makes 16 of each call's rounding, half an eps, and 3 steps add theirs up."""
