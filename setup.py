@@ -29,6 +29,7 @@ setup(
         "dev": ["pytest", "pytest-xdist", "ruff"],
         "tensorboard": ["tensorboard"],
         "bench": ["matplotlib"],
+        "finish": ["spandrel"],
         "hints": ["opencv-python-headless"],
     },
 )

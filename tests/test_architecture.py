@@ -30,7 +30,7 @@ IMPORT_RULES = {  # third-party package -> the only places that may import it
     "safetensors": ("animatediff/checkpoints/files.py", "tests/"),
     "imageio": ("animatediff/media/",),
     "imageio_ffmpeg": (),
-    "av": ("animatediff/media/seek.py", "animatediff/media/mp4.py", "tests/media/"),
+    "av": ("animatediff/media/seek.py", "animatediff/media/mp4.py", "animatediff/media/sound.py", "tests/media/"),
     "PIL": (
         "animatediff/media/",
         "animatediff/features/",
@@ -45,6 +45,7 @@ IMPORT_RULES = {  # third-party package -> the only places that may import it
     "triton": ("kernels/",),
     "diffusers": ("kernels/benchmarks/",),
     "matplotlib": ("kernels/benchmarks/",),
+    "spandrel": ("animatediff/media/enlarge.py", "tests/media/"),
     "torchvision": (),
     "xformers": (),
 }

@@ -133,6 +133,7 @@ class CallOptions(TypedDict, total=False):
     loras: Any
     noise: Any
     loop: Any
+    finish: Any
     memory: Any
     output: Any
     callback_on_step_end_tensor_inputs: list[str]

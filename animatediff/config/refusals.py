@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from animatediff.config.clip_formats import LOOPING, check_fps
+from animatediff.config.clip_formats import LOOPING
 from animatediff.config.condition_refusals import condition_refusals
+from animatediff.config.finish_refusals import finish_refusals
 from animatediff.config.keyframes import Keyframes
 from animatediff.config.request import Request
 from animatediff.utils import UserError
@@ -46,19 +47,21 @@ def refusals(
         *condition_refusals(request, motion=motion, complete=complete),
         *window_refusals(request),
         *_memory(request),
+        *finish_refusals(request),
     )
     if not m.base:
         rules += ("{model.base}: got none, expected the base model: a diffusers folder or a file",)
     if m.motion_loras and not motion:
         rules += ("got {model.motion_loras} without a motion_module, expected the one they were trained on, v2 for the "
                   "official ones: add it",)  # fmt: skip
-    try:
-        check_fps(request.output.fps, request.output.format)
-    except UserError as error:
-        rules += (str(error).replace("fps:", "{output.fps}:", 1),)
     if request.output.loop_count and request.output.format not in LOOPING:
         got = f"{{output.loop_count}}: got {request.output.loop_count} for {request.output.format}"
         rules += (f"{got}, expected 0: only GIF and WebP files say how often they play",)
+    yield from named(rules, request, called)
+
+
+def named(rules: Iterable[str], request: Request, called: Callable[[Request, str], str]) -> Iterator[str]:
+    """Messages whose {group.name} are as the user called them."""
     for rule in rules:
         yield re.sub(r"\{(\w+\.\w+)\}", lambda match: called(request, match[1]), rule)
 

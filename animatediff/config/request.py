@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from animatediff.config.condition_options import I2V, PIA, Camera, ControlNets, IPAdapters, Mixture
+from animatediff.config.finish_options import MAX_SIDE, Finish
 from animatediff.config.memory_options import Memory
 from animatediff.config.settings import Bool, Files, Float, Int, Many, TakesText, before, limits, opt, options
 from animatediff.config.values import (
@@ -37,7 +38,7 @@ from animatediff.config.values import (
 )
 
 SD15_FOLDER = "models/StableDiffusion/stable-diffusion-v1-5"  # where the official script looks for the base model
-MAX_SIDE, MAX_FRAMES = 16384, 100_000  # pixels and frames that no machine can sample: a slip of the finger
+MAX_FRAMES = 100_000  # that no machine can sample: a slip of the finger
 Side = Annotated[Int, limits(ge=8, le=MAX_SIDE, multiple_of=8)]
 Pair = tuple[Annotated[Int, limits(ge=0, le=MAX_SIDE)], Annotated[Int, limits(ge=0, le=MAX_SIDE)]]
 
@@ -374,6 +375,7 @@ class Request:
     loras: LoRASchedules = LoRASchedules()
     noise: Noise = Noise()
     loop: Loop = Loop()
+    finish: Finish = Finish()
     memory: Memory = Memory()
     output: Output = Output()
     spelled: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -382,6 +384,11 @@ class Request:
     def loops(self) -> bool:
         """Whether the last frame is followed by the first."""
         return self.loop.mode == "rotate" or (self.windows is not None and self.windows.loops)
+
+    @property
+    def written_fps(self) -> float:
+        """Frames per second of the clip's file."""
+        return self.output.fps * self.finish.interpolate
 
     def per_prompt(self) -> list[tuple[str | dict[int, str], str | dict[int, str], int]]:
         """(prompt, negative prompt, seed) of every prompt; recorded seeds take the place of -1."""

@@ -15,7 +15,15 @@ from animatediff.utils import UserError, describe, unknown_key
 
 SHORT = {"loop": "mode", "windows": "schedule", "noise": "type"}  # groups that one plain value may stand for
 SWITCHES = ("freeu", "freeinit", "windows")  # groups that are off by default; `true` means their defaults
-FLATLESS = ("freeu", "freeinit", "loop", "pia", "i2v", "camera")  # groups whose options are only known inside them
+FLATLESS = (
+    "freeu",
+    "freeinit",
+    "loop",
+    "pia",
+    "i2v",
+    "camera",
+    "finish",
+)  # groups whose options are only known inside them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from animatediff.media.gif import write_gif
 from animatediff.media.mp4 import write_mp4
 from animatediff.media.pictures import WHITE, encode, read_animation, read_info
 from animatediff.media.seek import MAX_BYTES, UnusableVideo, pick, probe, read_clip, times
+from animatediff.media.sound import Sound
 from animatediff.utils import UserError, replacing
 
 GRID_PADDING = 2  # black pixels around every clip of a grid
@@ -50,6 +51,7 @@ def save_video(
     metadata: Mapping[str, Any] | None = None,
     *,
     loop: int = 0,
+    sound: Sound | None = None,
 ) -> Path:
     """Write one clip; the file appears whole or not at all.
 
@@ -61,6 +63,7 @@ def save_video(
         fps: frames per second. A GIF's delays are multiples of 10 ms, spread so that the clip's length is right.
         metadata: settings that JSON can hold; `read_metadata` gives them back, with `frames` and `fps` added.
         loop: times that a GIF or WebP is played, 0 for ever.
+        sound: of an MP4.
 
     Returns:
         The path.
@@ -79,6 +82,8 @@ def save_video(
     check_fps(fps, form)
     if not 0 <= loop < 2**16 or (loop and form not in LOOPING):
         raise UserError(f"loop: got {loop} for {form}, expected 0, or for a GIF or WebP the times that it is played")
+    if sound and form != "mp4":
+        raise UserError(f"got sound for {form}, which holds none, expected mp4")
     streamed = isinstance(video, FrameStream)
     frames = video.source if streamed else to_uint8(video)
     if streamed and path.suffix not in STREAMED:
@@ -89,7 +94,8 @@ def save_video(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"got {path} to write to, expected a folder that can be made: {error.strerror}") from None
-    options = {"loop": loop} if form in LOOPING else {}
+    options: dict[str, Any] = {"loop": loop} if form in LOOPING else {}
+    options |= {"sound": sound} if sound else {}
     with replacing(path) as temporary:
         writer(frames, temporary, float(fps), comment, **options)
     return path

@@ -100,6 +100,7 @@ def defaults_for_calls(entry: Request) -> Request:
         sampling=Sampling(sampler=s.sampler, timestep_spacing=s.timestep_spacing),  # type: ignore[call-arg]
         inputs=Inputs(),
         sparsectrl=replace(c, images=(), frames=(0,), scale=(1.0,)),
+        finish=replace(entry.finish, audio=""),
         output=Output(),
         spelled={},
     )
@@ -139,3 +140,11 @@ def given_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(latents.shape) != shape:
         raise UserError(f"got latents of shape {tuple(latents.shape)}, expected {shape} (clips, c, f, h, w)")
     return rearrange(latents.float(), "b c f h w -> b f c h w")
+
+
+def check_finish(request: Request, output_type: str) -> None:
+    """Raises: UserError where a call cannot finish clips as its request says."""
+    if request.finish.changes and output_type == "latent":
+        raise UserError("got finish for the output type latent, expected pixels: choose another, or leave finish out")
+    if request.finish.audio:
+        raise UserError("finish.audio is of files: leave it out, and give a sound to animatediff.media's save_video")

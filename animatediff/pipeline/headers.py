@@ -28,6 +28,8 @@ from animatediff.features.inputs import prepare_inputs
 from animatediff.features.picture_checks import check_pictures
 from animatediff.features.sparsectrl import condition_pixels
 from animatediff.media.pictures import read_mask
+from animatediff.media.sound import check_sound
+from animatediff.pipeline.finish import second_pass
 from animatediff.pipeline.resolve import PICTURE_GROUPS, Facts, resolve
 from animatediff.pipeline.sample import count_steps
 from animatediff.utils import UserError, naming
@@ -199,7 +201,14 @@ def _check(request: Request, headers: Headers, complete: bool) -> Checked:
         )
         extended = inputs is not None and inputs.video is not None and inputs.extend
         known = inputs.video.shape[1] if extended else 0  # type: ignore[union-attr]
-    return Checked(request, headers, count_steps(request, longest=longest, known=known))
+        steps = count_steps(request, longest=longest, known=known)
+        if request.finish.audio:
+            check_sound(headers.paths["finish.audio"])
+        if request.finish.strength:
+            with naming("second pass"):
+                second = resolve(second_pass(request), headers.facts(request))
+            steps += count_steps(second, longest=longest)
+    return Checked(request, headers, steps)
 
 
 def _check_version(request: Request, headers: Headers) -> None:

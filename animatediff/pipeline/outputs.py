@@ -58,8 +58,17 @@ def decode(vae: VAE, latents: Tensor, output_type: str, *, chunk_frames: int) ->
     """Clips of latents (b, f, c, h, w), in one of OUTPUT_TYPES (see `AnimateDiffPipeline.__call__`)."""
     if output_type == "latent":
         return rearrange(latents, "b f c h w -> b c f h w")
+    return as_output(decode_pixels(vae, latents, chunk_frames=chunk_frames), output_type)
+
+
+def decode_pixels(vae: VAE, latents: Tensor, *, chunk_frames: int = 8) -> Tensor:
+    """As `decode_video`; raises UserError for latents that are not finite."""
     check_finite(latents)
-    video = decode_video(vae, latents, chunk_frames=chunk_frames)
+    return decode_video(vae, latents, chunk_frames=chunk_frames)
+
+
+def as_output(video: Tensor, output_type: str) -> Any:
+    """Clips (b, f, 3, H, W) in [0, 1] in one of OUTPUT_TYPES but "latent"."""
     if output_type == "pt":
         return video
     if output_type == "tensor":
@@ -67,6 +76,11 @@ def decode(vae: VAE, latents: Tensor, output_type: str, *, chunk_frames: int) ->
     if output_type == "np":
         return rearrange(video, "b f c h w -> b f h w c").numpy()
     return [[Image.fromarray(frame) for frame in to_uint8(clip)] for clip in video]
+
+
+def as_bytes(video: Tensor) -> Tensor:
+    """uint8 of floats in [0, 1], of any shape."""
+    return (video * 255).round().to(torch.uint8)
 
 
 def decode_frames(vae: VAE, latents: Tensor, *, chunk: int = 8) -> Iterator[Any]:

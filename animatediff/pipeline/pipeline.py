@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,15 +32,17 @@ from animatediff.pipeline.call import (
     Generators,
     StepCallback,
     advance,
+    check_finish,
     defaults_for_calls,
     generators_of,
     given_latents,
 )
 from animatediff.pipeline.device import pick_device, pick_dtype, to_device
+from animatediff.pipeline.finish import Finisher
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.memory import apply_memory, check_memory
 from animatediff.pipeline.model import Model
-from animatediff.pipeline.outputs import decode, decode_frames
+from animatediff.pipeline.outputs import as_bytes, as_output, decode, decode_frames, decode_pixels
 from animatediff.pipeline.prompts import encode_prompts, with_pooled
 from animatediff.pipeline.resolve import facts_of, resolve
 from animatediff.pipeline.sample import ClipSampler, count_steps, max_frames
@@ -226,13 +228,24 @@ class AnimateDiffPipeline:
             guidance_scale=guidance_scale, negative_prompt=negative_prompt, eta=eta,
         )  # fmt: skip
         request = self.request_for({**given, **options}, embeds=embeds, negatives=negatives)
+        check_finish(request, output_type)
         with loras_scaled(self.model.loras, call.lora_scale):
             x = self.sample(
                 request, videos=num_videos_per_prompt, generator=generator, latents=latents,
                 prompt_embeds=embeds, negative_prompt_embeds=negatives,
                 callback=call.after_step(self),
             )  # fmt: skip
-        frames = decode(self.vae, x, output_type, chunk_frames=decode_chunk_size or request.memory.vae_frames)
+        chunk = decode_chunk_size or request.memory.vae_frames
+        if not request.finish.changes:
+            frames = decode(self.vae, x, output_type, chunk_frames=chunk)
+        else:
+            video = as_bytes(decode_pixels(self.vae, x, chunk_frames=chunk))
+            with loras_scaled(self.model.loras, call.lora_scale):
+                video = self.finish(
+                    video, request, videos=num_videos_per_prompt, generator=generator, prompt_embeds=embeds,
+                    negative_prompt_embeds=negatives,
+                )  # fmt: skip
+            frames = as_output(video.float() / 255, output_type)
         return AnimateDiffOutput(frames) if return_dict else (frames,)
 
     def request_for(
@@ -271,6 +284,7 @@ class AnimateDiffPipeline:
         negative_prompt_embeds: Context | None = None,
         callback: Callable[[int, int, Tensor], None] | None = None,
         estimated: Callable[[Tensor], None] | None = None,
+        features: Sequence[Feature] | None = None,
     ) -> Tensor:
         """Clean latents (b v, f, c, h, w) of a resolved request: b prompts, v videos of each.
 
@@ -280,6 +294,7 @@ class AnimateDiffPipeline:
             prompt_embeds, negative_prompt_embeds: as of `encode_prompts`.
             callback: called after every step with its number, its timestep and the latents, which it may change.
             estimated: called with every estimate of the clean latents (b v, f, c, h, w), for previews.
+            features: in place of the pipeline's.
         """
         m, size, r = self.model, request.size, request
         apply_memory(m, r.memory)
@@ -299,12 +314,39 @@ class AnimateDiffPipeline:
             )
             shows, _ = encode_prompts(m, plain)
         generators = generators_of(generator, r, clips, videos)
-        sampler = ClipSampler(m, r, context, negative, generators, inputs, shows, callback, estimated, self.features)
+        features = features or self.features
+        sampler = ClipSampler(m, r, context, negative, generators, inputs, shows, callback, estimated, features)
         if latents is None:
             return sampler.sample(sampler.draw(size.num_frames))
         side = m.vae.config.downsampling
         shape = (clips, m.vae.config.latent_channels, size.num_frames, size.height // side, size.width // side)
         return sampler.sample(given_latents(latents, shape).to(m.device))
+
+    @torch.no_grad()
+    def finish(
+        self,
+        video: Tensor,
+        request: Request,
+        *,
+        finisher: Finisher | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """Clips made larger and smoother as the request's `finish` says, uint8 (b, f, 3, H, W).
+
+        Args:
+            video: uint8 (b, f, 3, H, W).
+            request: what made them, nothing left open.
+            finisher: of the request, with its models loaded.
+            sampling: keyword arguments of `sample`, for the second pass.
+        """
+
+        def resample(second: Request, features: tuple[Feature, ...]) -> Tensor:
+            latents = self.sample(resolve(second, facts_of(self.model)), features=features + self.features, **sampling)
+            return as_bytes(decode_pixels(self.vae, latents, chunk_frames=request.memory.vae_frames))
+
+        downsampling = self.vae.config.downsampling
+        finisher = finisher or Finisher(request.finish, device=self.device, downsampling=downsampling)
+        return finisher(video, request, resample)
 
     def infer(
         self,

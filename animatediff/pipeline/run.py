@@ -22,8 +22,9 @@ from animatediff.features.inputs import input_sha256
 from animatediff.media.video import FrameStream, is_complete, read_video, save_video, tile
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.device import pick_device, pick_dtype
+from animatediff.pipeline.finish import Finisher, compare, sound_of
 from animatediff.pipeline.headers import Checked, check_requests
-from animatediff.pipeline.outputs import decode_frames, is_out_of_memory
+from animatediff.pipeline.outputs import as_bytes, decode_frames, decode_pixels, is_out_of_memory
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.prompts import first_text
 from animatediff.pipeline.run_folder import clip_settings, open_folder, record_hashes, versions
@@ -117,6 +118,7 @@ def animate(
             config = record_hashes(config, folder, {str(paths[option]): h for option, h in hashes.items()})
             with _one_line_when_full(entry):
                 pipeline = AnimateDiffPipeline(assembler.assemble(entry))
+                finisher = _finisher(entry.request, pipeline)
             for line in pipeline.model.reports:
                 _say(line)
             follower.loaded(pipeline)
@@ -124,7 +126,7 @@ def animate(
             for job in todo:
                 bar.set_description(f"prompt {jobs.index(job) + 1}/{len(jobs)}")
                 with _one_line_when_full(entry):
-                    _run(pipeline, job, hashes, bar, follower)
+                    _run(pipeline, job, hashes, bar, finisher, follower)
             del pipeline
     grid = folder / ("sample-grid" if config.entries[0].output.format == "png" else f"sample.{_format(config)}")
     if len(jobs) > 1 and (waiting or not grid.exists()):
@@ -154,17 +156,38 @@ def file_words(prompt: str) -> str:
     return "-".join(re.findall(r"\w+", prompt)[:NAME_WORDS]).encode()[:NAME_LENGTH].decode(errors="ignore").rstrip("-")
 
 
-def _run(pipeline: AnimateDiffPipeline, job: Job, hashes: dict[str, str], bar: tqdm, follower: Follower) -> None:
-    """Make one clip and write it, frame by frame."""
+def _finisher(request: Request, pipeline: AnimateDiffPipeline) -> Finisher | None:
+    if not request.finish.changes:
+        return None
+    return Finisher(request.finish, device=pipeline.device, downsampling=pipeline.vae.config.downsampling)
+
+
+def _run(
+    pipeline: AnimateDiffPipeline,
+    job: Job,
+    hashes: dict[str, str],
+    bar: tqdm,
+    finisher: Finisher | None,
+    follower: Follower,
+) -> None:
+    """Make one clip and write it, frame by frame, or, where it is finished, as a whole."""
 
     def after_step(*_: object) -> None:
         bar.update()
         follower.stepped(int(bar.n), int(bar.total))
 
-    latents = pipeline.sample(job.request, callback=after_step, estimated=follower.estimated)
-    clip = FrameStream(latents.shape[1], decode_frames(pipeline.vae, latents, chunk=job.request.memory.vae_frames))
-    output = job.request.output
-    save_video(clip, job.path, output.fps, metadata=clip_settings(job.request, hashes), loop=output.loop_count)
+    r, told = job.request, {"callback": after_step, "estimated": follower.estimated}
+    latents = pipeline.sample(r, **told)
+    if finisher is None:
+        clip: FrameStream | Tensor = FrameStream(
+            latents.shape[1], decode_frames(pipeline.vae, latents, chunk=r.memory.vae_frames)
+        )
+    else:
+        before = as_bytes(decode_pixels(pipeline.vae, latents, chunk_frames=r.memory.vae_frames))
+        clip = pipeline.finish(before, r, finisher=finisher, **told)[0]
+        _say(f"finished: {compare(before[0], clip)}")
+    metadata = clip_settings(r, hashes)
+    save_video(clip, job.path, r.written_fps, metadata, loop=r.output.loop_count, sound=sound_of(r))
     with tqdm.external_write_mode(file=sys.stdout):
         print(printable(str(job.path)), flush=True)
 
@@ -189,8 +212,9 @@ def _write_grid(path: Path, config: RunConfig, jobs: list[Job]) -> None:
     """
     videos = [read_video(job.path)[0].numpy() for job in jobs]
     prompts = [job.request.prompts.prompt[0] for job in jobs]
-    output = config.entries[0].output
-    save_video(tile(videos, GRID_COLUMNS), path, output.fps, metadata={"prompts": prompts}, loop=output.loop_count)
+    first = config.entries[0]
+    grid = tile(videos, GRID_COLUMNS)
+    save_video(grid, path, first.written_fps, metadata={"prompts": prompts}, loop=first.output.loop_count)
     print(printable(str(path)))
 
 
