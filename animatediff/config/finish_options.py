@@ -25,9 +25,6 @@ class Finish:
     tile: Annotated[Int, limits(multiple_of=8)] = opt(
         0, "pixels of a side of the second pass's tiles, such as 512; 0: pictures in one piece", ge=0, le=MAX_SIDE
     )
-    tile_overlap: Annotated[Int, limits(ge=0, multiple_of=8)] | None = opt(
-        None, "pixels that neighbouring tiles share (a quarter of a tile)"
-    )
     match_colors: Bool = opt(True, "give the larger clip the colours, in mean and spread, of the first one")
     interpolate: Literal[1, 2, 4, 8] = opt(1, "how many times as many frames per second, made by the clip's own motion")
     interpolator: Annotated[PathText, INTERPOLATOR] = opt("", "learned model, a TorchScript program (such as FILM's)")
@@ -42,8 +39,3 @@ class Finish:
     def changes(self) -> bool:
         """Whether frames are to become others."""
         return self.enlarges or self.interpolate > 1
-
-    @property
-    def tile_shared(self) -> int:
-        """Pixels that tiles share."""
-        return self.tile // 32 * 8 if self.tile_overlap is None else self.tile_overlap

@@ -22,9 +22,6 @@ def finish_refusals(request: Request) -> Iterator[str]:
         if getattr(f, name) != default and not second:
             yield (f"{{finish.{name}}} is of the second pass, which needs a {{finish.strength}} above 0, such as 0.4: "
                    f"set it, or remove {{finish.{name}}}")  # fmt: skip
-    if f.tile_overlap is not None and not 0 <= f.tile_overlap < f.tile:
-        expected = f"0 to {f.tile - 8}, less than {{finish.tile}}" if f.tile else "a {finish.tile}"
-        yield f"{{finish.tile_overlap}}: got {f.tile_overlap}, expected {expected}"
     for name in _of_whole_pictures(request) if f.tile else ():
         yield (f"got {{finish.tile}} and {{{name}}}, which is of whole pictures, expected one of them: set "
                "{finish.tile} to 0")  # fmt: skip

@@ -13,7 +13,7 @@ from animatediff.checkpoints.known_files import find_file, missing_file
 from animatediff.config.finish_options import Finish
 from animatediff.config.request import Inputs, Request, Windows
 from animatediff.features.feature import Feature
-from animatediff.features.tiles import tiles
+from animatediff.features.spatial_tiles import spatial_tiles
 from animatediff.media.enlarge import enlarge, load_upscaler, match_colors
 from animatediff.media.interpolate import interpolate, load_interpolator
 from animatediff.media.seek import probe
@@ -62,7 +62,8 @@ class Finisher:
             larger = torch.stack([enlarge(clip, *size, upscale=self.upscale) for clip in video])
             if f.strength:
                 assert resample is not None
-                larger = resample(second_pass(request, larger), _tiled(f, self.downsampling))
+                tiles = (spatial_tiles(max(f.tile // self.downsampling, 1)),) if f.tile else ()
+                larger = resample(second_pass(request, larger), tiles)
             if f.match_colors and (f.strength or f.upscaler):
                 larger = torch.stack([match_colors(a, b) for a, b in zip(larger, video, strict=True)])
             video = larger
@@ -132,12 +133,6 @@ def compare(before: Tensor, after: Tensor) -> str:
     means = [clip.float().mean(dim=(0, 2, 3)) for clip in (before, after)]
     shift = f"colours {float((means[1] - means[0]).abs().max()):.1f} of 255 apart"
     return "; ".join((" -> ".join(sizes), row("seam", loop_seam), row("flicker", flicker), shift))
-
-
-def _tiled(options: Finish, downsampling: int) -> tuple[Feature, ...]:
-    if not options.tile:
-        return ()
-    return (tiles(max(options.tile // downsampling, 1), options.tile_shared // downsampling),)
 
 
 def file_of(path: str, option: str) -> Path:

@@ -206,7 +206,6 @@ def test_sound_goes_along(tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["finish.tile=64"], "finish.tile is of the second pass, which needs a finish.strength"),
-        (["finish.strength=0.3", "finish.tile=32", "finish.tile_overlap=32"], "tile_overlap: got 32, expected 0 to 24"),
         (["finish.strength=0.3", "finish.upscaler=a.pth"], "finish.strength needs a finish.scale beside"),
         (["finish.loop=true"], "finish.loop needs a finish.interpolate of 2, 4 or 8"),
         (["finish.interpolate=3"], "finish.interpolate: got 3, expected 1 or 2 or 4 or 8"),
