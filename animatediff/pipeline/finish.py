@@ -13,6 +13,7 @@ from animatediff.checkpoints.known_files import find_file, missing_file
 from animatediff.config.finish_options import Finish
 from animatediff.config.request import Inputs, Request, Windows
 from animatediff.features.feature import Feature
+from animatediff.features.inputs import steps_taken
 from animatediff.features.spatial_tiles import spatial_tiles
 from animatediff.media.enlarge import enlarge, load_upscaler, match_colors
 from animatediff.media.interpolate import interpolate, load_interpolator
@@ -36,16 +37,15 @@ class Finisher:
     """
 
     def __init__(self, options: Finish, *, device: torch.device | str = "cpu", downsampling: int = 8):
-        self.options, self.device, self.downsampling = options, device, downsampling
-        self.upscale, own = (
-            load_upscaler(file_of(options.upscaler, "finish.upscaler"), device) if options.upscaler else (None, 1)
-        )
-        self.between = (
-            load_interpolator(file_of(options.interpolator, "finish.interpolator"), device)
-            if options.interpolator
-            else None
-        )
+        self.options, self.downsampling, own = options, downsampling, 1
+        self.upscale = self.between = None
+        if options.upscaler:
+            self.upscale, own = load_upscaler(file_of(options.upscaler, "finish.upscaler"), device)
         self.scale = options.scale or float(own)
+        on_mps = torch.device(device).type == "mps"  # whose grid_sample does not have every mode of the motion's
+        self.device = torch.device("cpu" if on_mps else device)
+        if options.interpolator:
+            self.between = load_interpolator(file_of(options.interpolator, "finish.interpolator"), self.device)
 
     @torch.no_grad()
     def __call__(self, video: Tensor, request: Request, resample: Resample | None = None) -> Tensor:
@@ -90,7 +90,9 @@ def second_pass(request: Request, video: Tensor | None = None, *, downsampling: 
         request: of the first pass, nothing left open.
         video: uint8 (b, f, 3, H, W), of the new size; None to look at the request before there are any.
     """
-    f, s = request.finish, request.size
+    f, s, steps = request.finish, request.size, request.finish.steps or request.sampling.steps
+    if steps and not steps_taken(steps, f.strength):
+        raise UserError(f"finish.strength: got {f.strength:g} of {steps} steps, which is none: raise one of them")
     height, width = enlarged_size((s.height, s.width), f.scale or 1, downsampling)  # type: ignore[arg-type]
     if video is not None:
         height, width = video.shape[-2:]

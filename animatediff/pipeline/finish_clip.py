@@ -25,6 +25,7 @@ from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.device import pick_device, pick_dtype
 from animatediff.pipeline.finish import Finisher, compare, file_of, second_pass, sound_of
 from animatediff.pipeline.headers import check_requests
+from animatediff.pipeline.outputs import one_line_when_full
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.run_folder import settings_request
 from animatediff.utils import UserError
@@ -69,13 +70,13 @@ def finish_clip(
     target = _target(path, request, output)
     if request.finish.audio:
         check_sound(file_of(request.finish.audio, "finish.audio"))
-    if request.finish.strength:
-        finished = _resampled(video, request, path, device=device, dtype=dtype)
-    else:
-        finished = Finisher(request.finish, device=pick_device(device))(video[None], request)[0]
-    rate = request.output.fps * request.finish.interpolate
+    with one_line_when_full(request):
+        if request.finish.strength:
+            finished = _resampled(video, request, path, device=device, dtype=dtype)
+        else:
+            finished = Finisher(request.finish, device=pick_device(device))(video[None], request)[0]
     metadata = _metadata(path, settings, request)
-    save_video(finished, target, rate, metadata, loop=request.output.loop_count, sound=sound_of(request))
+    save_video(finished, target, request.written_fps, metadata, loop=request.output.loop_count, sound=sound_of(request))
     return target, compare(video, finished)
 
 

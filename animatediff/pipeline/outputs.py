@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from animatediff.config.request import Request
 from animatediff.media.video import to_uint8
 from animatediff.models.vae import VAE
 from animatediff.utils import UserError
@@ -22,6 +24,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )
+
+
+@contextmanager
+def one_line_when_full(request: Request) -> Iterator[None]:
+    """Raises: UserError in place of the many errors that a full memory gives."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        size, finish = request.size, request.finish
+        frames, tiles = f"{size.num_frames} frames of {size.height}x{size.width}", ""
+        if finish.enlarges:
+            frames, tiles = f"{frames} to be made larger", ", finish.tile=512, memory.vae_tile=512"
+        raise UserError(
+            f"entry {request.output.name}: got {frames}, more than the device's memory can take: choose smaller L, H "
+            f"or W{tiles}, or --dtype float16"
+        ) from None
 
 
 def decode_video(vae: VAE, latents: Tensor, *, chunk_frames: int) -> Tensor:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.device import pick_device, pick_dtype
 from animatediff.pipeline.finish import Finisher, compare, sound_of
 from animatediff.pipeline.headers import Checked, check_requests
-from animatediff.pipeline.outputs import as_bytes, decode_frames, decode_pixels, is_out_of_memory
+from animatediff.pipeline.outputs import as_bytes, decode_frames, decode_pixels, one_line_when_full
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.prompts import first_text
 from animatediff.pipeline.run_folder import clip_settings, open_folder, record_hashes, versions
@@ -116,7 +115,7 @@ def animate(
             hashes = _hashes(entry)
             paths = entry.headers.paths
             config = record_hashes(config, folder, {str(paths[option]): h for option, h in hashes.items()})
-            with _one_line_when_full(entry):
+            with one_line_when_full(entry.request):
                 pipeline = AnimateDiffPipeline(assembler.assemble(entry))
                 finisher = _finisher(entry.request, pipeline)
             for line in pipeline.model.reports:
@@ -125,7 +124,7 @@ def animate(
             bar.unpause()  # loading is no part of a step
             for job in todo:
                 bar.set_description(f"prompt {jobs.index(job) + 1}/{len(jobs)}")
-                with _one_line_when_full(entry):
+                with one_line_when_full(entry.request):
                     _run(pipeline, job, hashes, bar, finisher, follower)
             del pipeline
     grid = folder / ("sample-grid" if config.entries[0].output.format == "png" else f"sample.{_format(config)}")
@@ -233,21 +232,6 @@ def _progress(checked: list[Checked], jobs: list[Job], waiting: list[Job]) -> It
     description = f"prompt {first}/{len(jobs)}"
     with tqdm(total=total, desc=description, unit="step", file=sys.stderr, disable=not waiting) as bar:
         yield bar
-
-
-@contextmanager
-def _one_line_when_full(checked: Checked) -> Iterator[None]:
-    """Raises: UserError in place of the many errors that a full memory gives."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        r = checked.request
-        raise UserError(
-            f"entry {r.output.name}: got {r.size.num_frames} frames of {r.size.height}x{r.size.width}, more than the "
-            "device's memory can take: choose smaller L, H or W, or --dtype float16"
-        ) from None
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from PIL import Image
 from animatediff.config.prompt_yaml import load_config
 from animatediff.config.request import Request
 from animatediff.config.spellings import build_request
-from animatediff.media.sound import check_sound
+from animatediff.media.sound import Sound, check_sound
 from animatediff.media.video import read_metadata, read_video, save_video
-from animatediff.pipeline.finish import Finisher, enlarged_size, second_pass
+from animatediff.pipeline.finish import Finisher, enlarged_size, second_pass, sound_of
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.run import animate
 from animatediff.utils import UserError
@@ -195,6 +195,9 @@ def test_sound_goes_along(tmp_path, monkeypatch):
     finished("tone.mp4", "finish.interpolate=2", "--audio")
     assert len(read_video("tone-finished.mp4")[0]) == 19
     check_sound(tmp_path / "tone-finished.mp4")
+    started = {"prompt": "a fox", "video": "tone.mp4", "video_start": 3, "format": "mp4"}
+    request = build_request({**started, "finish": {"audio": "tone.mp4"}}, where="")
+    assert sound_of(request) == Sound(Path("tone.mp4"), pytest.approx(0.3))
     save_video(numbered(3), "mute.mp4", 10)
     with pytest.raises(UserError, match="mute.mp4, which has no sound"):
         finished("mute.mp4", "--audio")
@@ -206,6 +209,7 @@ def test_sound_goes_along(tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["finish.tile=64"], "finish.tile is of the second pass, which needs a finish.strength"),
+        (["finish.strength=0.3"], "finish.strength: got 0.3 of 2 steps, which is none"),
         (["finish.strength=0.3", "finish.upscaler=a.pth"], "finish.strength needs a finish.scale beside"),
         (["finish.loop=true"], "finish.loop needs a finish.interpolate of 2, 4 or 8"),
         (["finish.interpolate=3"], "finish.interpolate: got 3, expected 1 or 2 or 4 or 8"),
