@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["animatediff*"]) + find_packages("kernels"),
     package_dir={"animatediff_kernels": "kernels/animatediff_kernels"},
-    package_data={"animatediff": ["assets/*"], "animatediff_kernels": ["measured.csv"]},
+    package_data={"animatediff": ["assets/*", "page/*.css"], "animatediff_kernels": ["measured.csv"]},
     install_requires=[
         "torch>=2.6,<2.14",
         'triton; platform_system == "Linux"',
@@ -31,5 +31,6 @@ setup(
         "bench": ["matplotlib"],
         "finish": ["spandrel"],
         "hints": ["opencv-python-headless"],
+        "web": ["gradio>=6.31,<7"],
     },
 )

@@ -18,6 +18,7 @@ LAYERS = {
     "animatediff.metrics": 4,
     "animatediff.pipeline": 5,
     "animatediff.world": 5,
+    "animatediff.page": 6,
     "animatediff.training": 6,
     "animatediff.lab": 7,
 }
@@ -43,6 +44,8 @@ IMPORT_RULES = {  # third-party package -> the only places that may import it
     ),
     "cv2": ("animatediff/media/preprocess.py",),
     "triton": ("kernels/",),
+    "gradio": ("animatediff/page/", "tests/page/"),
+    "selenium": ("tests/page/",),
     "diffusers": ("kernels/benchmarks/",),
     "matplotlib": ("kernels/benchmarks/",),
     "spandrel": ("animatediff/media/enlarge.py", "tests/media/"),
