@@ -13,6 +13,7 @@ from typing import Any, Literal, Union
 
 from animatediff.config.settings import FileKind
 from animatediff.config.spellings import Option, all_options, group_classes, usual
+from animatediff.config.values import PICTURES
 
 LORAS, MOTION_LORAS = 4, 3  # that have fields; more of them go into the last one
 PROMPT, NEGATIVE, TRAVEL, MORE = "prompts.prompt", "prompts.negative_prompt", "travel.keyframes", "more"
@@ -51,20 +52,13 @@ SECTIONS = (
                            "sparsectrl.normalize")),
     Section("IP-Adapter", (*_entry("ip_adapters.adapters", "path", "images", "scale", "layers", "fit"),
                            "ip_adapters.image_encoder")),
+    Section("Larger and smoother", ("finish.scale", "finish.upscaler", "finish.strength", "finish.steps", "finish.tile",
+                                    "finish.match_colors", "finish.interpolate")),
     Section("Output", ("output.format", "output.loop_count")),
+    Section("Memory", ("memory.max", "memory.offload", "memory.weights", "memory.vae_tile", "memory.split_guidance")),
 )  # fmt: skip
-PLAIN_GROUPS = (
-    "model",
-    "prompts",
-    "travel",
-    "size",
-    "sampling",
-    "inputs",
-    "output",
-    "controlnets",
-    "sparsectrl",
-    "ip_adapters",
-)  # whose options are understood without the group's name
+PLAIN_GROUPS = {"model", "prompts", "travel", "size", "sampling", "inputs", "output", "controlnets", "sparsectrl",
+                "ip_adapters", "finish", "memory"}  # fmt: skip  # whose options are understood without the group's name
 OWN = (PROMPT, NEGATIVE, TRAVEL, MORE)  # read in ways of their own
 
 
@@ -87,7 +81,7 @@ class Field:
     help: str
     takes: str
     default: Any = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[Any, ...] = ()
     least: float = 0.0
     most: float = 1.0
     kind: FileKind | None = None
@@ -159,17 +153,18 @@ def _range(limits: Mapping[str, float]) -> str:
     return ", ".join(words[key].format(limits[key]) for key in words if limits.get(key, 1e4) < 1e4)
 
 
-def _takes(hint: Any, default: Any, kind: FileKind | None, limits: Mapping[str, float]) -> tuple[str, tuple[str, ...]]:
+def _takes(hint: Any, default: Any, kind: FileKind | None, limits: Mapping[str, float]) -> tuple[str, tuple[Any, ...]]:
     """What a field takes, and the choices of a choice."""
     optional = typing.get_origin(hint) in (Union, types.UnionType) and type(None) in typing.get_args(hint)
     inner = next(p for p in typing.get_args(hint) if p is not type(None)) if optional else hint
     while typing.get_origin(inner) is typing.Annotated:
         inner = typing.get_args(inner)[0]
+    if kind is PICTURES:
+        return ("medias" if default == () else "media"), ()
     if kind:
-        many = default == () or typing.get_origin(inner) is tuple
-        return ("file" if kind.kinds else "medias" if many else "media"), ()
+        return "file", ()
     if typing.get_origin(inner) is Literal:
-        return "choice", tuple(str(choice) for choice in typing.get_args(inner))
+        return "choice", typing.get_args(inner)
     if inner is bool:
         return "switch", ()
     if inner in (int, float):

@@ -237,7 +237,7 @@ def show_value(field: Field, value: Any) -> Any:
         return json.dumps(value, ensure_ascii=False)
     if field.takes == "medias":
         return [str(v) for v in value] if value is not None and len(value) else None
-    if field.takes in ("file", "text", "choice"):
+    if field.takes in ("file", "text"):
         return str(value or "")
     return value
 

@@ -30,6 +30,7 @@ FOLDERS = {  # of models/, as the README and the configs lay it out: what lies t
     "controlnets.nets": "ControlNet",
     "sparsectrl.path": "SparseCtrl",
     "ip_adapters.adapters": "IP-Adapter",
+    "finish.upscaler": "ESRGAN",
 }
 
 
@@ -84,7 +85,9 @@ class Places:
         for path, (_, info) in sorted(self._known.items()):
             fits = isinstance(info, FileInfo) and info.kind in field.kind.kinds
             inside = folder and Path(path).absolute().is_relative_to((self.models / folder).absolute())
-            if fits:
+            if inside and not field.kind.kinds:  # what has no kinds is told by whoever reads it
+                fitting.append((Path(path).name, path))
+            elif fits:
                 fitting.append((f"{Path(path).name} · {_what(info)}", path))
             elif inside:
                 reason = _what(info) if isinstance(info, FileInfo) else "cannot be read"
@@ -178,7 +181,8 @@ def _weights(folder: Path) -> list[Path]:
 
 def _what(info: FileInfo) -> str:
     """What a file is, in a few words."""
-    base = info.base.removeprefix("SD 1.x layout of ").replace("unknown", "")
+    base = info.base.removeprefix("SD 1.x layout of ") if "told" not in info.base else ""
+    base = "" if base == "unknown" else base
     version = info.version if info.kind.startswith(("motion-mod", "motion-ad", "sparse")) else ""
     summary = info.summary.removeprefix("a ").removeprefix("an ").removesuffix(" in one file")
     told = (" ".join(part for part in (summary, version) if part), "" if base in summary else base, info.dtype)

@@ -109,7 +109,7 @@ class Form:
         if field.takes == "file":
             self.inputs[name] = gr.Dropdown(self.places.offers(field), value=value or "", **common)
         elif field.takes == "choice":
-            choices = [(choice or "default", choice) for choice in field.choices]
+            choices = [(str(choice) or "default", choice) for choice in field.choices]
             if name in ("windows.schedule", "loop.mode"):
                 choices[0] = ("off", "")
             self.inputs[name] = gr.Dropdown(choices, value=value, filterable=False, **common)

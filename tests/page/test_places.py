@@ -46,7 +46,7 @@ def test_files_are_offered_with_what_they_are(places, models):
     motion = offered("model.motion_module")
     assert list(motion)[:2] == ["", "shapes_motion.safetensors"]
     assert motion["shapes_motion.safetensors"].endswith("motion module v2, widths 48, 64, 80, float16")
-    assert motion["lora.safetensors"] == "✕ lora.safetensors · LoRA of an image model, SD 1.x, float16"
+    assert motion["lora.safetensors"] == "✕ lora.safetensors · LoRA of an image model, float16"
     assert motion["page.ckpt"] == "✕ page.ckpt · cannot be read"
     assert "lora.safetensors" in offered("model.loras[0].path")
     assert "sd15" in offered("model.base") and "notes.txt" not in offered("model.base")
