@@ -107,11 +107,13 @@ def save_motion_module(
     *,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
+    condition: StateDict | None = None,
 ) -> Path:
     """Write the motion module of a video UNet in official keys; `load_motion_module` reads it back by itself.
 
     Args:
         unet: its `config.motion` may not be None.
+        condition: what PIA's and AnimateLCM-I2V's files hold besides, see `motion_condition_files`.
         path: `.safetensors`, or `.ckpt`, `.pt`, `.pth`.
         metadata: strings to add; version, heads and trained length are written by themselves.
         dtype: to store the weights in, their own by default.
@@ -122,6 +124,7 @@ def save_motion_module(
     if unet.config.motion is None:
         raise UserError("got an image UNet, expected one with a motion module: load or build one first")
     tensors = {k: t for k, t in _weights(unet, dtype).items() if MOTION_MARK in k}
+    tensors |= {k: t.detach().to(dtype or t.dtype) for k, t in (condition or {}).items()}
     facts = motion_metadata_of(unet.config.motion, norm_num_groups=unet.config.norm_num_groups)
     return write_state_dict(path, tensors, metadata={**(metadata or {}), **facts})
 
@@ -277,7 +280,7 @@ def write_official_motion(parts: MotionParts, path: str | Path, *, version: str 
         UserError: the version cannot be told, or contradicts the file.
     """
     config = _motion_sizes(parts, version)
-    tensors = dict(parts.tensors)
+    tensors = parts.tensors | parts.condition
     for key, table in parts.positional.items():
         if key.endswith(".pos_embed.pe"):  # diffusers keeps one for all attentions of a block
             stem = key.removesuffix("pos_embed.pe")
@@ -303,6 +306,11 @@ def write_motion_adapter(parts: MotionParts, folder: str | Path, *, version: str
             f"got {parts.path} with modules at resolutions {config.resolutions} and {config.attentions_per_block} "
             "attentions each, expected all resolutions and 2: MotionAdapter has no other; keep the official format"
         )
+    if parts.kind == "animatelcm-i2v":
+        raise UserError(
+            f"got {parts.path}, AnimateLCM-I2V's motion module, expected one without a picture, or PIA's: "
+            "MotionAdapter has no place for it; keep the official format"
+        )
     if not config.tells_positions:
         raise UserError(
             f"got {parts.path}, a module of temporal {config.temporal} without positional encoding, expected attention "
@@ -316,6 +324,8 @@ def write_motion_adapter(parts: MotionParts, folder: str | Path, *, version: str
     adapter = dj.adapter_json(
         config, widths=motion_widths(parts.tensors), layers=layers, groups=motion_norm_groups(metadata)
     )
+    if (conv_in := parts.condition.get("conv_in.weight")) is not None:
+        tensors, adapter = tensors | parts.condition, {**adapter, "conv_in_channels": conv_in.shape[1]}
     with replacing(folder) as new:
         _write_part(new, tensors, dj.UNET_STEM, adapter, metadata)
     return folder

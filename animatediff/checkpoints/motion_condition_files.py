@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from animatediff.checkpoints.diffusers_json import UNET_STEM
 from animatediff.checkpoints.files import StateDict, file_sha256, find_weights, read_state_dict
 from animatediff.checkpoints.identify import CONDITIONED_MOTION, identify_tensors
@@ -43,6 +45,14 @@ def load_motion_condition(path: str | Path, unet: UNet) -> tuple[PIACondition | 
     network = load_strictly(build, ready, f"{info.kind} network for pictures", path)
     report = LoadReport(path, info.kind, CONDITIONED_MOTION[info.kind], file_sha256(path), applied=len(ready))
     return network, report
+
+
+def motion_condition_tensors(network: PIACondition | PictureEncoder, unet: UNet) -> StateDict:
+    """The entries of a motion-module file that `load_motion_condition` reads such a network from."""
+    if isinstance(network, PIACondition):
+        weight = torch.cat([unet.conv_in.weight, network.conv.weight], dim=1)
+        return {"conv_in.weight": weight, "conv_in.bias": unet.conv_in.bias}
+    return {IMG_ENCODER + key: tensor for key, tensor in network.state_dict().items()}
 
 
 def _pia(tensors: StateDict, unet: UNet, path: Path) -> StateDict:

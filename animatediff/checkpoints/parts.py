@@ -47,6 +47,9 @@ FOLDER_KINDS = ("sd1-unet", "sdxl-checkpoint", "motion-adapter", "motion-module"
 VAE_ATTENTION_MATRIX = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight")
 
 
+CONDITION_PREFIXES = ("conv_in.", "img_encoder.")  # what is for a picture in PIA's and AnimateLCM-I2V's files
+
+
 @dataclass(frozen=True)
 class ImageParts:
     """The networks of an image model in our names. `stated`: what the file says that shapes cannot tell (see sizes.py).
@@ -86,7 +89,8 @@ class MotionParts:
     """A motion module in official names.
 
     `positional` holds its positional encodings, which are computed and never loaded; `length` is their number of
-    frames where that tells something about the version.
+    frames where that tells something about the version. `condition` is what PIA's and AnimateLCM-I2V's files hold for a
+    picture.
     """
 
     path: Path
@@ -97,6 +101,7 @@ class MotionParts:
     metadata: dict[str, str]
     notes: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    condition: StateDict = field(default_factory=dict)
 
 
 def read_image_parts(path: str | Path) -> ImageParts:
@@ -181,10 +186,12 @@ def read_motion_parts(path: str | Path) -> MotionParts:
         config = adapter_config(weights)
         metadata = adapter_metadata(config) | metadata
         length = adapter_length(tensors, length or adapter_frames(config))
-    if info.kind in CONDITIONED_MOTION:  # the rest is for load_motion_condition
-        metadata, unused = adapter_metadata(adapter_config(weights)) | metadata, []
-        metadata |= {"version": CONDITIONED_MOTION[info.kind]}
-    return MotionParts(path, info.kind, tensors, positional, length, metadata, notes, unused)
+    condition: StateDict = {}
+    if info.kind in CONDITIONED_MOTION:  # which load_motion_condition loads
+        metadata = adapter_metadata(adapter_config(weights)) | metadata | {"version": CONDITIONED_MOTION[info.kind]}
+        condition = {key: t for key, t in file.tensors.items() if key.startswith(CONDITION_PREFIXES)}
+        unused = [key for key in unused if key not in condition]
+    return MotionParts(path, info.kind, tensors, positional, length, metadata, notes, unused, condition)
 
 
 # --- single files ----------------------------------------------------------------------------------------------------

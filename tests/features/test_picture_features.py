@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from animatediff.checkpoints.identify import identify
 from animatediff.config.prompt_yaml import load_config
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features import image_to_video as i2v_feature
@@ -429,3 +430,14 @@ def test_a_call_brings_the_pictures_that_its_config_has_not(folder, tmp_path):
     assert latents(pia, pia={"image": picture}).isfinite().all()
     with pytest.raises(UserError, match="animates a picture, got none"):
         latents(pia)
+
+
+@pytest.mark.parametrize("family", ["pia", "i2v"])
+def test_what_a_saved_motion_module_has_for_a_picture(folder, tmp_path, family):
+    pipe = pipeline(folder, tmp_path, **FAMILIES[family](folder))
+    image = {family: {"image": str(folder / "a.png")}}
+    saved = AnimateDiffPipeline.from_config(pipe.save(tmp_path / "saved") / "config.yaml", device="cpu")
+    assert identify(tmp_path / "saved/motion_module.safetensors").kind == {"i2v": "animatelcm-i2v"}.get(family, family)
+    options = {"steps": 2, "guidance_scale": 2.0, "height": 64, "width": 128, **image}
+    again, first = (latents(p, generator=torch.Generator().manual_seed(0), **options) for p in (saved, pipe))
+    assert torch.equal(again, first)

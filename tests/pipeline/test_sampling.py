@@ -81,6 +81,8 @@ def test_distilled_files_are_recognised(distilled, make_entry):
     open_entry = {"steps": None, "motion_module": str(distilled["lightning"])}
     (checked,) = check_requests([make_entry(**open_entry)])
     assert chosen(checked.request.sampling) == ("euler", "trailing", 2, 1.0)
+    (checked,) = check_requests([make_entry(**open_entry | {"steps": 3})])  # what its authors advise
+    assert chosen(checked.request.sampling) == ("euler", "trailing", 3, 1.0)
     (checked,) = check_requests([make_entry(steps=4, motion_module=str(distilled["lcm"]))])
     assert chosen(checked.request.sampling) == ("lcm", "lcm", 4, 2.0)
     assert checked.headers.distillation(checked.request) == ANIMATE_LCM
