@@ -25,7 +25,8 @@ class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are told in one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists all options)")
+        cut = f"{message[:300]}… ({len(message)} characters)" if len(message) > 350 else message
+        raise UserError(f"{cut} (--help lists all options)")
 
 
 def describe(value: Any) -> str:

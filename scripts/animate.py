@@ -9,24 +9,25 @@ from typing import Any
 
 from animatediff.config.help import explain_options
 from animatediff.config.prompt_yaml import BUNDLED, RunConfig, config_from, config_of, load_config
+from animatediff.config.settings import parse_value
 from animatediff.config.spellings import all_options, flat_names, parse_assignments
 from animatediff.utils import Parser, UserError, run_main
 
 CLIPS = (".gif", ".webp", ".png", ".mp4")
 # Options of the official script and the most used ones; every option has `key=value`.
 FLAGS = {
-    "--prompt": ("prompt", str),
-    "--n-prompt": ("n_prompt", str),
-    "--seed": ("seed", int),
-    "--steps": ("steps", int),
-    "--guidance-scale": ("guidance_scale", float),
-    "--L": ("L", int),
-    "--W": ("W", int),
-    "--H": ("H", int),
-    "--pretrained-model-path": ("pretrained_model_path", str),
-    "--inference-config": ("inference_config", str),
-    "--format": ("format", str),
-    "--fps": ("fps", float),
+    "--prompt": "prompt",
+    "--n-prompt": "n_prompt",
+    "--seed": "seed",
+    "--steps": "steps",
+    "--guidance-scale": "guidance_scale",
+    "--L": "L",
+    "--W": "W",
+    "--H": "H",
+    "--pretrained-model-path": "pretrained_model_path",
+    "--inference-config": "inference_config",
+    "--format": "format",
+    "--fps": "fps",
 }
 
 
@@ -45,9 +46,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--config", help="prompt config (YAML), or a clip made by us; without it the bundled model, or the base given"
     )
-    for flag, (key, kind) in FLAGS.items():
+    for flag, key in FLAGS.items():
         action = "append" if key in ("prompt", "n_prompt", "seed") else "store"
-        parser.add_argument(flag, dest=key, type=kind, action=action, help=flat_names()[key].help.replace("%", "%%"))
+        parser.add_argument(flag, dest=key, action=action, help=flat_names()[key].help.replace("%", "%%"))
     parser.add_argument("--output-dir", help="by default samples/<config>-<time>; of an unfinished run: goes on there")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default float16 on CUDA, else float32")
@@ -62,13 +63,22 @@ def collect_overrides(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: an option is given both as a flag and as key=value.
     """
-    flags = {key: getattr(args, key) for key, _ in FLAGS.values() if getattr(args, key) is not None}
+    flags = {key: _value(flag, key, text) for flag, key in FLAGS.items() if (text := getattr(args, key)) is not None}
     pairs = parse_assignments(args.overrides)
     canonical = {key: (all_options().get(key) or flat_names().get(key)) for key in (*flags, *pairs)}
     for key in flags:
         if any(canonical[pair] is not None and canonical[pair] is canonical[key] for pair in pairs):
             raise UserError(f"got {key} both as an option and as key=value, expected it once")
     return flags | pairs
+
+
+def _value(flag: str, key: str, text: str | list[str]) -> Any:
+    """What is written after a flag: words as they are, numbers as `key=value` has them."""
+    if flat_names()[key].takes_text:
+        return text
+    return (
+        [_value(flag, key, t) for t in text] if isinstance(text, list) else parse_value(text, is_text=False, where=flag)
+    )
 
 
 def read_config(args: argparse.Namespace, overrides: dict[str, Any]) -> RunConfig:

@@ -90,10 +90,10 @@ def _camera(request: Request, motion: bool, complete: bool) -> Iterator[str]:
         got = "both" if c.poses else "neither"
         yield f"got {got} of {{camera.poses}} and {{camera.move}}, expected one of them"
     for name in ("height", "width"):
-        if (side := getattr(request.size, name)) % CAMERA_SIDE:
+        if (side := getattr(request.size, name)) and side % CAMERA_SIDE:  # what is open yet is known after resolve
             yield f"{{size.{name}}}: got {side} pixels, expected a multiple of {CAMERA_SIDE} with {{camera.path}}"
     length = (request.windows.length or CAMERA_FRAMES) if request.windows else request.size.num_frames
-    if length > CAMERA_FRAMES:
+    if length and length > CAMERA_FRAMES:
         yield (
             f"{{size.num_frames}}: got {length} frames at a time, expected at most {CAMERA_FRAMES}, the longest clip "
             f"CameraCtrl was trained on: set windows=open and window_length={CAMERA_FRAMES}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +90,22 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _entry(values: dict[str, Any], overrides: Mapping[str, Any], where: str, *, name: str, complete: bool) -> Request:
-    named = {"output.name", "name"} & set(values) or "name" in (values.get("output") or {})
+    request = _overridden(values, overrides, where, complete=complete)
+    return request if request.output.name else replace(request, output=replace(request.output, name=name))
+
+
+def _overridden(values: dict[str, Any], overrides: Mapping[str, Any], where: str, *, complete: bool) -> Request:
     if not overrides:
-        return build_request(values if named else {"name": name, **values}, where=where, complete=complete)
-    if clean := _without_overridden(values, overrides):
-        request = build_request(clean if named else {"name": name, **clean}, where=where, check=False)
-    else:
-        request = build_request({"name": name}, where=where, check=False)
+        return build_request(values, where=where, complete=complete)
+    request = build_request(_without_overridden(values, overrides), where=where, check=False)
     sampling, prompts = request.sampling, request.prompts
     given = {name for option in overrides for name in _dotted(option)}
     if "prompts.prompt" in given:
-        sampling = dataclasses.replace(sampling, random_seed=(), seed=sampling.seed[:1])
-        prompts = dataclasses.replace(prompts, negative_prompt=prompts.negative_prompt[:1])
+        sampling = replace(sampling, random_seed=(), seed=sampling.seed[:1])
+        prompts = replace(prompts, negative_prompt=prompts.negative_prompt[:1])
     if "sampling.seed" in given:
-        sampling = dataclasses.replace(sampling, random_seed=())
-    request = dataclasses.replace(request, sampling=sampling, prompts=prompts)
+        sampling = replace(sampling, random_seed=())
+    request = replace(request, sampling=sampling, prompts=prompts)
     return build_request(overrides, where=where, base=request, complete=complete)
 
 

@@ -165,7 +165,7 @@ def split_assignment(item: str) -> tuple[str, str]:
     """`key=value` in two. Raises: UserError without a `=`."""
     key, equals, text = item.partition("=")
     if not equals:
-        raise UserError(f"got argument {item!r}, expected key=value, such as steps=10")
+        raise UserError(f"got argument {describe(item)}, expected key=value, such as steps=10")
     return key.strip(), text
 
 
@@ -180,7 +180,8 @@ def parse_value(text: str, *, is_text: bool, where: str) -> Any:
     except (UserError, TypeError):
         if is_text:
             return text
-        raise UserError(f"{where}: got {text!r}, expected a value such as 3, 0.5, true, [1, 2] or {{0: 1}}") from None
+        expected = "expected a value such as 3, 0.5, true, [1, 2] or {0: 1}"
+        raise UserError(f"{where}: got {describe(text)}, {expected}") from None
 
 
 # ---- checking -------------------------------------------------------------------------------------------------

@@ -200,6 +200,20 @@ def test_mistakes_are_named(read, text, message):
     assert "\n" not in str(error.value) and "run.yaml" in str(error.value)
 
 
+def test_an_entry_without_a_name_has_its_number(read):
+    for nothing in ("", 'name: ""\n  ', "output: {name: }\n  "):
+        assert read(f"- {nothing}prompt: a fox\n").entries[0].output.name == "1"
+    with pytest.raises(UserError, match="output: got -inf, expected keys with values"):
+        read("- output: -.inf\n  prompt: a fox\n")
+
+
+def test_a_camera_before_the_size_is_known(read):
+    (entry,) = read(
+        "- camera: {path: c.ckpt, move: zoom_in}\n  motion_module: m.ckpt\n  prompt: a fox\n  size: {height: null}\n"
+    ).entries
+    assert entry.size.height is None
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match="nothere.yaml, which is no file"):
         load_config(tmp_path / "nothere.yaml")

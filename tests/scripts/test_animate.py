@@ -105,7 +105,7 @@ def test_as_a_module_with_the_official_options(tmp_path):
     [
         ([], 'error: got nothing to animate, expected --prompt "…" or --config FILE'),
         (["--prompt", "x", "--sed", "3"], "error: unrecognized arguments: --sed"),
-        (["--prompt", "x", "--L", "ten"], "error: argument --L: invalid int value: 'ten'"),
+        (["--prompt", "x", "--L", "ten"], "error: override: L: got 'ten', expected a whole number"),
         (["--prompt", "x", "stepz=3"], "error: override: unknown key 'stepz', the nearest known one is 'steps'"),
         (["--prompt", "x", "--seed", "1", "seed=2"], "error: got seed both as an option and as key=value"),
         (["--config", "nope.yaml"], "error: got config nope.yaml, which is no file"),
