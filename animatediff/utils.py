@@ -95,6 +95,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         ) from None
 
 
+def cache_folder() -> Path:
+    """Where programs keep for this user what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "animatediff"
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what `replacing` left in a folder, however deep, when a process was killed; for its only writer."""
     for temporary in [*folder.rglob(f"{TEMPORARY_PREFIX}*/")]:
@@ -107,11 +112,21 @@ def keep_freed_memory() -> bool:
     On Linux every large tensor is otherwise new memory that the system clears page by page. For programs alone: a
     library that is imported has no business with its process's allocator.
     """
+    mmap_max, trim_threshold, top_pad = (-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)
+    return _set_allocator(mmap_max, trim_threshold, top_pad)
+
+
+def give_back_freed_memory() -> bool:
+    """The contrary, for programs that are to take little: slower, and without gaps between what is kept."""
+    mmap_max, mmap_threshold, trim_threshold, top_pad = (-4, 65536), (-3, 2**20), (-1, 2**20), (-2, 2**17)
+    return _set_allocator(mmap_max, mmap_threshold, trim_threshold, top_pad)
+
+
+def _set_allocator(*options: tuple[int, int]) -> bool:
     if sys.platform != "linux":
         return False
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; musl has none
-    mmap_max, trim_threshold, top_pad = (-4, 0), (-1, 2**31 - 1), (-2, 64 * 2**20)
-    return bool(set_option and all(set_option(*option) for option in (mmap_max, trim_threshold, top_pad)))
+    return bool(set_option and all(set_option(*option) for option in options))
 
 
 def run_main(main: Callable[[], int | None]) -> None:

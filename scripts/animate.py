@@ -11,7 +11,7 @@ from animatediff.config.help import explain_options
 from animatediff.config.prompt_yaml import BUNDLED, RunConfig, config_from, config_of, load_config
 from animatediff.config.settings import parse_value
 from animatediff.config.spellings import all_options, flat_names, parse_assignments
-from animatediff.utils import Parser, UserError, run_main
+from animatediff.utils import Parser, UserError, give_back_freed_memory, run_main
 
 CLIPS = (".gif", ".webp", ".png", ".mp4")
 # Options of the official script and the most used ones; every option has `key=value`.
@@ -28,6 +28,7 @@ FLAGS = {
     "--inference-config": "inference_config",
     "--format": "format",
     "--fps": "fps",
+    "--max-memory": "max_memory",
 }
 
 
@@ -52,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-dir", help="by default samples/<config>-<time>; of an unfinished run: goes on there")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default float16 on CUDA, else float32")
+    parser.add_argument("--plan", action="store_true", help="say how much memory and time it will take, and stop")
     parser.add_argument("--without-xformers", action="store_true", help="no effect: xformers is never used")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option, flat or grouped")
     return parser.parse_intermixed_args(argv)
@@ -108,6 +110,13 @@ def main(argv: list[str] | None = None) -> None:
     config = read_config(args, collect_overrides(args))
     if args.without_xformers:
         print("--without-xformers has no effect: xformers is never used here", file=sys.stderr)
+    if any(entry.memory.max for entry in config.entries):
+        give_back_freed_memory()
+    if args.plan:
+        from animatediff.pipeline.plan_report import plan_lines
+
+        print("\n".join(plan_lines(config, device=args.device, dtype=args.dtype)))
+        return
     from animatediff.pipeline.run import animate  # here, because it imports torch: mistakes above are told at once
 
     animate(config, output_dir=args.output_dir, device=args.device, dtype=args.dtype)

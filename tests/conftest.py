@@ -1,8 +1,11 @@
 """For all tests: a process per core, one seed, the mark of numeric tests, and the golden network as files."""
 
+import atexit
 import os
 import random
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,9 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread of torch's is enough for each
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="animatediff-tests-")  # no test reads or writes the user's own
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 COMPUTES = ("diffusion", "features", "metrics", "models")
 

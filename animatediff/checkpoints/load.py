@@ -233,7 +233,7 @@ def _build_image_model(
     return ImageModel(unet, vae, texts["text"], schedule, report, texts["text_2"])
 
 
-class _NoInitialization(TorchFunctionMode):
+class without_initialization(TorchFunctionMode):
     """Weights stay as they are made; to draw them on the meta device torch would import its compiler, for seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -244,7 +244,7 @@ class _NoInitialization(TorchFunctionMode):
 
 def load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: Path) -> M:
     """Build on the meta device and assign the tensors themselves as weights: nothing is initialised or copied."""
-    with torch.device("meta"), _NoInitialization():
+    with torch.device("meta"), without_initialization():
         module = build()
     expected = {key: tuple(t.shape) for key, t in module.state_dict().items()}
     got = {key: tuple(t.shape) for key, t in tensors.items()}

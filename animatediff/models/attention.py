@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from animatediff_kernels import attention, geglu, linear_geglu
+from animatediff_kernels.cpu import on_cpu
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ class FeedForward(Chunked):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.chunk or x.shape[:2].numel()
-        if x.device.type == "cpu" and not torch.is_grad_enabled():
+        if on_cpu(x) and not torch.is_grad_enabled():
             rows = min(rows, CPU_ROWS)
         return in_parts(lambda x: self.net[2](self.net[0](x)), rows, x.flatten(0, 1)).view(x.shape)
 

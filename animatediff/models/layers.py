@@ -6,12 +6,13 @@ Activations are `(b f) c h w` throughout: frames ride in the batch axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from animatediff_kernels import group_norm_silu, layer_norm
-from animatediff_kernels.cpu import conv3x3, upsampled_conv3x3
+from animatediff_kernels.cpu import conv3x3, on_cpu, upsampled_conv3x3
 from torch import Tensor, nn
 
 
@@ -80,10 +81,24 @@ def set_chunk(network: nn.Module, tokens: int) -> None:
             module.chunk = tokens
 
 
+_alike = False  # whether what comes after the second part is left out
+
+
+@contextmanager
+def parts_alike() -> Iterator[None]:
+    """For tensors without contents: of all parts only two are run, as the others take the same memory."""
+    global _alike
+    _alike = True
+    try:
+        yield
+    finally:
+        _alike = False
+
+
 def in_parts(function: Callable[..., Tensor], size: int, *inputs: Tensor, dim: int = 0) -> Tensor:
     """`function` of the inputs, `size` rows of axis `dim` at a time: only its results are there as a whole."""
     length, out = inputs[0].shape[dim], None
-    for start in range(0, length, size):
+    for start in range(0, min(length, 2 * size) if _alike else length, size):
         count = min(size, length - start)
         part = function(*(x.narrow(dim, start, count) for x in inputs))
         if out is None:
@@ -192,7 +207,7 @@ class Upsample(Chunked):
         return in_parts(lambda x: self._forward(x, size, twice), images, x)
 
     def _forward(self, x: Tensor, size: tuple[int, int], twice: tuple[int, int]) -> Tensor:
-        measured = x.device.type == "cpu" and x.dtype == self.conv.weight.dtype == torch.float32
+        measured = on_cpu(x) and x.dtype == self.conv.weight.dtype == torch.float32
         if measured and size == twice and is_plain(self.conv, Conv3x3) and not torch.is_grad_enabled():
             return upsampled_conv3x3(x, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 from animatediff_kernels import temporal_attention
-from animatediff_kernels.cpu import plain_products
+from animatediff_kernels.cpu import on_cpu, plain_products
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -67,7 +67,7 @@ class TemporalAttention(Chunked):
 
     def _forward(self, x: Tensor, frames: int) -> Tensor:
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if not on_cpu(x) or torch.compiler.is_compiling():
             return self.to_out[0](temporal_attention(q, k, v, frames=frames, num_heads=self.num_heads))
         if x.dtype.itemsize == 2:  # products as small as these are slow in half precision, too
             q, k, v = q.float(), k.float(), v.float()

@@ -24,7 +24,7 @@ from animatediff.models.tokenizer import END, Tokenizer
 from animatediff.models.unet import UNet
 from animatediff.pipeline.device import share_weights
 from animatediff.pipeline.headers import Checked, Headers
-from animatediff.pipeline.memory import FIXED, place
+from animatediff.pipeline.memory import FIXED, check_memory, place
 from animatediff.pipeline.model import Model
 from animatediff.utils import UserError, naming
 
@@ -51,6 +51,7 @@ class Assembler:
             UserError: a file is incomplete, does not fit the others, or contradicts the inference config.
         """
         request, headers = checked.request, checked.headers
+        check_memory(request.memory, self.device)
         paths = headers.paths
         image = self._image_model(paths["model.base"], paths.get("model.personalised"))
         reports = [str(image.report)]

@@ -39,8 +39,8 @@ def one_line_when_full(request: Request) -> Iterator[None]:
         if finish.enlarges:
             frames, tiles = f"{frames} to be made larger", ", finish.tile=512, memory.vae_tile=512"
         raise UserError(
-            f"entry {request.output.name}: got {frames}, more than the device's memory can take: choose smaller L, H "
-            f"or W{tiles}, or --dtype float16"
+            f"entry {request.output.name}: got {frames}, more than the device's memory can take: give a "
+            f"--max-memory below what is there, or choose smaller L, H or W{tiles}"
         ) from None
 
 

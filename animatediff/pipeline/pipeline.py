@@ -39,8 +39,9 @@ from animatediff.pipeline.call import (
 )
 from animatediff.pipeline.device import pick_device, pick_dtype, to_device
 from animatediff.pipeline.finish import Finisher
+from animatediff.pipeline.fit import fitted
 from animatediff.pipeline.headers import check_requests
-from animatediff.pipeline.memory import apply_memory, check_memory
+from animatediff.pipeline.memory import apply_memory
 from animatediff.pipeline.model import Model
 from animatediff.pipeline.outputs import as_bytes, as_output, decode, decode_frames, decode_pixels
 from animatediff.pipeline.prompts import encode_prompts, with_pooled
@@ -99,9 +100,10 @@ class AnimateDiffPipeline:
             raise UserError(f"got entry {entry}, but {path} has {len(entries)}: count from 0")
         target = pick_device(device)
         (checked,) = check_requests([entries[entry]], complete=False)
-        check_memory(checked.request.memory, target)
-        model = Assembler(target, pick_dtype(dtype, target)).assemble(checked)
-        return cls(model, defaults_for_calls(entries[entry]))
+        weights_dtype = pick_dtype(dtype, target)
+        checked = fitted(checked, target, weights_dtype, lambda line: None)
+        model = Assembler(target, weights_dtype).assemble(checked)
+        return cls(model, replace(defaults_for_calls(entries[entry]), memory=checked.request.memory))
 
     # ---- the networks -----------------------------------------------------------------------------------------
 

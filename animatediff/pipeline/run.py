@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from animatediff.checkpoints.files import file_sha256
+from animatediff.config.memory_options import Memory
 from animatediff.config.prompt_warnings import prompt_warnings
 from animatediff.config.prompt_yaml import RunConfig
 from animatediff.config.request import Request
@@ -22,11 +23,13 @@ from animatediff.media.video import FrameStream, is_complete, read_video, save_v
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.device import pick_device, pick_dtype
 from animatediff.pipeline.finish import Finisher, compare, sound_of
+from animatediff.pipeline.fit import as_begun, fitted, recorded
 from animatediff.pipeline.headers import Checked, check_requests
 from animatediff.pipeline.outputs import as_bytes, decode_frames, decode_pixels, one_line_when_full
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.prompts import first_text
 from animatediff.pipeline.run_folder import clip_settings, open_folder, record_hashes, versions
+from animatediff.pipeline.timings import Stopwatch, remember
 from animatediff.utils import UserError, printable
 
 GRID_COLUMNS = 4
@@ -98,10 +101,13 @@ def animate(
     for entry in config.entries:
         for line in prompt_warnings(entry.prompts):
             _say(f"entry {entry.output.name}: {line}")
-    checked = check_requests(config.entries)
-    config = replace(config, entries=tuple(entry.request for entry in checked))  # nothing is left open in them
+    plain = check_requests(config.entries)
+    checked = [fitted(entry, target, weights_dtype, _say) for entry in plain]
+    entries = (recorded(entry.request, fit.request) for entry, fit in zip(plain, checked, strict=True))
+    config = replace(config, entries=tuple(entries))  # nothing is left open in them
     provenance = {"device": str(target), "dtype": str(weights_dtype).removeprefix("torch."), **versions()}
     folder, config = open_folder(config, output_dir, provenance)
+    checked = [as_begun(entry, begun) for entry, begun in zip(checked, config.entries, strict=True)]
     jobs = plan(config, folder)
     waiting = [job for job in jobs if not is_complete(job.path)]
     if done := len(jobs) - len(waiting):
@@ -125,7 +131,7 @@ def animate(
             for job in todo:
                 bar.set_description(f"prompt {jobs.index(job) + 1}/{len(jobs)}")
                 with one_line_when_full(entry.request):
-                    _run(pipeline, job, hashes, bar, finisher, follower)
+                    _run(pipeline, job, hashes, bar, finisher, follower, entry.request.memory)
             del pipeline
     grid = folder / ("sample-grid" if config.entries[0].output.format == "png" else f"sample.{_format(config)}")
     if len(jobs) > 1 and (waiting or not grid.exists()):
@@ -168,25 +174,30 @@ def _run(
     bar: tqdm,
     finisher: Finisher | None,
     follower: Follower,
+    memory: Memory,
 ) -> None:
     """Make one clip and write it, frame by frame, or, where it is finished, as a whole."""
+    r, watch = replace(job.request, memory=memory), Stopwatch(pipeline.device)
 
     def after_step(*_: object) -> None:
         bar.update()
+        watch.step()
         follower.stepped(int(bar.n), int(bar.total))
 
-    r, told = job.request, {"callback": after_step, "estimated": follower.estimated}
+    told = {"callback": after_step, "estimated": follower.estimated}
     latents = pipeline.sample(r, **told)
     if finisher is None:
         clip: FrameStream | Tensor = FrameStream(
-            latents.shape[1], decode_frames(pipeline.vae, latents, chunk=r.memory.vae_frames)
+            latents.shape[1], decode_frames(pipeline.vae, latents, chunk=memory.vae_frames)
         )
     else:
-        before = as_bytes(decode_pixels(pipeline.vae, latents, chunk_frames=r.memory.vae_frames))
+        before = as_bytes(decode_pixels(pipeline.vae, latents, chunk_frames=memory.vae_frames))
         clip = pipeline.finish(before, r, finisher=finisher, **told)[0]
         _say(f"finished: {compare(before[0], clip)}")
-    metadata = clip_settings(r, hashes)
+    metadata = clip_settings(job.request, hashes)
     save_video(clip, job.path, r.written_fps, metadata, loop=r.output.loop_count, sound=sound_of(r))
+    if finisher is None:
+        remember(r, watch, pipeline.dtype)
     with tqdm.external_write_mode(file=sys.stdout):
         print(printable(str(job.path)), flush=True)
 

@@ -140,7 +140,8 @@ def _resume(config: RunConfig, folder: Path, provenance: Mapping[str, Any]) -> R
             a, b = getattr(before, group), getattr(now, group)
             for name in vars(a or b) if a != b else ():
                 was, wanted = getattr(a, name, None), getattr(b, name, None)
-                if was != wanted and not (name == "random_seed" and not wanted):
+                chosen = group == "memory" and (name == "max" or f"memory.{name}" not in now.spelled)
+                if was != wanted and not chosen and not (name == "random_seed" and not wanted):
                     option = called(now, f"{group}.{name}")
                     where = f"entry {now.output.name}: {option}"
                     raise UserError(f"{where}: got {wanted!r}, but {folder} was made with {was!r}: {advice}")

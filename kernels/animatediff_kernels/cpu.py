@@ -33,6 +33,24 @@ OUTPUT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -
 DOUBLED = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
+_counting = False  # whether tensors without contents go the way of the CPU's
+
+
+@contextmanager
+def counted_as_on_cpu() -> Iterator[None]:
+    """Within it tensors on "meta" are computed with as the CPU's are, for whoever counts the memory that they take."""
+    global _counting
+    _counting = True
+    try:
+        yield
+    finally:
+        _counting = False
+
+
+def on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" or (_counting and x.is_meta)
+
+
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`conv2d(x, weight, bias, padding=1)` by what `conv3x3_choice` says. x: (n, c, h, w); weight: (o, c, 3, 3)."""
     if conv3x3_choice(x, weight).backend == "winograd":
@@ -63,7 +81,7 @@ def conv3x3_choice(x: Tensor, weight: Tensor, *, doubled: bool = False) -> Choic
 
 def _left_alone(x: Tensor, weight: Tensor) -> str:
     """Why torch's own kernels compute this, or nothing."""
-    if x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+    if not on_cpu(x) or not x.dtype == weight.dtype == torch.float32:
         return f"{x.dtype} on {x.device.type}, for float32 on CPUs"
     if torch.is_grad_enabled():
         return "gradients may be needed"
@@ -77,8 +95,9 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor, *, doubled: bool) -> Tens
     (n, c, h, w), o = x.shape, len(weight)
     taps, step = (4, 2) if doubled else (6, 4)  # pixels a side that a tile reads, and from one tile to the next
     down, across = h // step, w // step
-    kept = type(x) is Tensor  # and no stand-in, whose constants have no contents
-    of_input, of_weight, of_output = (_transforms if kept else _transforms.__wrapped__)(doubled)
+    kept = type(x) is Tensor and not x.is_meta  # and no stand-in, whose constants have no contents
+    transforms = (_transforms if kept else _transforms.__wrapped__)(doubled)
+    of_input, of_weight, of_output = (t.to(x.device) for t in transforms)
     tiles = down * across
     images = min(n, max(1, INPUT_BYTES // (36 * tiles * c * x.itemsize)))
     outputs = o if images < n else max(1, min(o, WEIGHT_BYTES // (36 * c * x.itemsize)))
@@ -209,7 +228,7 @@ def products_choice(x: Tensor, weight: Tensor) -> Choice:
     """
     if reason := _left_alone(x, weight):
         return Choice("torch", reason)
-    if type(x) is not Tensor:
+    if type(x) is not Tensor or x.is_meta:
         return Choice("torch", "a stand-in without contents, which takes no time")
     if len(weight) < NARROWEST:
         return Choice("torch", f"a network of {len(weight)} channels, oneDNN pays from {NARROWEST}")
