@@ -42,13 +42,14 @@ SHOW_MISTAKE = """() => {
 }"""
 EXAMPLE_CLIPS = (  # label, config, entry, prompt
     ("Bounce", "animate/shapes.yaml", 0, 8),
-    ("Colours that travel", "animate/travel.yaml", 0, 0),
-    ("A loop", "animate/loop.yaml", 2, 0),
+    ("Travel", "animate/travel.yaml", 0, 0),
+    ("Loop", "animate/loop.yaml", 2, 0),
     ("Neon style", "animate/shapes-styles.yaml", 0, 0),
-    ("A MotionLoRA", "animate/shapes-motion-lora.yaml", 0, 0),
+    ("MotionLoRA", "animate/shapes-motion-lora.yaml", 0, 0),
     ("From a clip", "animate/vid2vid.yaml", 0, 0),
 )
-Session = dict[str, Any]  # of one tab: tab, wrong, seen, finished, gallery, chosen
+Session = dict[str, Any]  # of one tab: tab, wrong, chosen
+Seen = dict[str, Any]  # what was sent to it last: jobs, finished, clips
 
 
 def one_prompt(request: Request, place: int = 0) -> Request:
@@ -86,7 +87,7 @@ class Page:
         with gr.Blocks(
             title="AnimateDiff", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
         ) as page:
-            self.session = gr.State({})
+            self.session, self.seen = gr.State({}), gr.State({})
             self.tab = gr.Textbox(visible=False)
             gr.HTML("<h1>AnimateDiff</h1>", elem_id="title", padding=False)
             with gr.Row(elem_id="page"):
@@ -142,10 +143,12 @@ class Page:
             height="auto",
             object_fit="contain",
             elem_id="gallery",
-            buttons=["download"],
+            allow_preview=False,
+            buttons=[],
             interactive=False,
         )
         with gr.Column(visible=False, elem_id="chosen") as self.chosen:
+            self.shown = gr.HTML("", elem_id="shown", padding=False)
             self.use = gr.Button("Use these settings", size="sm", elem_id="use")
             self.settings = gr.HTML("", elem_id="settings", padding=False)
 
@@ -153,8 +156,8 @@ class Page:
 
     def _events(self, page: gr.Blocks) -> None:
         inputs = [self.session, *self.form.inputs.values()]
-        looks = [self.session, self.stage, self.jobs, self.cancel, self.download, self.gallery, self.left_over]
-        look: dict[str, Any] = {"fn": self.look, "inputs": self.session, "outputs": looks, **QUIET}
+        looks = [self.seen, self.stage, self.jobs, self.cancel, self.download, self.gallery, self.left_over]
+        look: dict[str, Any] = {"fn": self.look, "inputs": [self.session, self.seen], "outputs": looks, **QUIET}
         page.load(self.arrive, [self.session, self.tab], self.session, js=TAB_JS, **QUIET).then(**look)
         gr.Timer(EVERY).tick(**look, queue=False)
         ask: dict[str, Any] = {"fn": self.submit, "inputs": inputs, "outputs": self.outputs, **QUIET}
@@ -168,7 +171,8 @@ class Page:
         for name in weights:
             self.form.inputs[name].input(self.check_files, inputs, self.outputs, **QUIET)
         self.drop.upload(self.dropped, [self.session, self.drop], [*self.outputs, self.drop, self.drop_note], **QUIET)
-        self.gallery.select(self.choose, self.session, [self.session, self.chosen, self.settings], **QUIET)
+        chosen = [self.session, self.chosen, self.shown, self.settings]
+        self.gallery.select(self.choose, [self.session, self.seen], chosen, **QUIET)
         self.use.click(self.use_chosen, self.session, self.outputs, **QUIET)
         self.refresh.click(self.rescan, None, [self.form.inputs[name] for name in weights], **QUIET)
         self.resume.click(self.make_unfinished, self.session, [self.session, self.left_over], **QUIET).then(**look)
@@ -204,12 +208,11 @@ class Page:
             if request.sampling.seed == (-1,) and not request.sampling.random_seed:  # what is resumed is the same clip
                 request = replace(request, sampling=replace(request.sampling, random_seed=(draw_seed(),)))
             title = first_text(request.prompts.prompt[0])
-            job = self.queue.submit(session["tab"], title, as_values(request, changed_only=True))
+            self.queue.submit(session["tab"], title, as_values(request, changed_only=True))
         except UserError as error:
             return self._told(session, placed(error).found)
-        before = self.queue.before(job)
-        lines = [f"In the queue, {before} before it." if before else "", *prompt_warnings(request.prompts)]
-        return {**self._told(session, {}), self.message: views.help_html(" ".join(line for line in lines if line))}
+        warnings = " ".join(prompt_warnings(request.prompts))
+        return {**self._told(session, {}), self.message: views.help_html(warnings) if warnings else ""}
 
     def check_files(self, session: Session, *values: Any) -> dict[Any, Any]:
         """Say at once which weight file does not fit."""
@@ -234,28 +237,28 @@ class Page:
 
     # ---- what is looked at again and again --------------------------------------------------------------------
 
-    def look(self, session: Session) -> dict[Any, Any]:
+    def look(self, session: Session, seen: Seen) -> dict[Any, Any]:
         """What has changed for this tab since it last looked."""
         mine = self.queue.of(session.get("tab", ""))
         job = views.current(mine)
         before = {waiting.id: self.queue.before(waiting) for waiting in mine if not waiting.ended}
         last = next((other.result for other in reversed(mine) if other.result), "")
         states = [(j.id, j.state, j.done, j.message, before.get(j.id)) for j in mine]
-        seen = (states, job and job.id, job and hash(job.preview))
+        now = (states, job and job.id, job and hash(job.preview))
         updates: dict[Any, Any] = {}
-        if session.get("seen") != seen:
+        if seen.get("jobs") != now:
             updates[self.stage] = views.stage(job, before.get(job.id, 0) if job else 0, last)
             updates[self.jobs] = views.job_list(mine, before)
             updates[self.cancel] = gr.update(interactive=bool(job and not job.ended))
             file = job.result if job and job.result and Path(job.result).is_file() else None
             updates[self.download] = gr.update(value=file, visible=file is not None)
-            session = {**session, "seen": seen}
-        if session.get("finished") != self.queue.finished:
+            seen = {**seen, "jobs": now}
+        if seen.get("finished") != (finished := self.queue.finished):
             clips = self.places.clips(GALLERY)
             updates[self.gallery] = [(str(_picture(clip)), _caption(clip)) for clip in clips]
             updates[self.left_over] = gr.update(visible=bool(self.queue.journal.unfinished))
-            session = {**session, "finished": self.queue.finished, "gallery": [str(clip) for clip in clips]}
-        return {**updates, self.session: session} if updates else {self.session: gr.skip()}
+            seen = {**seen, "finished": finished, "clips": [str(clip) for clip in clips]}
+        return {**updates, self.seen: seen if updates else gr.skip()}
 
     def call_off(self, session: Session) -> None:
         """What the stage shows is not wanted any more."""
@@ -290,16 +293,17 @@ class Page:
         note = views.help_html(f"The form is filled with what made {Path(upload).name}.")
         return {**self._fill(session, lambda: one_prompt(request)), self.drop: None, self.drop_note: note}
 
-    def choose(self, session: Session, event: gr.SelectData) -> tuple[Session, Any, str]:
+    def choose(self, session: Session, seen: Seen, event: gr.SelectData) -> tuple[Session, Any, str, str]:
         """Show what made a clip of the gallery."""
-        clips = session.get("gallery", [])
+        clips = seen.get("clips", [])
         clip = clips[event.index] if isinstance(event.index, int) and event.index < len(clips) else ""
         try:
             text = dump_yaml(read_metadata(clip)) if clip else ""
         except UserError as error:
             text = str(error)
-        shown = f"<pre tabindex='0'>{views.escape(text)}</pre>"
-        return {**session, "chosen": clip}, gr.update(visible=bool(clip)), shown
+        settings = f"<pre tabindex='0' aria-label='settings'>{views.escape(text)}</pre>"
+        shown = f'<div class="stage">{views.clip(clip, _caption(Path(clip)))}</div>'
+        return {**session, "chosen": clip}, gr.update(visible=bool(clip)), shown, settings
 
     def use_chosen(self, session: Session) -> dict[Any, Any]:
         """Fill the form with what made the clip that was chosen."""

@@ -106,7 +106,7 @@ def _field(name: str) -> Field:
         cls = next(part for part in _parts(option.hint) if hasattr(part, "__pydantic_fields__"))
     info = cls.__pydantic_fields__[own]
     hint = typing.get_type_hints(cls, include_extras=True)[own]
-    default = None if "Undefined" in type(info.default).__name__ else info.default
+    default = None if info.is_required() else info.default
     kind = next((part for part in _parts(hint) if isinstance(part, FileKind)), None)
     if own == "path" and "[" in name:
         kind = option.files

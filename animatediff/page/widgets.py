@@ -176,7 +176,7 @@ class Form:
                 wanted = [value] if isinstance(value, str) else value
                 if missing := [path for path in wanted if self.places.find_media(path) is None]:
                     lost.append(f"{field.option}: there is no {missing[0]} in the folders of this page")
-                there = [str(found) for path in wanted if (found := self.places.find_media(path))]
+                there = [self.places.keep(found) for path in wanted if (found := self.places.find_media(path))]
                 value = (there if field.takes == "medias" else there[0]) if there else None
             elif isinstance(component, gr.Textbox):
                 value = text_of(value)

@@ -74,6 +74,12 @@ def test_an_example_is_one_click(browser, server):
     browser.wait_for("#stage", "Step")
     browser.click("#cancel")
     browser.wait_for("#stage", "Cancelled.")
+    browser.click("#examples button:last-of-type")  # from a clip that is shipped
+    browser.wait_for("#stage", "Step")
+    browser.unfold("Video in")
+    assert browser.one("#f-inputs-video").text.split()[-1] and browser.all(".note img")
+    browser.click("#cancel")
+    browser.wait_for("#stage", "Cancelled.")
 
 
 def test_cancel_stops_within_a_step(browser, server):

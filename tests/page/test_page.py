@@ -71,10 +71,10 @@ def test_clips_of_two_people(page):
     assert {job.state for job in jobs} == {DONE}
     assert len({read_metadata(job.result)["prompt"] for job in jobs}) == 6
     assert [len(page.queue.of(session["tab"])) for session in sessions] == [3, 3]
-    updates = page.look(sessions[0])
+    updates = page.look(sessions[0], {})
     assert f"page-{page.queue.of('person 0')[-1].id}" in updates[page.stage], "the own last clip"
     assert len(updates[page.gallery]) == 6
-    assert set(page.look(updates[page.session])) == {page.session}, "nothing is sent again that has not changed"
+    assert set(page.look(sessions[0], updates[page.seen])) == {page.seen}, "nothing is sent again that has not changed"
 
 
 def test_mistakes_stand_beside_their_fields_until_they_are_corrected(page):
