@@ -132,7 +132,8 @@ def test_every_mode(tmp_path, mode):
     else:
         picture, ending = as_mode(mode)
     expected = 255 * (RAMP > 127) if mode == "1" else RAMP
-    picture.save(path := tmp_path / f"x{ending}")
+    packed = {"compression": "packbits"} if mode == "YCbCr" else {}  # Pillow 12.3 cannot read the plain ones it writes
+    picture.save(path := tmp_path / f"x{ending}", **packed)
     for pixels in (read_picture(path), fit_pictures([picture], *RAMP.shape)[0].movedim(0, -1).numpy()):
         assert pixels.dtype == np.uint8 and pixels.shape == (*RAMP.shape, 3)
         assert np.abs(pixels.astype(int) - expected[..., None]).max() <= 1
