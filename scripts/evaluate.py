@@ -29,6 +29,7 @@ WORLD = {  # options that make the clips of Shapes, the toy data set, and their 
     "style": "plain",
     "data_version": 1,
     "motions": None,
+    "prompt": None,
     "steps": None,
     "guidance_scale": None,
     "seed": 1,
@@ -66,6 +67,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-version", type=int, help="of the captions: that of the training data; 1 or 2 (1)")
     parser.add_argument(
         "--motions", nargs="+", metavar="MOTION", help="asked for in turn; also zoom_in, zoom_out, orbit"
+    )
+    parser.add_argument(
+        "--prompt",
+        help="in place of every caption, such as '': what do ControlNet and IP-Adapter say alone?",
     )
     parser.add_argument("--steps", type=int, help="by default the config's")
     parser.add_argument("--guidance-scale", type=float, help="by default the config's")
@@ -137,7 +142,7 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
     overrides = {key: value for key, value in given.items() if value is not None}
     if args.motion == "none":
         overrides["motion_module"] = ""
-    entries = load_config(args.config, overrides).entries
+    entries = load_config(args.config, overrides, complete=False).entries
     if not 0 <= args.entry < len(entries):
         raise UserError(
             f"got --entry {args.entry}, but {args.config} has {len(entries)}, expected 0 to {len(entries) - 1}"
@@ -150,7 +155,7 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         )
 
     # Here, because these import torch: mistakes above are told at once.
-    from animatediff.lab.run_model import check_entry, clip_maker
+    from animatediff.lab.run_model import check_entry, pictured_clip_maker
     from animatediff.pipeline.headers import check_requests
     from animatediff.pipeline.pipeline import AnimateDiffPipeline
     from animatediff.world.evaluate import evaluate_shapes
@@ -159,14 +164,14 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
     from animatediff.world.shapes import MOTIONS
 
     motions = args.motions or list(MOTIONS)
-    World(args.captions, style=args.style, motions=tuple(motions), version=args.data_version)  # checks them
+    world = World(args.captions, args.style, motions=tuple(motions), seed=args.seed, version=args.data_version)
     check_entry(entry)
     pipeline = AnimateDiffPipeline.from_config(
         args.config, entry=args.entry, device=args.device, dtype=args.dtype, **overrides
     )
     for line in pipeline.model.reports:
         print(line, file=sys.stderr)
-    sampling = check_requests([entry])[0].request.sampling
+    sampling = check_requests([entry], complete=False)[0].request.sampling
     settings = {
         "config": str(args.config),
         "entry": entry.output.name,
@@ -176,9 +181,11 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         "sampler": sampling.sampler,
         "steps": sampling.steps,
         "guidance_scale": sampling.guidance_scale,
+        "prompt": "the captions" if args.prompt is None else args.prompt,
     }
+    make = pictured_clip_maker(pipeline, entry, world)
     result = evaluate_shapes(
-        clip_maker(pipeline, entry),
+        make if args.prompt is None else lambda captions, seeds: make([args.prompt] * len(captions), seeds),
         captions=args.captions,
         seed=args.seed,
         batch=args.batch,

@@ -20,12 +20,17 @@ from animatediff.world.evaluate import Generate
 from animatediff.world.series import World
 from animatediff.world.shapes import FRAMES, SIZE
 
+PICTURED = ("controlnets.nets", "ip_adapters.adapters")  # options whose pictures are drawn from the scenes
+PICTURE_FRAME = FRAMES // 2  # of a scene, which an IP-Adapter sees
+
 
 def check_entry(entry: Request) -> None:
     """Raises: UserError where an entry makes clips of something else than captions, or not of the world's size."""
     name, size = entry.output.name, entry.size
     given = [
-        file.called for option, file in files(entry).items() if option.startswith(("inputs.", "sparsectrl.images"))
+        file.called
+        for option, file in files(entry).items()
+        if option.startswith(("inputs.", "sparsectrl.images")) or (".images" in option and option.startswith(PICTURED))
     ]
     if given:
         raise UserError(f"entry {name}: got {given[0]}, expected none: clips are made from captions alone")
@@ -50,7 +55,7 @@ def clip_maker(pipeline: AnimateDiffPipeline, entry: Request) -> Callable[..., T
         UserError: the entry asks for what cannot be, or `check_entry` refuses it.
     """
     check_entry(entry)
-    (checked,) = check_requests([entry])
+    (checked,) = check_requests([entry], complete=False)
     sampling, prompts = checked.request.sampling, entry.prompts
 
     def generate(captions: list[str], seeds: list[int], **more: Any) -> Tensor:
@@ -71,6 +76,37 @@ def clip_maker(pipeline: AnimateDiffPipeline, entry: Request) -> Callable[..., T
             **more,
         )
         return clips.frames * 2 - 1
+
+    return generate
+
+
+def pictured_clip_maker(pipeline: AnimateDiffPipeline, entry: Request, world: World) -> Generate:
+    """The same for an entry with ControlNets or IP-Adapters, which get pictures of the scenes of the captions.
+
+    ControlNets see the lines of every frame, IP-Adapters the middle frame; of both the entry names no pictures.
+
+    Args:
+        world: whose scene i has the noise seed i.
+
+    Raises:
+        UserError: as `clip_maker`.
+    """
+    make = clip_maker(pipeline, entry)
+    nets, adapters = len(entry.controlnets.nets), len(entry.ip_adapters.adapters)
+    if not nets and not adapters:
+        return make
+
+    def generate(captions: list[str], seeds: list[int]) -> Tensor:
+        clips = []
+        for caption, seed in zip(captions, seeds, strict=True):
+            frames = world.render([seed])[0][0]
+            lines = draw_scribbles(frames)[:, None].expand_as(frames).float()
+            pictures: dict[str, Any] = {"controlnet": [{"images": lines}] * nets} if nets else {}
+            if adapters:
+                picture = frames[PICTURE_FRAME : PICTURE_FRAME + 1] / 2 + 0.5
+                pictures["ip_adapter"] = [{"images": picture}] * adapters
+            clips.append(make([caption], [seed], **pictures))
+        return torch.cat(clips)
 
     return generate
 

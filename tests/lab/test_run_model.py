@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from animatediff.config.prompt_yaml import load_config
-from animatediff.lab.run_model import clip_maker, controlled_clip_maker
+from animatediff.lab.run_model import clip_maker, controlled_clip_maker, pictured_clip_maker
 from animatediff.media.scribble import draw_scribbles
 from animatediff.utils import UserError
 from animatediff.world.series import World
 
+EVAL = Path(__file__).parents[2] / "configs/eval"
 ENTRY = load_config(Path(__file__).parents[2] / "configs/animate/shapes.yaml").entries[0]
 
 
@@ -43,6 +44,21 @@ def test_an_encoder_sees_the_frames_of_each_scene(kind):
             torch.testing.assert_close(shown, video[[0, 15]] / 2 + 0.5)
         else:
             assert torch.equal(shown[:, 1], draw_scribbles(video[[0, 15]]).float()) and shown.shape == (2, 3, 64, 64)
+
+
+def test_controlnets_and_ip_adapters_see_each_scene():
+    world, pipeline = World(2, motions=("left", "grow"), seed=1), Pipeline(None)
+    videos, captions = world.render([0, 1])
+    entries = load_config(EVAL / "pictures.yaml", complete=False).entries
+    for entry in entries:
+        pictured_clip_maker(pipeline, entry, world)(captions, [0, 1])
+    outlines, pictures, plain = pipeline.calls[:2], pipeline.calls[2:4], pipeline.calls[4:]
+    for (asked, call), caption, video in zip(outlines, captions, videos, strict=True):
+        assert asked == [caption] and "ip_adapter" not in call
+        assert torch.equal(call["controlnet"][0]["images"][:, 0], draw_scribbles(video).float())
+    for (_, call), video in zip(pictures, videos, strict=True):
+        assert torch.equal(call["ip_adapter"][0]["images"], video[8:9] / 2 + 0.5) and "controlnet" not in call
+    assert [asked for asked, _ in plain] == [captions] and "controlnet" not in plain[0][1]
 
 
 def test_an_entry_frames_its_captions():
