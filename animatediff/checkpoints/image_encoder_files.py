@@ -123,8 +123,6 @@ def load_image_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32) 
     Raises:
         UserError: it is something else, incomplete, or of a width that needs a config.json to tell its heads.
     """
-    from transformers import CLIPVisionModelWithProjection
-
     path = Path(path)
     weights = find_weights(path, *TEXT_STEMS) if path.is_dir() else path
     if weights is None:
@@ -132,6 +130,8 @@ def load_image_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32) 
     file = read_state_dict(weights)
     if CONFIG_KEY in file.metadata:
         return SmallImageEncoder(build_small_clip(file, path).to(dtype))
+    from transformers import CLIPVisionModelWithProjection  # which takes seconds
+
     tensors = _vision_part(file.tensors)
     if "visual_projection.weight" not in tensors:
         raise UserError(
