@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from animatediff.config.prompt_warnings import prompt_warnings
 from animatediff.config.prompt_yaml import BUNDLED, config_from, load_config
@@ -26,6 +29,7 @@ from animatediff.page.places import EXAMPLES, Places
 from animatediff.page.widgets import QUIET, Form
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.prompts import first_text
+from animatediff.pipeline.run import check_control_images
 from animatediff.pipeline.run_folder import settings_request
 from animatediff.utils import UserError
 
@@ -193,6 +197,7 @@ class Page:
             request = read_form(filled)
             if not found:
                 self.places.check(request)
+                check_control_images(request)
                 check_requests([request])
         except UserError as error:
             raise Mistakes(placed(error).found | found) from None
@@ -220,8 +225,10 @@ class Page:
             self.request(dict(zip(self.form.inputs, values, strict=True)))
             found = {}
         except Mistakes as mistakes:
-            fields = form_fields()
-            found = {n: text for n, text in mistakes.found.items() if n in fields and fields[n].takes == "file"}
+            told = {name for name, field in form_fields().items() if field.takes == "file"} | {
+                *session.get("wrong", ())
+            }
+            found = {name: text for name, text in mistakes.found.items() if name in told}
         return self._told(session, found)
 
     def _told(self, session: Session, found: dict[str, str]) -> dict[Any, Any]:
@@ -250,7 +257,7 @@ class Page:
             updates[self.stage] = views.stage(job, before.get(job.id, 0) if job else 0, last)
             updates[self.jobs] = views.job_list(mine, before)
             updates[self.cancel] = gr.update(interactive=bool(job and not job.ended))
-            file = job.result if job and job.result and Path(job.result).is_file() else None
+            file = _one_file(Path(job.result)) if job and job.result else None
             updates[self.download] = gr.update(value=file, visible=file is not None)
             seen = {**seen, "jobs": now}
         if seen.get("finished") != (finished := self.queue.finished):
@@ -338,6 +345,13 @@ class Page:
 def _picture(clip: Path) -> Path:
     """What the gallery shows of a clip; of a folder of pictures the first."""
     return min(clip.glob("*.png"), default=clip) if clip.is_dir() else clip
+
+
+def _one_file(clip: Path) -> str:
+    """A clip to download; a folder of pictures as an archive."""
+    if not clip.is_dir():
+        return str(clip)
+    return shutil.make_archive(os.path.join(get_upload_folder(), clip.parents[1].name), "zip", clip)
 
 
 def _caption(clip: Path) -> str:

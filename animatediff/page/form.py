@@ -177,7 +177,7 @@ def _place(line: str) -> tuple[str, str]:
     if field := _field_of(head):
         return field, rest
     first = line.partition(" ")[0]
-    named = [first, *(word for word in re.findall(r"[\w.\[\]]+", line) if "." in word)]
+    named = [first, *(word for word in re.findall(r"[\w.\[\]]+", line) if "." in word or "_" in word)]
     return next((field for word in named if (field := _field_of(word))), ""), line
 
 

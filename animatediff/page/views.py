@@ -74,7 +74,8 @@ def duration(seconds: float) -> str:
 
 
 def job_list(jobs: Sequence[Job], before: dict[str, int]) -> str:
-    """The jobs of a person, the newest first, where there are several."""
+    """The jobs of a person that are not done, the newest first, where there are several."""
+    jobs = [job for job in jobs if job.state in (RUNNING, WAITING, FAILED)]
     if len(jobs) < 2:
         return ""
     rows = (

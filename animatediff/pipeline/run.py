@@ -93,11 +93,7 @@ def animate(
     target = assembler.device if assembler else pick_device(device)
     weights_dtype = assembler.dtype if assembler else pick_dtype(dtype, target)
     for entry in config.entries:
-        if entry.sparsectrl.path and not len(entry.sparsectrl.images):
-            raise UserError(
-                f"entry {entry.output.name}: got controlnet_path without controlnet_images, expected images of some "
-                "frames: add them"
-            )
+        check_control_images(entry)
     for entry in config.entries:
         for line in prompt_warnings(entry.prompts):
             _say(f"entry {entry.output.name}: {line}")
@@ -137,6 +133,15 @@ def animate(
     if len(jobs) > 1 and (waiting or not grid.exists()):
         _write_grid(grid, config, jobs)
     return folder
+
+
+def check_control_images(entry: Request) -> None:
+    """Raises: UserError for a SparseCtrl encoder without pictures, which only a call may give it later."""
+    if entry.sparsectrl.path and not len(entry.sparsectrl.images):
+        raise UserError(
+            f"entry {entry.output.name}: got controlnet_path without controlnet_images, expected images of some "
+            "frames: add them"
+        )
 
 
 def plan(config: RunConfig, folder: Path) -> list[Job]:

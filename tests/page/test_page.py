@@ -89,6 +89,9 @@ def test_mistakes_stand_beside_their_fields_until_they_are_corrected(page):
     assert told["size.num_frames"].startswith("Got 40 frames, expected at most 32")
     session, told = ask(page, session, model__motion_module="animatediff/assets/shapes_neon_lora.safetensors")
     assert "this is a LoRA of an image model, not a motion module" in told["model.motion_module"]
+    rgb = "animatediff/assets/shapes_sparsectrl_rgb.safetensors"
+    session, told = ask(page, session, sparsectrl__path=rgb)
+    assert "without controlnet_images" in told["sparsectrl.path"]
     session, told = ask(page, session, inputs__image=str(page.places.models / "Motion_Module/x.safetensors"))
     assert "expected a picture or clip" in told["inputs.image"]
     assert not page.queue.of("a")
