@@ -212,7 +212,7 @@ class Page:
             request = self.request(dict(zip(self.form.inputs, values, strict=True)))
             if request.sampling.seed == (-1,) and not request.sampling.random_seed:  # what is resumed is the same clip
                 request = replace(request, sampling=replace(request.sampling, random_seed=(draw_seed(),)))
-            title = first_text(request.prompts.prompt[0])
+            title = first_text(request.prompts.prompt[0]) or "without words"
             self.queue.submit(session["tab"], title, as_values(request, changed_only=True))
         except UserError as error:
             return self._told(session, placed(error).found)

@@ -63,7 +63,8 @@ def read_form(filled: Mapping[str, Any]) -> Request:
     for name in (PROMPT, NEGATIVE, MORE):
         take(name, partial(_text, filled.get(name)))
     take(TRAVEL, partial(_prompt, values.get(PROMPT), filled.get(TRAVEL)))
-    if not values.get(TRAVEL) and not {PROMPT, TRAVEL} & found.keys():
+    shown = any(field.takes in ("media", "medias") and name in values for name, field in form_fields().items())
+    if not values.get(TRAVEL) and not shown and not {PROMPT, TRAVEL} & found.keys():
         found[PROMPT] = "Say what to show."
     values[PROMPT] = values.pop(TRAVEL, "")
     take(MORE, partial(_assignments, values.pop(MORE, "")))
