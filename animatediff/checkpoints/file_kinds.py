@@ -88,6 +88,10 @@ def _lora(fits: Callable[[set[str]], bool] = bool) -> Rule:
 _HINT = _any(r"^(control_model\.)?input_hint_block\.|^controlnet_cond_embedding\.")
 _IMAGE_KEY = r"(ip_adapter|adapter_modules)\.\d+\.to_k_ip\.weight$|attn2\.processor\.to_k_ip\.weight$"
 _MOTION = _any(r"motion_modules\.")
+_CAMERA = _any(r"^pose_encoder|^encoder_down_conv_blocks\.|qkv_merge\.")
+_OTHER_VIDEO = _any(
+    r"\.(temporal_transformer_blocks|temp_attentions|temp_convs|(spatial|temporal)_res_block|time_stack)\."
+)
 _UNUSED_HERE = "an SD 2.x base, here it is SD 1.x or SDXL"
 _INSIGHT_FACE = "InsightFace's face recognition network, which is not part of this project"
 _CONTROLNET = "controlnet: {{path: {path}, images: picture.png}}"
@@ -169,9 +173,14 @@ KINDS: dict[str, Kind] = {
         "an SD 1.x image model and hints",
         _CONTROLNET,
     ),
+    "cameractrl-svd": Kind(
+        "CameraCtrl for Stable Video Diffusion",
+        _both(_CAMERA, _OTHER_VIDEO),
+        "another video model; CameraCtrl for AnimateDiff's v3 is what fits here",
+    ),
     "cameractrl": Kind(
         "a CameraCtrl camera encoder",
-        _any(r"^pose_encoder|^encoder_down_conv_blocks\.|qkv_merge\."),
+        _CAMERA,
         "the v3 motion module",
         "camera: {{path: {path}, move: zoom_in}}",
     ),
@@ -222,6 +231,9 @@ KINDS: dict[str, Kind] = {
         _is_embedding(),
         "an SD 1.x image model, and its name in a prompt",
         "embeddings: [{path}]",
+    ),
+    "other-video-model": Kind(
+        "a video model of another kind (Stable Video Diffusion, ModelScope or the like)", _OTHER_VIDEO
     ),
     "animatelcm-i2v": Kind(
         "an AnimateLCM-I2V motion module",

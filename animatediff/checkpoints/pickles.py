@@ -17,7 +17,8 @@ from torch import Tensor
 from animatediff.checkpoints.lora_lists import named_motion_lora
 from animatediff.utils import UserError
 
-WRAPPERS = ("state_dict", "controlnet")  # entries under which training code puts the weights, possibly nested
+# Entries under which training code puts the weights, possibly nested.
+WRAPPERS = ("state_dict", "controlnet", "lora_state_dict")
 DEEPEST_WRAPPER = 4
 
 # Classes that pickles of training runs mention beside the weights. They are read as empty stand-ins: nothing of

@@ -106,6 +106,14 @@ CASES: dict[str, tuple[str, object]] = {
     "pia": ("pia", lambda: motion_tensors("v3") | zeros(conv_in__weight=(320, 9, 3, 3))),
     "i2v": ("animatelcm-i2v", lambda: motion_tensors("v2") | zeros(img_encoder__conv_in__weight=(320, 4, 1, 1))),
     "cameractrl": ("cameractrl", lambda: zeros(pose_encoder_state_dict__encoder_conv_in__weight=(320, 6, 3, 3))),
+    "cameractrl of SVD": (
+        "cameractrl-svd",
+        lambda: zeros(down_blocks__0__temporal_transformer_blocks__0__attn1__processor__qkv_merge__weight=(4, 4)),
+    ),
+    "SVD": (
+        "other-video-model",
+        lambda: zeros(down_blocks__0__resnets__0__spatial_res_block__time_emb_proj__weight=(4, 4)),
+    ),
     "sdxl motion": ("motion-module", sdxl_motion),
     "sdxl": ("sdxl-checkpoint", lambda: context(2048) | zeros(conditioner__embedders__0__x=(1,))),
     "sd2": ("sd2-checkpoint", lambda: context(1024)),

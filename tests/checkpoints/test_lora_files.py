@@ -503,3 +503,11 @@ def test_files_that_are_no_adapters_are_named(tmp_path):
     path = write_state_dict(tmp_path / "mm.safetensors", motion)
     with pytest.raises(UserError, match="mm.safetensors: this is a motion module, not a LoRA.*motion_module: "):
         read_lora(path)
+
+
+def test_cameractrls_image_lora(tmp_path):
+    """Its wrapper, beside what its training counted."""
+    path = tmp_path / "RealEstate10K_LoRA.ckpt"
+    torch.save({"epoch": 1, "global_step": 2, "lora_state_dict": synthetic_lora("domain_adapter")}, path)
+    assert identify(path).kind == "domain-adapter"
+    assert_same_entries(described(read_lora(path)), entries_of(synthetic_lora("domain_adapter")))
