@@ -129,11 +129,18 @@ def _set_allocator(*options: tuple[int, int]) -> bool:
     return bool(set_option and all(set_option(*option) for option in options))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's error, CUDA's, or what torch's allocator on the CPU raises."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in ("out of memory", "allocate memory"))
+    )
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit: 0 done, 2 with one line for a mistake, 130 after Ctrl-C, 141 where nobody reads
     what it prints any more (`… | head`).
 
-    A mistake is a `UserError`, or what the system refuses: a full disk, a folder that may not be written to.
+    A mistake is a `UserError`, or what the system refuses: a full disk, a folder that may not be written to, memory.
     """
     keep_freed_memory()
     for name in ("stdout", "stderr"):  # closed by the caller (`2>&-`): what is printed goes nowhere
@@ -146,6 +153,14 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.exit(141)
     except (UserError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "error: got a task that takes more memory than there is: free some, or give it less at a time",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from animatediff.utils import UserError, remove_leftovers, replacing
+from animatediff.utils import UserError, remove_leftovers, replacing, run_main
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     code = """
 import os, sys
 from pathlib import Path
-from animatediff.utils import replacing
+from animatediff.utils import replacing, run_main
 with replacing(Path(sys.argv[1]) / "deep/x.bin") as temporary:
     temporary.write_text("half")
     os._exit(9)
@@ -72,3 +72,20 @@ with replacing(Path(sys.argv[1]) / "deep/x.bin") as temporary:
     assert len(list((tmp_path / "deep").iterdir())) == 2
     remove_leftovers(tmp_path)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["kept.txt"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried …")]
+)
+def test_a_full_memory_is_one_line(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run_main(main)
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: got a task that takes more memory")
+
+
+def test_other_errors_are_not_hidden():
+    with pytest.raises(RuntimeError, match="a fault"):
+        run_main(lambda: (_ for _ in ()).throw(RuntimeError("a fault")))

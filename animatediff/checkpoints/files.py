@@ -259,6 +259,8 @@ def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, metadata  # noqa: SIM118 (no dict)
     except (SafetensorError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         reason = first_line(str(error))
+        if "allocate memory" in reason:
+            raise MemoryError(reason) from None
         raise UserError(f"got a damaged safetensors file, {path} ({reason}): download it again") from None
 
 

@@ -13,10 +13,10 @@ from animatediff.media.video import is_complete
 from animatediff.page.jobs import Job, Journal
 from animatediff.page.preview import LatentPreview, animated
 from animatediff.pipeline.assemble import Assembler
-from animatediff.pipeline.outputs import is_out_of_memory
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.run import Follower, animate, plan
 from animatediff.pipeline.run_folder import new_folder
+from animatediff.utils import is_out_of_memory
 
 NAME = "page"  # how the folders of its clips begin
 PREVIEW_SECONDS, PREVIEW_SHARE = 1.0, 0.1  # at most one preview in so many seconds, and in so much of the time

@@ -14,16 +14,9 @@ from torch import Tensor
 from animatediff.config.request import Request
 from animatediff.media.video import to_uint8
 from animatediff.models.vae import VAE
-from animatediff.utils import UserError
+from animatediff.utils import UserError, is_out_of_memory
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tensor", "latent")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's error, Python's, or what torch's allocator on the CPU raises."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    )
 
 
 @contextmanager
@@ -31,7 +24,7 @@ def one_line_when_full(request: Request) -> Iterator[None]:
     """Raises: UserError in place of the many errors that a full memory gives."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         size, finish = request.size, request.finish
@@ -54,7 +47,7 @@ def decode_video(vae: VAE, latents: Tensor, *, chunk_frames: int) -> Tensor:
         try:
             video = _decoded(vae, latents, chunk_frames)
             break
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or chunk_frames == 1:
                 raise
             chunk_frames = max(min(chunk_frames, latents.shape[1]) // 2, 1)

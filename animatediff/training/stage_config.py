@@ -10,9 +10,8 @@ from typing import ClassVar
 import torch
 
 from animatediff.config.settings import Int, opt, options
-from animatediff.pipeline.outputs import is_out_of_memory
 from animatediff.training.output_folder import training_folder
-from animatediff.utils import UserError
+from animatediff.utils import UserError, is_out_of_memory
 
 Log = Callable[[str], None]
 CPU = torch.device("cpu")
