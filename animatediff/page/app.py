@@ -26,7 +26,7 @@ from animatediff.page.fields import PROMPT, form_fields
 from animatediff.page.form import Mistakes, fill_form, placed, read_form
 from animatediff.page.jobs import JobQueue
 from animatediff.page.places import EXAMPLES, Places
-from animatediff.page.widgets import QUIET, Form
+from animatediff.page.widgets import QUIET, Form, text_of
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.prompts import first_text
 from animatediff.pipeline.run import check_control_images
@@ -44,6 +44,7 @@ SHOW_MISTAKE = """() => {
   wrong?.scrollIntoView({block: "center", behavior: "smooth"});
   wrong?.querySelector("input, textarea")?.focus({preventScroll: true});
 }"""
+OF_THE_MODEL = ("size.width", "size.height", "sampling.guidance_scale")  # whose defaults depend on the image model
 EXAMPLE_CLIPS = (  # label, config, entry, prompt
     ("Bounce", "animate/shapes.yaml", 0, 8),
     ("Travel", "animate/travel.yaml", 0, 0),
@@ -174,6 +175,10 @@ class Page:
         weights = [name for name, field in form_fields().items() if field.takes == "file"]
         for name in weights:
             self.form.inputs[name].input(self.check_files, inputs, self.outputs, **QUIET)
+        its_own = [self.form.inputs[name] for name in OF_THE_MODEL]
+        self.form.inputs["model.base"].input(
+            self.other_base, [self.form.inputs["model.base"], *its_own], its_own, **QUIET
+        )
         self.drop.upload(self.dropped, [self.session, self.drop], [*self.outputs, self.drop, self.drop_note], **QUIET)
         chosen = [self.session, self.chosen, self.shown, self.settings]
         self.gallery.select(self.choose, [self.session, self.seen], chosen, **QUIET)
@@ -230,6 +235,13 @@ class Page:
             }
             found = {name: text for name, text in mistakes.found.items() if name in told}
         return self._told(session, found)
+
+    def other_base(self, base: str, *values: Any) -> list[Any]:
+        """Of another image model, size and guidance are its own, if they were the bundled one's; and back again."""
+        start = [text_of(self.form.start[name]) for name in OF_THE_MODEL]
+        bundled = base == self.form.start["model.base"]
+        swapped = [(own, "") if not bundled else ("", own) for own in start]
+        return [new if value == old else gr.skip() for value, (old, new) in zip(values, swapped, strict=True)]
 
     def _told(self, session: Session, found: dict[str, str]) -> dict[Any, Any]:
         """Sentences beside the fields; what belongs to none, under the button."""

@@ -97,6 +97,18 @@ def test_mistakes_stand_beside_their_fields_until_they_are_corrected(page):
     assert not page.queue.of("a")
 
 
+def test_size_and_guidance_are_those_of_the_image_model(page):
+    bundled = page.form.start["model.base"]
+    of_it = [page.form.inputs[name].value for name in ("size.width", "size.height", "sampling.guidance_scale")]
+    assert of_it == ["64", "64", "3"]
+    assert page.other_base("models/StableDiffusion/x", *of_it) == ["", "", ""]
+    assert page.other_base(bundled, "", "", "") == of_it
+    kept = page.other_base("models/StableDiffusion/x", "512", "64", "7")
+    assert kept[1] == "" and [set(update) for update in (kept[0], kept[2])] == [{"__type__"}] * 2, (
+        "what one has typed stays"
+    )
+
+
 def test_a_drawn_seed_is_part_of_the_job(page):
     ask(page, {"tab": "seeds"}, sampling__seed="-1")
     (job,) = page.queue.of("seeds")
