@@ -15,7 +15,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from animatediff.config.prompt_warnings import prompt_warnings
-from animatediff.config.prompt_yaml import BUNDLED, config_from, load_config
+from animatediff.config.prompt_yaml import BUNDLED, load_config
 from animatediff.config.request import Request
 from animatediff.config.settings import dump_yaml
 from animatediff.config.spellings import as_values
@@ -26,11 +26,11 @@ from animatediff.page.fields import PROMPT, form_fields
 from animatediff.page.form import Mistakes, fill_form, placed, read_form
 from animatediff.page.jobs import JobQueue
 from animatediff.page.places import EXAMPLES, Places
+from animatediff.page.presets import EXAMPLE_CLIPS, one_prompt, read_settings
 from animatediff.page.widgets import QUIET, Form, text_of
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.prompts import first_text
 from animatediff.pipeline.run import check_control_images
-from animatediff.pipeline.run_folder import settings_request
 from animatediff.utils import UserError
 
 GALLERY = 48  # clips of the gallery, the newest
@@ -45,38 +45,8 @@ SHOW_MISTAKE = """() => {
   wrong?.querySelector("input, textarea")?.focus({preventScroll: true});
 }"""
 OF_THE_MODEL = ("size.width", "size.height", "sampling.guidance_scale")  # whose defaults depend on the image model
-EXAMPLE_CLIPS = (  # label, config, entry, prompt
-    ("Bounce", "animate/shapes.yaml", 0, 8),
-    ("Travel", "animate/travel.yaml", 0, 0),
-    ("Loop", "animate/loop.yaml", 2, 0),
-    ("Neon style", "animate/shapes-styles.yaml", 0, 0),
-    ("MotionLoRA", "animate/shapes-motion-lora.yaml", 0, 0),
-    ("From a clip", "animate/vid2vid.yaml", 0, 0),
-)
 Session = dict[str, Any]  # of one tab: tab, wrong, chosen
 Seen = dict[str, Any]  # what was sent to it last: jobs, finished, clips
-
-
-def one_prompt(request: Request, place: int = 0) -> Request:
-    """The request of one of its prompts alone."""
-    prompts, sampling = request.prompts, request.sampling
-    (prompt, negative, seed) = request.per_prompt()[place]
-    negatives = (negative,) if prompts.negative_prompt else ()
-    prompts = replace(prompts, prompt=(prompt,), negative_prompt=negatives, head_prompt="", tail_prompt="")
-    return replace(request, prompts=prompts, sampling=replace(sampling, seed=(seed,), random_seed=()))
-
-
-def read_settings(path: str | Path, name: str = "") -> Request:
-    """The request that made a clip, as the clip remembers it; `name` is what messages call it.
-
-    Raises:
-        UserError: it remembers nothing, or is no clip.
-    """
-    settings, name = read_metadata(path), name or Path(path).name
-    if not {"prompt", "prompts"} & settings.keys():
-        raise UserError(f"got {name}, which holds no settings, expected a clip made here")
-    (entry,) = config_from([settings_request(settings)], name, name=name).entries
-    return entry
 
 
 class Page:

@@ -12,10 +12,11 @@ from animatediff.config.spellings import as_values, build_request  # noqa: E402
 from animatediff.media.video import read_metadata, save_video  # noqa: E402
 from animatediff.page import serve as serving  # noqa: E402
 from animatediff.page import views  # noqa: E402
-from animatediff.page.app import Page, read_settings  # noqa: E402
+from animatediff.page.app import Page  # noqa: E402
 from animatediff.page.fields import MORE, PROMPT, SECTIONS, form_fields  # noqa: E402
 from animatediff.page.jobs import DONE, FAILED, RUNNING, WAITING, Job, JobQueue, Journal  # noqa: E402
 from animatediff.page.places import Places  # noqa: E402
+from animatediff.page.presets import read_settings  # noqa: E402
 from animatediff.utils import UserError  # noqa: E402
 from scripts.app import main  # noqa: E402
 from tests.page.test_jobs import until  # noqa: E402
