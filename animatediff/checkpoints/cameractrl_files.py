@@ -9,6 +9,7 @@ from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dic
 from animatediff.checkpoints.identify import identify_tensors, refusal
 from animatediff.checkpoints.keymaps import POSITIONAL_ENDINGS
 from animatediff.checkpoints.load import LoadReport, load_strictly
+from animatediff.checkpoints.mapped import converted
 from animatediff.config.networks import CameraConfig
 from animatediff.models.camera_network import RAY_CHANNELS, CameraCtrl, merged_attentions
 from animatediff.models.unet import UNet
@@ -47,7 +48,7 @@ def load_cameractrl(path: str | Path, unet: UNet) -> tuple[CameraCtrl, LoadRepor
             "choose a file made for this base and motion module"
         )
     sample = next(unet.parameters())
-    ready = {key: t.to(sample.device, sample.dtype) for key, t in tensors.items()}
+    ready = converted(tensors, sample.device, sample.dtype)
     camera = load_strictly(lambda: CameraCtrl(config), ready, "CameraCtrl", path)
     report = LoadReport(path, info.kind, None, file_sha256(path), applied=len(ready), notes=list(file.notes))
     return camera, report

@@ -11,6 +11,7 @@ import torch
 from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict, write_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
 from animatediff.checkpoints.load import LoadReport, load_strictly
+from animatediff.checkpoints.mapped import converted
 from animatediff.config.networks import IPAdapterConfig
 from animatediff.models.ip_adapter_network import HEAD_WIDTH, IPAdapter, cross_attentions
 from animatediff.models.unet import UNet
@@ -52,7 +53,7 @@ def load_ip_adapter(path: str | Path, unet: UNet) -> tuple[IPAdapter, LoadReport
             f"{widths}: choose an IP-Adapter made for this base"
         )
     sample = next(unet.parameters())
-    ready = {key: t.to(sample.device, sample.dtype) for key, t in tensors.items()}
+    ready = converted(tensors, sample.device, sample.dtype)
     adapter = load_strictly(lambda: IPAdapter(config), ready, "IP-Adapter", path)
     unused = [key for key in named if key not in tensors]
     notes = [*file.notes, *(["the file holds more than the adapter"] if unused else [])]

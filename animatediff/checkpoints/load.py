@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from animatediff.checkpoints.files import StateDict, file_sha256
 from animatediff.checkpoints.keymaps import MOTION_MARK
+from animatediff.checkpoints.mapped import converted
 from animatediff.checkpoints.metadata import motion_norm_groups, schedule_facts
 from animatediff.checkpoints.parts import (
     ImageParts,
@@ -132,7 +133,7 @@ def load_vae(path: str | Path, image: ImageModel) -> tuple[VAE, LoadReport]:
         config = vae_config(parts.tensors, known | parts.metadata)
     _check_vae_fits(config, image, parts.path)
     sample = next(image.unet.parameters())
-    tensors = {key: t.to(sample.device, sample.dtype) for key, t in parts.tensors.items()}
+    tensors = converted(parts.tensors, sample.device, sample.dtype)
     vae = load_strictly(lambda: VAE(config), tensors, "VAE", parts.path)
     notes = list(parts.notes)
     if image.vae and config.scaling_factor != (factor := image.vae.config.scaling_factor):
@@ -179,7 +180,7 @@ def load_motion_module(
             norm_over_frames=norm_over_frames,
         )
     image = {key: tensor for key, tensor in unet.state_dict().items() if MOTION_MARK not in key}
-    motion = {key: tensor.to(sample.device, sample.dtype) for key, tensor in parts.tensors.items()}
+    motion = converted(parts.tensors, sample.device, sample.dtype)
     merged = load_strictly(lambda: UNet(unet.config.with_motion(config)), image | motion, "motion module", parts.path)
     report = LoadReport(
         path=parts.path,
@@ -201,8 +202,7 @@ def _build_image_model(
     def build(module: Callable[..., Any], sizes: Callable[..., object], tensors: StateDict, what: str) -> Any:
         with naming(parts.path):
             config = sizes(tensors, metadata)
-        ready = {key: t.to(device, dtype) for key, t in tensors.items()}
-        return load_strictly(lambda: module(config), ready, what, parts.path)
+        return load_strictly(lambda: module(config), converted(tensors, device, dtype), what, parts.path)
 
     vae, texts = None, {"text": None, "text_2": None}
     if base:

@@ -10,6 +10,7 @@ from animatediff.checkpoints.diffusers_json import UNET_STEM
 from animatediff.checkpoints.files import StateDict, file_sha256, find_weights, read_state_dict
 from animatediff.checkpoints.identify import CONDITIONED_MOTION, identify_tensors
 from animatediff.checkpoints.load import LoadReport, load_strictly
+from animatediff.checkpoints.mapped import converted
 from animatediff.models.image_to_video_network import PictureEncoder
 from animatediff.models.pia_network import PIACondition
 from animatediff.models.unet import UNet
@@ -41,7 +42,7 @@ def load_motion_condition(path: str | Path, unet: UNet) -> tuple[PIACondition | 
         encoder = {k.removeprefix(IMG_ENCODER): t for k, t in file.tensors.items() if k.startswith(IMG_ENCODER)}
         tensors, build = encoder, lambda: PictureEncoder(unet.config)
     sample = next(unet.parameters())
-    ready = {key: t.to(sample.device, sample.dtype) for key, t in tensors.items()}
+    ready = converted(tensors, sample.device, sample.dtype)
     network = load_strictly(build, ready, f"{info.kind} network for pictures", path)
     report = LoadReport(path, info.kind, CONDITIONED_MOTION[info.kind], file_sha256(path), applied=len(ready))
     return network, report

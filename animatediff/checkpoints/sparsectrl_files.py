@@ -13,6 +13,7 @@ from animatediff.checkpoints.files import file_sha256, find_weights, read_state_
 from animatediff.checkpoints.identify import identify_tensors, refusal
 from animatediff.checkpoints.keymaps import MOTION_MARK, POSITIONAL_ENDINGS, motion_to_official
 from animatediff.checkpoints.load import LoadReport, load_strictly
+from animatediff.checkpoints.mapped import converted
 from animatediff.checkpoints.sizes import sparsectrl_config, sparsectrl_metadata_of
 from animatediff.config.networks import SparseCtrlConfig
 from animatediff.models.sparsectrl_encoder import SparseCtrl
@@ -54,7 +55,7 @@ def load_sparsectrl(
         config = sparsectrl_config(tensors, facts, length=length, norm_over_frames=norm_over_frames)
     check_fits(config, unet, vae, path)
     sample = next(unet.parameters())
-    ready = {key: t.to(sample.device, sample.dtype) for key, t in tensors.items()}
+    ready = converted(tensors, sample.device, sample.dtype)
     encoder = load_strictly(lambda: SparseCtrl(config), ready, "SparseCtrl encoder", path)
     notes = list(file.notes)
     if len(tensors) < len(file.tensors):

@@ -32,8 +32,9 @@ from animatediff.utils import UserError, naming
 class Assembler:
     """Loads requests one after the other. Every one starts from the clean base; nothing of one reaches the next.
 
-    Image models are read into float32 on the CPU and kept until another one is asked for. A request's networks are
-    twins on the same storage: LoRAs give theirs new weights, and moving to a device makes copies.
+    Image models are read on the CPU, in the type that they compute in or, where LoRAs or words are to be added, in
+    float32; what a file holds in it stays mapped. They are kept until another one is asked for. A request's networks
+    are twins on the same storage: LoRAs give theirs new weights, and moving to a device makes copies.
 
     The order is the official one: motion module, DreamBooth (these two touch different weights), kohya LoRA, domain
     adapter, MotionLoRAs. A VAE of its own replaces the image model's. LoRAs are summed in float32 and rounded once.
@@ -41,7 +42,7 @@ class Assembler:
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
-        self._base: tuple[Path | None, ImageModel | None] = (None, None)
+        self._base: tuple[tuple[Path, torch.dtype] | None, ImageModel | None] = (None, None)
         self._personal: tuple[tuple[Path, Path] | None, ImageModel | None] = (None, None)
 
     def assemble(self, checked: Checked) -> Model:
@@ -53,7 +54,10 @@ class Assembler:
         request, headers = checked.request, checked.headers
         check_memory(request.memory, self.device)
         paths = headers.paths
-        image = self._image_model(paths["model.base"], paths.get("model.personalised"))
+        m = request.model
+        adds = m.loras or m.motion_loras or m.adapter or m.embeddings
+        read_in = torch.float32 if adds else self.dtype
+        image = self._image_model(paths["model.base"], paths.get("model.personalised"), read_in)
         reports = [str(image.report)]
         if "model.vae" in paths:
             vae, vae_report = load_vae(paths["model.vae"], image)
@@ -109,10 +113,10 @@ class Assembler:
             memory=request.memory,
         )
 
-    def _image_model(self, base_path: Path, personal_path: Path | None) -> ImageModel:
-        if self._base[0] != base_path:
+    def _image_model(self, base_path: Path, personal_path: Path | None, dtype: torch.dtype) -> ImageModel:
+        if self._base[0] != (base_path, dtype):
             self._base = self._personal = (None, None)  # before the next is read: two do not fit everywhere
-            self._base = (base_path, load_base(base_path))
+            self._base = ((base_path, dtype), load_base(base_path, dtype=dtype))
         base = self._base[1]
         assert base is not None
         if personal_path is None:
