@@ -45,6 +45,7 @@ IMPORT_RULES = {  # third-party package -> the only places that may import it
     "cv2": ("animatediff/media/preprocess.py",),
     "triton": ("kernels/",),
     "gradio": ("animatediff/page/", "tests/page/"),
+    "starlette": ("animatediff/page/serve.py",),
     "selenium": ("tests/page/",),
     "diffusers": ("kernels/benchmarks/",),
     "matplotlib": ("kernels/benchmarks/",),

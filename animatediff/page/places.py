@@ -14,6 +14,7 @@ from animatediff.checkpoints.identify import FileInfo, identify
 from animatediff.checkpoints.known_files import REPOSITORY, find_file
 from animatediff.config.request import Request
 from animatediff.config.spellings import files
+from animatediff.config.values import PICTURES, SOUND
 from animatediff.media.video import PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_video
 from animatediff.page.fields import Field, sentence
 from animatediff.utils import UserError
@@ -96,24 +97,32 @@ class Places:
 
     # ---- what may be asked for ------------------------------------------------------------------------------------
 
-    def allows(self, path: str | Path) -> bool:
-        """Whether a path lies in one of the folders, whatever is there; `..` never does."""
+    def allows(self, path: str | Path, *, media: bool) -> bool:
+        """Whether a path lies in a folder for its kind, whatever is there; `..` never does.
+
+        Pictures, clips and sound may lie where clips and uploads do; weights, programs and configs may not.
+        """
         if ".." in Path(path).parts:
             return False
-        roots = [root.absolute() for root in (self.models, self.output, ASSETS, EXAMPLES)]
+        roots = [root.absolute() for root in (self.models, ASSETS, EXAMPLES, *([self.output] if media else []))]
         return any(place.is_relative_to(root) for place in (Path(path).absolute(), REPOSITORY / path) for root in roots)
 
     def check(self, request: Request) -> None:
         """Raises: UserError, a line for each file of a request that lies elsewhere."""
-        wrong = [file for file in files(request).values() if not self.allows(file.path)]
-        if wrong:
-            folders = f"{self.models} or {self.output}"
-            lines = (f"{file.called}: got {file.path}, expected a file in {folders}: put it there" for file in wrong)
+        lines = []
+        for file in files(request).values():
+            media = file.kind in (PICTURES, SOUND)
+            if not self.allows(file.path, media=media):
+                folders = f"{self.models} or {self.output}" if media else self.models
+                lines.append(f"{file.called}: got {file.path}, expected a file in {folders}: put it there")
+        if lines:
             raise UserError("\n".join(lines))
 
     def find_media(self, path: str) -> Path | None:
         """A picture or clip that settings name, if it is there and may be asked for."""
-        found = find_file(path) if self.allows(path) and Path(path).suffix.lower() in MEDIA_SUFFIXES else None
+        found = (
+            find_file(path) if self.allows(path, media=True) and Path(path).suffix.lower() in MEDIA_SUFFIXES else None
+        )
         return found if found and found.is_file() else None
 
     def clips(self, most: int) -> list[Path]:
