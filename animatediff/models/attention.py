@@ -73,6 +73,8 @@ class FeedForward(Chunked):
         rows = self.chunk or x.shape[:2].numel()
         if on_cpu(x) and not torch.is_grad_enabled():
             rows = min(rows, CPU_ROWS)
+        if rows >= x.shape[:2].numel():
+            return self.net[2](self.net[0](x))
         return in_parts(lambda x: self.net[2](self.net[0](x)), rows, x.flatten(0, 1)).view(x.shape)
 
 
