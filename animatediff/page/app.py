@@ -134,6 +134,7 @@ class Page:
         looks = [self.seen, self.stage, self.jobs, self.cancel, self.download, self.gallery, self.left_over]
         look: dict[str, Any] = {"fn": self.look, "inputs": [self.session, self.seen], "outputs": looks, **QUIET}
         page.load(self.arrive, [self.session, self.tab], self.session, js=TAB_JS, **QUIET).then(**look)
+        page.load(self.rescan, None, [self.form.inputs[name] for name in self._weights()], **QUIET)
         gr.Timer(EVERY).tick(**look, queue=False)
         ask: dict[str, Any] = {"fn": self.submit, "inputs": inputs, "outputs": self.outputs, **QUIET}
         self.animate.click(**ask).then(None, js=SHOW_MISTAKE).then(**look)
@@ -142,9 +143,9 @@ class Page:
         for button, config, entry, prompt in self.examples:
             fill = partial(self.example, config, entry, prompt)
             button.click(fill, self.session, self.outputs, **QUIET).then(**ask).then(**look)
-        weights = [name for name, field in form_fields().items() if field.takes == "file"]
-        for name in weights:
-            self.form.inputs[name].input(self.check_files, inputs, self.outputs, **QUIET)
+        weights = [self.form.inputs[name] for name in self._weights()]
+        for component in weights:
+            component.input(self.check_files, inputs, self.outputs, **QUIET)
         its_own = [self.form.inputs[name] for name in OF_THE_MODEL]
         self.form.inputs["model.base"].input(
             self.other_base, [self.form.inputs["model.base"], *its_own], its_own, **QUIET
@@ -153,7 +154,7 @@ class Page:
         chosen = [self.session, self.chosen, self.shown, self.settings]
         self.gallery.select(self.choose, [self.session, self.seen], chosen, **QUIET)
         self.use.click(self.use_chosen, self.session, self.outputs, **QUIET)
-        self.refresh.click(self.rescan, None, [self.form.inputs[name] for name in weights], **QUIET)
+        self.refresh.click(self.rescan, None, weights, **QUIET)
         self.resume.click(self.make_unfinished, self.session, [self.session, self.left_over], **QUIET).then(**look)
         self.forget.click(self.forget_unfinished, None, self.left_over, **QUIET)
 
@@ -200,10 +201,8 @@ class Page:
             self.request(dict(zip(self.form.inputs, values, strict=True)))
             found = {}
         except Mistakes as mistakes:
-            told = {name for name, field in form_fields().items() if field.takes == "file"} | {
-                *session.get("wrong", ())
-            }
-            found = {name: text for name, text in mistakes.found.items() if name in told}
+            known = {*session.get("wrong", ()), *self._weights()}
+            found = {name: text for name, text in mistakes.found.items() if name in known}
         return self._told(session, found)
 
     def other_base(self, base: str, *values: Any) -> list[Any]:
@@ -301,8 +300,12 @@ class Page:
     def rescan(self) -> list[Any]:
         """Offer what has come into the model folder."""
         self.places.scan()
-        fields = [field for field in form_fields().values() if field.takes == "file"]
-        return [gr.update(choices=self.places.offers(field)) for field in fields]
+        return [gr.update(choices=self.places.offers(form_fields()[name])) for name in self._weights()]
+
+    @staticmethod
+    def _weights() -> list[str]:
+        """The fields for weight files."""
+        return [name for name, field in form_fields().items() if field.takes == "file"]
 
     # ---- what an earlier run left -----------------------------------------------------------------------------
 
