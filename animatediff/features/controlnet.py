@@ -174,7 +174,7 @@ class Control:
         of_frames: list[list[Tensor]] = [[] for _ in frames]
         for residual, weight in zip([*down, mid], weights, strict=True):
             found = dict(zip(needed, residual.unflatten(0, (len(needed), -1, len(frames))), strict=True))
-            nothing = torch.zeros_like(found["conditional"])
+            nothing = torch.zeros_like(next(iter(found.values())))
             whole = weight * torch.cat([found.get(part, nothing) for part in parts])
             for rows, of_frame in zip(of_frames, whole.unbind(1), strict=True):
                 rows.append(of_frame)

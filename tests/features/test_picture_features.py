@@ -25,6 +25,7 @@ from animatediff.features.sparsectrl import sparsectrl
 from animatediff.media.pictures import fit_frames
 from animatediff.media.video import read_video
 from animatediff.models.controlnet_network import ControlNet
+from animatediff.pipeline import memory as memory_module
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.sample import network
@@ -157,6 +158,8 @@ def test_controlnet(folder, image, name, first, second):
 def test_a_pooled_controlnet_is_for_the_conditional_half(folder, image, tmp_path):
     pipe = pipeline(folder, tmp_path, motion_module="", controlnet=net(folder, "shuffle", scale=0.8))
     assert_close(predict(pipe, controlnet), video("control.unet_pooled"))
+    whole, halves = (latents(pipe, split_guidance=split) for split in (False, True))
+    assert_close(halves, whole)
 
 
 def test_frames_without_a_hint_are_left_alone(folder, image):
@@ -183,11 +186,14 @@ def test_residuals_of_sparsectrl_and_controlnets_add_up(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_everything_together(folder, tmp_path):
-    """A video made anew in windows, with a LoRA, two motion modules and all that pictures and cameras can tell."""
+@pytest.mark.parametrize("memory", [{"split_guidance": True, "chunk_tokens": 64}, {"offload": "blocks"}], ids=str)
+def test_everything_together(folder, tmp_path, monkeypatch, memory):
+    """A video made anew in windows, with a LoRA, two motion modules and all that pictures and cameras can tell;
+    in less memory, too: nothing mistakes one part of guidance for another, or finds weights that are away."""
+    monkeypatch.setattr(memory_module, "has_own_memory", lambda device: True)
     nets = [net(folder, images=(), preprocessor="invert"), net(folder, "control_b", scale=0.3, guess_mode=True)]
-    pipe = pipeline(
-        folder, tmp_path, video=str(folder / "hints"), camera=FAMILIES["camera"](folder)["camera"], controlnet=nets,
+    options = dict(
+        video=str(folder / "hints"), camera=FAMILIES["camera"](folder)["camera"], controlnet=nets,
         ip_adapter=[adapter(folder), adapter(folder, "plus", layers="style")],
         image_encoder=str(folder / "image_encoder"),
         controlnet_path=str(folder / "rgb.safetensors"), controlnet_images=str(folder / "a.png"),
@@ -195,10 +201,13 @@ def test_everything_together(folder, tmp_path):
         lora_model_path=str(folder / "kohya.safetensors"), pag_scale=1.0,
         windows={"schedule": "open", "length": 3, "overlap": 1},
     )  # fmt: skip
+    pipe, held = (pipeline(folder, tmp_path, **options, **more) for more in ({}, memory))
     call = {"video": str(folder / "hints"), "strength": 1.0, "controlnet_images": str(folder / "a.png")}
     clip = latents(pipe, steps=2, latents=None, generator=torch.Generator().manual_seed(3), **call)
     again = latents(pipe, steps=2, latents=None, generator=torch.Generator().manual_seed(3), **call)
     assert clip.isfinite().all() and torch.equal(clip, again)
+    less = latents(held, steps=2, latents=None, generator=torch.Generator().manual_seed(3), **call)
+    assert torch.allclose(clip, less, atol=1e-2)
     without = latents(pipe, steps=2, latents=None, generator=torch.Generator().manual_seed(3), **call, controlnet=[])
     assert not torch.allclose(clip, without, atol=1e-2)
 
