@@ -70,7 +70,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--prompt",
-        help="in place of every caption, such as '': what do ControlNet and IP-Adapter say alone?",
+        help="in place of every caption, such as 'a {shape} {motion}' or '': what do pictures say?",
     )
     parser.add_argument("--steps", type=int, help="by default the config's")
     parser.add_argument("--guidance-scale", type=float, help="by default the config's")
@@ -185,7 +185,7 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
     }
     make = pictured_clip_maker(pipeline, entry, world)
     result = evaluate_shapes(
-        make if args.prompt is None else lambda captions, seeds: make([args.prompt] * len(captions), seeds),
+        lambda captions, seeds: make(captions if args.prompt is None else world.said(args.prompt, seeds), seeds),
         captions=args.captions,
         seed=args.seed,
         batch=args.batch,

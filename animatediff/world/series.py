@@ -9,7 +9,7 @@ from torch import Tensor
 
 from animatediff.utils import UserError
 from animatediff.world.camera import CAMERA, make_camera_scene
-from animatediff.world.shapes import MOTIONS, TURNS, Scene, make_scene, render
+from animatediff.world.shapes import MOTIONS, TURNS, Scene, make_scene, motion_phrases, render
 from animatediff.world.styles import STYLES, stamp
 
 
@@ -42,6 +42,23 @@ class World:
             if unknown := sorted(set(getattr(self, key)) - {*MOTIONS, *CAMERA}):
                 known = ", ".join([*MOTIONS, *CAMERA])
                 raise UserError(f"{key}: got {unknown[0]!r}, expected motions of the data set: {known}")
+
+    def said(self, text: str, numbers: Iterable[int]) -> list[str]:
+        """A text of each scene in which {size}, {color}, {shape}, {motion} and {background} stand for what it shows.
+
+        Raises:
+            UserError: braces around something else.
+        """
+        scenes = [self.scene(i) for i in numbers]
+        try:
+            return [
+                text.format_map(vars(scene) | {"motion": motion_phrases(scene.motion, self.version)[0]})
+                for scene in scenes
+            ]
+        except (KeyError, ValueError, IndexError, AttributeError):
+            raise UserError(
+                f"prompt: got {text!r}, expected text with {{size}}, {{color}}, {{shape}}, {{motion}} or {{background}}"
+            ) from None
 
     def scene(self, index: int) -> Scene:
         """The exact labels of clip `index`."""

@@ -7,6 +7,7 @@ import torch
 
 from animatediff.media.scribble import draw_scribbles
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from animatediff.utils import UserError
 from animatediff.world.read import read_background, read_color
 from animatediff.world.series import World
 
@@ -39,8 +40,15 @@ def test_outlines_say_where(frames):
     assert error(outlined) < 0.07 and error(outlined) < 0.6 * error(free)
 
 
+def test_words_of_a_scene():
+    assert SCENES.said("a {shape} {motion}", [1]) == [f"a {SCENES.scene(1).shape} moving left"]
+    for text in ("{colour}", "{", "{0}", "{shape.x}"):
+        with pytest.raises(UserError, match="prompt: got .* expected text with {size}"):
+            SCENES.said(text, [0])
+
+
 def test_a_picture_says_in_which_colours(frames):
-    pictured = drawn(1, [""] * SCENES.clips, ip_adapter=frames / 2 + 0.5)
+    pictured = drawn(1, SCENES.said("a {size} {shape} {motion}", range(SCENES.clips)), ip_adapter=frames / 2 + 0.5)
     pixels = (pictured[:, None] + 1) * 127.5
     for i, frame in enumerate(pixels):
         scene = SCENES.scene(i)
