@@ -10,7 +10,6 @@ import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from animatediff.checkpoints.hashes import file_hashes
 from animatediff.checkpoints.pickles import first_line, read_pickle
 from animatediff.checkpoints.weight_checks import check_keys, check_tensors, dequantised
 from animatediff.utils import UserError, naming, replacing
@@ -154,26 +154,24 @@ def _written_apart(tensors: Mapping[str, Tensor]) -> StateDict:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file; of a folder, the hash of its weight files' names and hashes.
-
-    Remembered within the process for as long as size and modification time stay the same.
-    """
+    """Hex SHA-256 of a file; of a folder, the hash of its weight files' names and hashes. Remembered (`hashes`)."""
     path = Path(path)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (SAFETENSORS_SUFFIX, ".bin", *PICKLE_SUFFIXES))
         lines = "".join(f"{file_sha256(p)}  {p.relative_to(path).as_posix()}\n" for p in files)
         return hashlib.sha256(lines.encode()).hexdigest()
-    stat = path.stat()
-    return _file_sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    return file_hashes(path).sha256
 
 
-@lru_cache(maxsize=256)
-def _file_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def read_safetensors_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; its tensors are not looked at. Empty where there is nothing to read."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length <= LONGEST_HEADER else {}
+        return {str(k): v for k, v in header["__metadata__"].items() if isinstance(v, str)}
+    except (OSError, ValueError, RecursionError, struct.error, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def strip_prefix(tensors: StateDict, prefix: str) -> StateDict:
