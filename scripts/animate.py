@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from animatediff.config.help import explain_options
-from animatediff.config.prompt_yaml import BUNDLED, RunConfig, config_from, config_of, load_config
+from animatediff.config.prompt_yaml import BUNDLED, RunConfig, config_of, load_config
 from animatediff.config.settings import parse_value
 from animatediff.config.spellings import all_options, flat_names, parse_assignments
-from animatediff.utils import Parser, UserError, give_back_freed_memory, run_main
+from animatediff.utils import Parser, UserError, give_back_freed_memory, printable, run_main
 
-CLIPS = (".gif", ".webp", ".png", ".mp4")
+YAMLS = (".yaml", ".yml")
 # Options of the official script and the most used ones; every option has `key=value`.
 FLAGS = {
     "--prompt": "prompt",
@@ -45,7 +45,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, allow_abbrev=False, add_help=False)
     parser.add_argument("-h", "--help", action=Help, nargs="?", metavar="KEY", help="this, or what one key means")
     parser.add_argument(
-        "--config", help="prompt config (YAML), or a clip made by us; without it the bundled model, or the base given"
+        "--config",
+        help="prompt config (YAML), or a clip or picture made by us, AUTOMATIC1111 or ComfyUI; without it the bundled "
+        "model, or the base given",
     )
     for flag, key in FLAGS.items():
         action = "append" if key in ("prompt", "n_prompt", "seed") else "store"
@@ -84,22 +86,22 @@ def _value(flag: str, key: str, text: str | list[str]) -> Any:
 
 
 def read_config(args: argparse.Namespace, overrides: dict[str, Any]) -> RunConfig:
-    """The config of the command line: a YAML, a clip's own settings, or what it says alone."""
+    """The config of the command line: a YAML, what a clip's file says, or what the command line says alone."""
     if args.config is not None and not args.config.strip():
         raise UserError("got --config '', expected a file")
     if args.config is None and {"pretrained_model_path", "model.base"} & set(overrides):
         return config_of(overrides, name="sample")  # nothing of the bundled model fits another one
-    if args.config is not None and args.config.lower().endswith(CLIPS):
-        from animatediff.media.video import read_metadata
-        from animatediff.pipeline.run_folder import settings_request
+    path = Path(args.config or BUNDLED)
+    if path.suffix.lower() in YAMLS:
+        config = load_config(path, overrides)
+        if not config.provenance:
+            return config
+    from animatediff.pipeline.remembered import load_run  # here, because it imports torch
 
-        settings = read_metadata(args.config)
-        if not settings:
-            raise UserError(
-                f"got --config {args.config}, which holds no settings, expected a clip made by us, or a YAML"
-            )
-        return config_from([settings_request(settings)], args.config, name=Path(args.config).stem, overrides=overrides)
-    return load_config(args.config or BUNDLED, overrides)
+    config, notes = load_run(path, overrides)
+    for line in notes:
+        print(printable(line), file=sys.stderr)
+    return config
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,5 @@
-"""Say what weight files are and how to use them: `python scripts/doctor.py FILE…` (files or model folders).
+"""Say what weight files are and how to use them, and what clips were made with: `python scripts/doctor.py FILE…`
+(files, model folders or folders of frames).
 
 `python scripts/doctor.py --gpu` shows which kernels this GPU uses, and times them again.
 """
@@ -10,26 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from animatediff.checkpoints.files import file_sha256, read_state_dict
+from animatediff.checkpoints.find_models import as_option
 from animatediff.checkpoints.identify import FileInfo, identify, weight_files
 from animatediff.config.networks import Distillation
+from animatediff.config.settings import dump_yaml
+from animatediff.config.spellings import NamedFile, as_values, files
+from animatediff.pipeline.remembered import is_clip, place_now, read_remembered
 from animatediff.utils import Parser, UserError, printable, run_main
 
 
-def main() -> int:
-    parser = Parser(description="Say what weight files are and how to use them.")
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="weight file or diffusers folder")
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description="Say what weight files are and how to use them, and what clips were made with.")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="weight file, diffusers folder or clip")
     parser.add_argument("--gpu", action="store_true", help="show which kernels this GPU uses, and time them again")
-    args, status = parser.parse_args(), 0
+    args, status = parser.parse_args(argv), 0
     if args.gpu:
         from animatediff_kernels import calibration
 
         calibration.show(remeasure=True)
     elif not args.files:
-        raise UserError("got no file, expected weight files, model folders or --gpu")
+        raise UserError("got no file, expected weight files, model folders, clips or --gpu")
     for path in args.files:
         try:
-            info = identify(path)
-            report = describe(info, Values.of(path))
+            report = describe_clip(path) if is_clip(path) else describe(identify(path), Values.of(path))
         except UserError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             status = 2
@@ -82,7 +86,39 @@ def describe(info: FileInfo, values: Values) -> str:
         ("needs", info.needs or "-"),
         *(("config", line) for line in info.config_line.splitlines()),
     ]
-    lines = [str(info.path), *(f"  {name:<11} {value}" for name, value in rows)]
+    return _table(info.path, rows)
+
+
+def describe_clip(path: Path) -> str:
+    """Who made it, the settings, and the files that it was made with: whether they are here, and where."""
+    known = read_remembered(path)
+    request = known.request()
+    prompts = request.per_prompt() if request.prompts.prompt else []
+    on = f" on {', '.join(known.made_on.values())}" if known.made_on else ""
+    rows = [("made by", known.program + on)]
+    for prompt, negative, seed in prompts:
+        rows += [("prompt", str(prompt)), ("negative", str(negative)), ("seed", "drawn" if seed == -1 else str(seed))]
+    values = dump_yaml(as_values(request, changed_only=True)).splitlines()
+    rows += [("" if number else "settings", line) for number, line in enumerate(values)]
+    for file in files(request).values():
+        if sha256 := known.hashes.get(file.path):
+            rows.append(("file", f"{file.option} = {file.path}"))
+            rows += [("  sha256", sha256), ("  now", _where(file, sha256, path.parent))]
+    rows += [("needs", f"{w.option}: {w.name} {w.digits and f'(hash {w.digits})'}") for w in known.wanted()]
+    rows += [("unread", what) for what in (known.foreign.without if known.foreign else ())]
+    return _table(path, rows)
+
+
+def _where(file: NamedFile, sha256: str, beside: Path) -> str:
+    try:
+        moved = place_now(file, sha256, beside)
+    except UserError as error:
+        return str(error)
+    return f"moved to {as_option(moved)}" if moved else "there, unchanged"
+
+
+def _table(path: Path, rows: list[tuple[str, str]]) -> str:
+    lines = [str(path), *(f"  {name:<11} {value}" for name, value in rows)]
     return "\n".join(printable(line, longest=500).replace("\n", "\\n") for line in lines)
 
 

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from animatediff.config.lora_tags import LORA_TAG
 from animatediff.config.request import Prompts
 
-LORA_TAG = re.compile(r"<(lora|lyco|hypernet):[^<>:]+(:[^<>]*)?>", re.IGNORECASE)
+HYPERNETWORK = re.compile(r"<hypernet:[^<>]*>", re.IGNORECASE)
 KEYFRAME_LINES = re.compile(r'^\s*"?\d+"?\s*:.*\n\s*"?\d+"?\s*:', re.MULTILINE)
 WEIGHT = re.compile(r"\([^()]+:\s*\d*\.?\d+\)")
 
 
 def prompt_warnings(prompts: Prompts) -> Iterator[str]:
     """One line for each kind of thing in the prompts that has no effect here."""
-    texts = [
-        text
-        for p in (*prompts.prompt, *prompts.negative_prompt)
-        for text in (p.values() if isinstance(p, dict) else [p])
+    sides = [
+        [text for p in side for text in (p.values() if isinstance(p, dict) else [p])]
+        for side in ((*prompts.prompt, prompts.head_prompt, prompts.tail_prompt), prompts.negative_prompt)
     ]
-    if tag := next((m[0] for text in texts if (m := LORA_TAG.search(text))), None):
-        yield f"{tag} in a prompt is taken as words: name LoRAs by `loras: [{{path: …, scale: …}}]` (lora_model_path)"
+    texts = [text for side in sides for text in side]
+    advice = "name LoRAs by `lora_model_path: [{path: …, scale: …}]`"
+    if not prompts.weighting and (tag := _first(LORA_TAG, texts)):
+        yield f"{tag} in a prompt is taken as words: {advice}, or prompt_weighting=true finds it under models/"
+    if prompts.weighting and (tag := _first(LORA_TAG, sides[1])):
+        yield f"{tag} in a negative prompt is taken as words: {advice}"
+    if tag := _first(HYPERNETWORK, texts):
+        yield f"{tag} in a prompt is taken as words: there are no hypernetworks here"
     if any(KEYFRAME_LINES.search(text) for text in texts):
         yield "lines such as `0: …` in one text are taken as words: give keyframes as a mapping, prompt={0: …, 8: …}"
-    if not prompts.weighting and (tag := next((m[0] for text in texts if (m := WEIGHT.search(text))), None)):
+    if not prompts.weighting and (tag := _first(WEIGHT, texts)):
         yield f"{tag} is taken as text, as the official code does: prompt_weighting=true reads it as a weight"
+
+
+def _first(pattern: re.Pattern[str], texts: Iterable[str]) -> str | None:
+    return next((match[0] for text in texts if (match := pattern.search(text))), None)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TookTooLong
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -47,6 +47,7 @@ class VideoInfo:
     seconds: float  # 0 where the header does not say
     variable_rate: bool
     comment: str
+    texts: dict[str, str] = field(default_factory=dict)  # all that it says in words, by name
 
     @property
     def frames(self) -> int:
@@ -167,7 +168,8 @@ def _probe(path: Path) -> VideoInfo:
         else:
             seconds = (container.duration or 0) / 1e6
         variable = bool(average and base) and abs(average - base) > 0.01 * base
-        return VideoInfo(average or base, seconds, variable, container.metadata.get("comment", ""))
+        texts = dict(container.metadata)
+        return VideoInfo(average or base, seconds, variable, texts.get("comment", ""), texts)
 
 
 def _read(

@@ -17,7 +17,7 @@ from PIL import PngImagePlugin
 from torch import Tensor
 
 from animatediff.config.clip_formats import LOOPING, check_fps
-from animatediff.media.comments import as_exif, comment_of, parse_settings
+from animatediff.media.comments import as_exif, comment_of, parse_settings, texts_of
 from animatediff.media.gif import write_gif
 from animatediff.media.mp4 import write_mp4
 from animatediff.media.pictures import WHITE, encode, read_animation, read_info
@@ -231,13 +231,29 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or none that can be read.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = min(path.glob("*.png"), default=path / "0000.png")
+    path = _first_file(path)
     if path.suffix.lower() in VIDEO_SUFFIXES:
         with _as_user_error(path):
             return parse_settings(probe(path).comment)
     return parse_settings(comment_of(read_info(path)))
+
+
+def read_texts(path: str | Path) -> dict[str, str]:
+    """All that a picture, a clip or a PNG folder says in words, whoever wrote it, by name: a stranger's texts.
+
+    Raises:
+        UserError: as `read_metadata`.
+    """
+    path = _first_file(path)
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        with _as_user_error(path):
+            return texts_of(probe(path).texts)
+    return texts_of(read_info(path))
+
+
+def _first_file(path: str | Path) -> Path:
+    path = Path(path)
+    return min(path.glob("*.png"), default=path / "0000.png") if path.is_dir() else path
 
 
 def is_complete(path: str | Path) -> bool:

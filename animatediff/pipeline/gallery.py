@@ -19,8 +19,9 @@ from urllib.parse import quote
 from animatediff.config.prompt_yaml import config_from
 from animatediff.config.request import Request
 from animatediff.config.settings import dump_yaml
-from animatediff.config.spellings import files
+from animatediff.config.spellings import as_values, files
 from animatediff.media.video import read_metadata
+from animatediff.pipeline.remembered import read_remembered
 from animatediff.pipeline.run_folder import settings_request
 from animatediff.utils import UserError, replacing
 
@@ -39,10 +40,13 @@ class Clip:
     path: Path
     settings: Mapping[str, Any]
     request: Request | None
+    theirs: tuple[str, ...] | None = None  # names of weight files, as another program tells them
 
     @property
     def models(self) -> list[str]:
         """The names of its weight files."""
+        if self.theirs is not None:
+            return list(self.theirs)
         if self.request is None:
             return []
         used = files(self.request)
@@ -104,8 +108,13 @@ def read_clips(paths: Iterable[Path]) -> tuple[list[Clip], list[str]]:
             problems.append(str(error))
             continue
         grid = isinstance(settings.get("prompts"), list) and "prompt" not in settings
-        if not grid and (settings or path.suffix.lower() != ".png"):
-            clips.append(Clip(path, settings, _request(settings, path)))
+        if grid:
+            continue
+        request = _request(settings, path)
+        if request is None and (theirs := _of_another_program(path)):
+            clips.append(theirs)
+        elif settings or path.suffix.lower() != ".png":
+            clips.append(Clip(path, settings, request))
     return clips, problems
 
 
@@ -137,6 +146,25 @@ def _request(settings: Mapping[str, Any], path: Path) -> Request | None:
         return config_from([settings_request(settings)], str(path), name=path.stem, complete=False).entries[0]
     except UserError:
         return None
+
+
+def _of_another_program(path: Path) -> Clip | None:
+    """A clip with what AUTOMATIC1111 or ComfyUI wrote into it, in our words."""
+    try:
+        known = read_remembered(path)
+        request = known.request()
+    except UserError:
+        return None
+    if known.foreign is None or not request.prompts.prompt:
+        return None
+    wanted = known.foreign.wanted
+    told = {
+        "program": known.program,
+        **as_values(request, changed_only=True),
+        "files": [f"{file.option}: {file.name} {file.digits}".strip() for file in wanted],
+        "no counterpart": known.foreign.without,
+    }
+    return Clip(path, told, request, tuple(dict.fromkeys(Path(file.name.replace("\\", "/")).stem for file in wanted)))
 
 
 def _article(clip: Clip, place: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from animatediff.checkpoints.textual_inversion import load_textual_inversion
-from animatediff.config.prompt_yaml import load_config
 from animatediff.config.request import Prompts, Request
 from animatediff.config.spellings import updated
 from animatediff.diffusion.schedule import NoiseSchedule
@@ -45,8 +45,11 @@ from animatediff.pipeline.memory import apply_memory
 from animatediff.pipeline.model import Model
 from animatediff.pipeline.outputs import as_bytes, as_output, decode, decode_frames, decode_pixels
 from animatediff.pipeline.prompts import encode_prompts, with_pooled
+from animatediff.pipeline.remembered import load_run
 from animatediff.pipeline.resolve import facts_of, resolve
+from animatediff.pipeline.run_folder import recorded_dtype
 from animatediff.pipeline.sample import ClipSampler, count_steps, max_frames
+from animatediff.pipeline.tagged_loras import refuse_tags
 from animatediff.utils import UserError, describe
 
 if TYPE_CHECKING:
@@ -86,7 +89,7 @@ class AnimateDiffPipeline:
         too; its prompts, steps, guidance scale, length and pictures do not.
 
         Args:
-            path: a YAML file, such as configs/animate/shapes.yaml.
+            path: a YAML file, such as configs/animate/shapes.yaml, or what else `remembered.load_run` reads.
             entry: which entry, from 0.
             device: auto, cuda, mps or cpu.
             dtype: float32, float16 or bfloat16; by default what suits the device.
@@ -95,12 +98,15 @@ class AnimateDiffPipeline:
         Raises:
             UserError: whatever is wrong with the config or its files.
         """
-        entries = load_config(path, overrides, complete=False).entries
+        config, notes = load_run(path, overrides, complete=False)
+        for line in notes:
+            warnings.warn(line, stacklevel=2)
+        entries = config.entries
         if not 0 <= entry < len(entries):
             raise UserError(f"got entry {entry}, but {path} has {len(entries)}: count from 0")
         target = pick_device(device)
         (checked,) = check_requests([entries[entry]], complete=False)
-        weights_dtype = pick_dtype(dtype, target)
+        weights_dtype = pick_dtype(dtype or recorded_dtype(config.provenance, target), target)
         checked = fitted(checked, target, weights_dtype, lambda line: None)
         model = Assembler(target, weights_dtype).assemble(checked)
         return cls(model, replace(defaults_for_calls(entries[entry]), memory=checked.request.memory))
@@ -272,6 +278,7 @@ class AnimateDiffPipeline:
             self.request, options, motion=m.unet.config.motion is not None, loras=tuple(m.lora_roles.values()),
             sparsectrl="sparsectrl" in m.networks, embeds=embeds is not None,
         )  # fmt: skip
+        refuse_tags(request)
         return resolve(request, facts_of(m), steps=CALL_STEPS)
 
     @torch.no_grad()

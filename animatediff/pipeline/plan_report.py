@@ -9,6 +9,8 @@ from animatediff.config.request import Request
 from animatediff.pipeline.device import pick_device, pick_dtype
 from animatediff.pipeline.fit import Fit, budget_of, fit, plan_request, sizes_of
 from animatediff.pipeline.headers import Checked, check_requests
+from animatediff.pipeline.run_folder import recorded_dtype
+from animatediff.pipeline.tagged_loras import with_tagged_loras
 from animatediff.pipeline.timings import estimate
 
 
@@ -19,8 +21,8 @@ def plan_lines(config: RunConfig, *, device: str = "auto", dtype: str | None = N
         UserError: anything wrong with the config or its files, or a clip that cannot fit.
     """
     target = pick_device(device)
-    weights_dtype = pick_dtype(dtype, target)
-    return [_paragraph(checked, target, weights_dtype) for checked in check_requests(config.entries)]
+    weights_dtype = pick_dtype(dtype or recorded_dtype(config.provenance, target), target)
+    return [_paragraph(checked, target, weights_dtype) for checked in check_requests(with_tagged_loras(config.entries))]
 
 
 def _paragraph(checked: Checked, device: torch.device, dtype: torch.dtype) -> str:

@@ -28,7 +28,15 @@ from animatediff.pipeline.headers import Checked, check_requests
 from animatediff.pipeline.outputs import as_bytes, decode_frames, decode_pixels, one_line_when_full
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.prompts import first_text
-from animatediff.pipeline.run_folder import clip_settings, open_folder, record_hashes, versions
+from animatediff.pipeline.run_folder import (
+    clip_settings,
+    made_on,
+    open_folder,
+    record_hashes,
+    recorded_dtype,
+    versions,
+)
+from animatediff.pipeline.tagged_loras import with_tagged_loras
 from animatediff.pipeline.timings import Stopwatch, remember
 from animatediff.utils import UserError, printable
 
@@ -79,7 +87,7 @@ def animate(
         output_dir: by default a new `samples/<config>-<time>/`. The folder of an earlier run of the same config is
             taken up where it stopped.
         device: auto, cuda, mps or cpu.
-        dtype: float32, float16 or bfloat16; by default what suits the device.
+        dtype: float32, float16 or bfloat16; by default that of an earlier run of the config, or what suits the device.
         assembler: of earlier runs, with what it has read; on its device and in its dtype.
         follower: is told how far the run is.
 
@@ -91,17 +99,18 @@ def animate(
     """
     follower = follower or Follower()
     target = assembler.device if assembler else pick_device(device)
+    dtype = dtype or recorded_dtype(config.provenance, target)
     weights_dtype = assembler.dtype if assembler else pick_dtype(dtype, target)
     for entry in config.entries:
         check_control_images(entry)
     for entry in config.entries:
         for line in prompt_warnings(entry.prompts):
             _say(f"entry {entry.output.name}: {line}")
-    plain = check_requests(config.entries)
+    plain = check_requests(with_tagged_loras(config.entries))
     checked = [fitted(entry, target, weights_dtype, _say) for entry in plain]
     entries = (recorded(entry.request, fit.request) for entry, fit in zip(plain, checked, strict=True))
     config = replace(config, entries=tuple(entries))  # nothing is left open in them
-    provenance = {"device": str(target), "dtype": str(weights_dtype).removeprefix("torch."), **versions()}
+    provenance = made_on(target, weights_dtype) | versions()
     folder, config = open_folder(config, output_dir, provenance)
     checked = [as_begun(entry, begun) for entry, begun in zip(checked, config.entries, strict=True)]
     jobs = plan(config, folder)
@@ -199,7 +208,7 @@ def _run(
         before = as_bytes(decode_pixels(pipeline.vae, latents, chunk_frames=memory.vae_frames))
         clip = pipeline.finish(before, r, finisher=finisher, **told)[0]
         _say(f"finished: {compare(before[0], clip)}")
-    metadata = clip_settings(job.request, hashes)
+    metadata = clip_settings(job.request, hashes) | made_on(pipeline.device, pipeline.dtype)
     save_video(clip, job.path, r.written_fps, metadata, loop=r.output.loop_count, sound=sound_of(r))
     if finisher is None:
         remember(r, watch, pipeline.dtype)

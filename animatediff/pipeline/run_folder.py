@@ -68,6 +68,17 @@ def write_config(folder: Path, config: RunConfig) -> None:
         temporary.write_text(dump_config(config), encoding="utf-8")
 
 
+def made_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What a clip's bits depend on beside its settings: the same on another device are nearly the same clip."""
+    return {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def recorded_dtype(provenance: Mapping[str, Any], device: torch.device) -> str | None:
+    """The dtype that an earlier run on such a device had."""
+    same = str(provenance.get("device", "")).partition(":")[0] == device.type
+    return provenance.get("dtype") if same else None
+
+
 def versions() -> dict[str, str]:
     return {
         "animatediff": animatediff.__version__,

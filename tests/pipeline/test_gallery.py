@@ -16,6 +16,8 @@ import pytest
 from animatediff.media.video import save_video
 from animatediff.utils import UserError
 from scripts.gallery import main
+from tests.config.test_infotext import SD15
+from tests.media.foreign_files import as_png
 
 HOSTILE = "</pre><script>document.title = 'x'</script><img src=x onerror=alert(1)> & \"q\" 'q' 狐 {{clips}} {{nothing}}"
 FRAMES = np.zeros((3, 3, 8, 16), np.uint8)
@@ -143,3 +145,13 @@ def test_in_a_browser(samples, tmp_path):
     ).stdout
     assert "<title>samples · AnimateDiff</title>" in shown
     assert ">5 clips</output>" in shown and 'id="seed"' in shown and 'aria-label="seed" hidden' not in shown
+
+
+def test_what_other_programs_made_is_shown_with_their_settings(tmp_path):
+    as_png(tmp_path / "theirs.png", parameters=SD15)
+    main([str(tmp_path)])
+    page = Page(tmp_path / "index.html")
+    assert page.all("article")[0]["data-seed"] == "4294967295"
+    assert "a cat on a (red:1.2) sofa" in page.text("p")
+    assert page.text("li").startswith("my style v1") and "dreamshaper_8" in page.text("option")
+    assert "program: AUTOMATIC1111" in page.text("pre") and "model.base: dreamshaper_8 879db523c3" in page.text("pre")
