@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +119,12 @@ class AdaptedLayer(nn.Module):
         self._parameters = layer._parameters  # shared: moving, casting and loading reach both
         vars(self)["layer"] = layer
         self.changes = tuple(changes)  # a plain tuple: the stack owns them
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["layer"], name)  # its sizes and settings
 
     def forward(self, *inputs: Tensor, **options: object) -> Tensor:
         acting = [change for change in self.changes if change.scale != 0]

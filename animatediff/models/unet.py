@@ -204,13 +204,13 @@ def embed_time(network: Timed, t: Tensor, pooled: Tensor | None, time_ids: Tenso
 
     SDXL (arXiv 2307.01952, sec. 2.2) adds to the timestep's embedding that of the pooled text and the numbers.
     """
-    time = network.time_embedding(timestep_embedding(t, network.conv_in.out_channels).to(dtype))
+    time = network.time_embedding(timestep_embedding(t, len(network.conv_in.weight)).to(dtype))
     if network.add_embedding is None:
         return time
     if pooled is None or time_ids is None:
         raise ValueError("got no pooled text or no time_ids, expected both: this network was trained with them")
     pooled = pooled.to(dtype).reshape(len(time), -1, pooled.shape[-1])
-    width = (network.add_embedding.linear_1.in_features - pooled.shape[-1]) // time_ids.shape[-1]
+    width = (network.add_embedding.linear_1.weight.shape[1] - pooled.shape[-1]) // time_ids.shape[-1]
     numbers = timestep_embedding(time_ids.flatten(), width).view(len(time), 1, -1).to(dtype)
     added = network.add_embedding(torch.cat([pooled, numbers.expand(-1, pooled.shape[1], -1)], dim=-1))
     return (time[:, None] + added).flatten(0, 1)
