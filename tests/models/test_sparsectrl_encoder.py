@@ -1,5 +1,6 @@
 """SparseCtrl against the official numbers; a freshly built one changes nothing."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,13 @@ def test_official_numbers(base, tmp_path, kind):
     down, mid = encoder(encoder.embed(*condition(kind))[None], T, text)
     down, mid = [0.8 * residual for residual in down], 0.8 * mid
     assert_close(down[0], frames_first(f"sparsectrl.{kind}.down0"))
-    # After a CNN of sums over 2304 numbers, whose order differs with the number of threads, and 8 ResNets.
-    assert_close(down[-1], frames_first(f"sparsectrl.{kind}.down_last"), 2e-5)
-    assert_close(mid, frames_first(f"sparsectrl.{kind}.mid"), 2e-5)
+    # After a CNN of sums over 2304 numbers and 8 ResNets rounding moves these by up to 5e-4, and the golden numbers were
+    # rounded once: exactly computed, ours are always as far from them.
+    precise = copy.deepcopy(encoder).double()
+    embedded = precise.embed(*(x.double() for x in condition(kind)))[None]
+    deep, middle = precise(embedded, T, text.double())
+    assert_close(0.8 * deep[-1], frames_first(f"sparsectrl.{kind}.down_last"), 2e-5)
+    assert_close(0.8 * middle, frames_first(f"sparsectrl.{kind}.mid"), 2e-5)
     alike = encoder(encoder.embed(*condition(kind))[None], T, text[:, None].expand(-1, 5, -1, -1))
     assert_close(0.8 * alike[1], mid)  # one text for each frame
     steered = video(golden("input.latents")[:1], T, text, down_residuals=down, mid_residual=mid)
