@@ -53,8 +53,8 @@ def test_official_numbers(base, tmp_path, kind):
     down, mid = encoder(encoder.embed(*condition(kind))[None], T, text)
     down, mid = [0.8 * residual for residual in down], 0.8 * mid
     assert_close(down[0], frames_first(f"sparsectrl.{kind}.down0"))
-    # After a CNN of sums over 2304 numbers and 8 ResNets rounding moves these by up to 5e-4, and the golden numbers were
-    # rounded once: exactly computed, ours are always as far from them.
+    # After a CNN of sums over 2304 numbers and 8 ResNets rounding moves these by up to 5e-4, and golden numbers are
+    # rounded, too: exactly computed, ours are always as far from them.
     precise = copy.deepcopy(encoder).double()
     embedded = precise.embed(*(x.double() for x in condition(kind)))[None]
     deep, middle = precise(embedded, T, text.double())
