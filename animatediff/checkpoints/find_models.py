@@ -127,7 +127,13 @@ def with_digits(digits: str, name: str, files: Sequence[Path], *, largest: int |
     """
     first = named(name, files)
     rest = [path for path in files if path not in first and not (largest and path.stat().st_size > largest)]
-    return next((path for path in _hashing([*first, *rest], name) if file_hashes(path).match(digits)), None)
+    return next((path for path in _hashing([*first, *rest], name) if _known_by(path, digits)), None)
+
+
+def _known_by(path: Path, digits: str) -> bool:
+    """By its hash, or by that which its trainer noted (kohya's `sshs_model_hash`), whoever has rewritten it since."""
+    noted = read_safetensors_metadata(path).get("sshs_model_hash", "") if path.suffix == SAFETENSORS_SUFFIX else ""
+    return file_hashes(path).match(digits) or noted.lower().startswith(digits.lower())
 
 
 def with_sha256(sha256: str, path: Path, beside: Path | None) -> Path | None:

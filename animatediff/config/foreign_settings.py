@@ -108,6 +108,8 @@ class ForeignSettings:
         if not same:
             self.miss(f"{label} (taken: {ours}, the nearest)" if ours else label)
         spacing, exact = SPACINGS.get(scheduler, ("", not scheduler))
+        if ours == "lcm":  # its timesteps are those that the model was distilled on
+            spacing, exact = "", True
         if not exact:
             self.miss(f"schedule {scheduler} (taken: {spacing}, the nearest)" if spacing else f"schedule {scheduler}")
         if ours:

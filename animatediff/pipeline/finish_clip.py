@@ -13,7 +13,7 @@ from torch import Tensor
 import animatediff
 from animatediff.checkpoints.files import file_sha256
 from animatediff.config.finish_refusals import finish_refusals
-from animatediff.config.prompt_yaml import config_from
+from animatediff.config.prompt_yaml import RunConfig, config_from
 from animatediff.config.refusals import named
 from animatediff.config.request import Request, Size
 from animatediff.config.settings import listed
@@ -27,7 +27,8 @@ from animatediff.pipeline.finish import Finisher, compare, file_of, second_pass,
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.outputs import one_line_when_full
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
-from animatediff.pipeline.run_folder import settings_request
+from animatediff.pipeline.remembered import found_again, read_remembered
+from animatediff.pipeline.run_folder import is_ours, recorded_dtype, settings_request
 from animatediff.utils import UserError
 
 SUFFIXES = {".gif": "gif", ".webp": "webp", "": "png"}  # of other files the result is an MP4
@@ -78,11 +79,6 @@ def finish_clip(
     metadata = _metadata(path, settings, request)
     save_video(finished, target, request.written_fps, metadata, loop=request.output.loop_count, sound=sound_of(request))
     return target, compare(video, finished)
-
-
-def is_ours(settings: Mapping[str, Any]) -> bool:
-    """Whether settings say what a clip was sampled from."""
-    return isinstance(settings.get("prompts"), dict) or "prompt" in settings  # a grid has a list of prompts
 
 
 def _request(path: Path, settings: Mapping[str, Any], overrides: Mapping[str, Any], frames: int, fps: float) -> Request:
@@ -139,10 +135,13 @@ def _resampled(video: Tensor, request: Request, path: Path, *, device: str, dtyp
             f"got {path} of {width}x{height} pixels, whose settings speak of {request.size.width}x"
             f"{request.size.height}, expected the clip as it was written: finish.strength=0 needs no settings"
         )
-    target = pick_device(device)
+    target, known = pick_device(device), read_remembered(path)
+    config, moved = found_again(RunConfig("", (request,)), known.hashes, path.parent, {})
+    (request,) = config.entries
     (checked,) = check_requests([second_pass(request, video[None])])
+    dtype = dtype or recorded_dtype(known.made_on, target)
     model = Assembler(target, pick_dtype(dtype, target)).assemble(checked)
-    for line in model.reports:
+    for line in [*moved, *model.reports]:
         print(line, file=sys.stderr)
     pipeline = AnimateDiffPipeline(model)
     return pipeline.finish(video[None], request)[0]

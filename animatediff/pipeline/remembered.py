@@ -24,13 +24,12 @@ from animatediff.config.spellings import NamedFile, all_options, as_values, buil
 from animatediff.features.inputs import input_sha256
 from animatediff.media.comments import MAX_LENGTH
 from animatediff.media.video import PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_metadata, read_texts
-from animatediff.pipeline.run_folder import settings_request
+from animatediff.pipeline.run_folder import is_ours, settings_request
 from animatediff.utils import UserError, naming
 
 CLIP_SUFFIXES = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES, ".gif", ".apng")
 TEXT_SUFFIXES = (".txt", ".json")  # an infotext or a ComfyUI prompt by itself; else a YAML
 MOST_TOLD = 12  # things without a counterpart that the warning lists
-OURS = ("prompts", "animatediff", "seed")  # keys that only our own clips' settings have
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def read_remembered(path: Path) -> Remembered:
     settings = read_metadata(path)
     if isinstance(settings.get("prompts"), list):
         raise SeveralClips(f"got {path}, which shows several clips side by side: name the file of one of them")
-    if any(key in settings for key in OURS):
+    if is_ours(settings):
         made_on = {key: settings[key] for key in ("device", "dtype") if isinstance(settings.get(key), str)}
         version = settings.get("animatediff")
         program = f"animatediff {version}" if isinstance(version, str) else "animatediff"
@@ -130,7 +129,7 @@ def read_remembered(path: Path) -> Remembered:
     texts = read_texts(path)
     if foreign := _foreign(texts.values()):
         return Remembered(foreign.program, foreign.values, foreign=foreign)
-    if any('"last_node_id"' in text for text in texts.values()):
+    if any('"last_node_id"' in text or '"class_type"' in text for text in texts.values()):
         raise UserError(
             f"got {path} with a ComfyUI workflow of which the sampler is not known here: write its settings as options "
             "(scripts/animate.py --help)"

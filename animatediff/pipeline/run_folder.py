@@ -101,6 +101,11 @@ def clip_settings(request: Request, hashes: Mapping[str, str]) -> dict[str, Any]
     return {**first, **as_values(request, changed_only=True), "files": used, "animatediff": animatediff.__version__}
 
 
+def is_ours(settings: Mapping[str, Any]) -> bool:
+    """Whether settings say what a clip was sampled from: in groups, or flat as in earlier versions. Grids do not."""
+    return isinstance(settings.get("prompts"), dict) or {"prompt", "seed"} <= settings.keys()
+
+
 def settings_request(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a request that a clip's own settings hold, also those of earlier versions, which were flat."""
     if "prompts" in settings:

@@ -80,6 +80,8 @@ def test_by_the_digits_that_other_programs_show(here):
     hashes = file_hashes(right)
     for digits in (hashes.sha256[:10], hashes.weights[:12]):
         assert with_digits(digits, "style", model_files()).resolve() == right
+    noted = weights(here / "models/rewritten.safetensors", 5, sshs_model_hash="ABCDEF0123456789")
+    assert with_digits("abcdef012345", "style", model_files()).resolve() == noted
     assert with_digits(hashes.sha256[:10], "style", model_files(), largest=1) is None
     assert with_digits("0123456789", "style", model_files()) is None
 

@@ -132,6 +132,7 @@ def test_nodes_that_take_both_sides_keep_them_apart():
         ({"scheduler": "mine"}, "schedule mine"),
         ({"sampler_name": 3}, "sampler 3"),
         ({"denoise": 0.6}, "denoise 0.6"),
+        ({"sampler_name": "lcm", "scheduler": "mine", "denoise": 0.6}, "denoise 0.6"),
         ({"seed": 2**70}, "seed: got 1180591620717411303424, expected 0 to 2^64 - 1, or -1 to draw one"),
         ({"seed": {}}, "seed {}"),
         ({"steps": ["99", 0]}, "steps None"),

@@ -12,7 +12,8 @@ from PIL import Image
 
 from animatediff.checkpoints.hashes import file_hashes
 from animatediff.config.prompt_yaml import load_config
-from animatediff.media.video import read_metadata, save_video
+from animatediff.media.video import read_metadata, read_video, save_video
+from animatediff.pipeline.finish_clip import finish_clip
 from animatediff.pipeline.remembered import SeveralClips, load_run, read_remembered
 from animatediff.pipeline.run_folder import clip_settings, recorded_dtype
 from animatediff.utils import UserError
@@ -122,6 +123,14 @@ def test_files_that_have_changed_are_named_unless_others_are(made, nano):
     assert expected in lines[1] and "or name one by lora_model_path=…" in lines[1]
     config, _ = load_run(made, {"lora_model_path": "models/kohya.safetensors", "motion_module": ""})
     assert config.entries[0].model.loras[0].path == "models/kohya.safetensors"
+
+
+@pytest.mark.slow
+def test_a_second_pass_finds_what_was_moved(made, capsys):
+    Path("models/nano.safetensors").rename("models/moved.safetensors")
+    target, _ = finish_clip(made, {"finish.scale": 1.5, "finish.strength": 0.5, "finish.steps": 2}, device="cpu")
+    assert read_video(target)[0].shape[1:3] == (24, 24)
+    assert "models/nano.safetensors is now models/moved.safetensors" in capsys.readouterr().err
 
 
 def test_doctor_shows_what_made_a_clip(made, capsys):
@@ -274,6 +283,13 @@ def test_wherever_comfyui_writes(here):
         assert [(lora.path, lora.scale) for lora in request.model.loras] == [("models/my style.safetensors", 0.7)]
     with pytest.raises(UserError, match="with a ComfyUI workflow of which the sampler is not known"):
         load_run(as_png(here / "c.png", workflow=workflow))
+
+
+def test_a_clip_of_comfyui_is_finished_like_any_other(here):
+    """Its `prompt` is no prompt of ours."""
+    comment = json.dumps({"prompt": json.dumps(comfy_clip()), "workflow": "{}"})
+    target, _ = finish_clip(as_mp4(here / "a.mp4", comment=comment), {"finish.scale": 2})
+    assert read_video(target)[0].shape[1:3] == (32, 32)
 
 
 def test_files_that_are_not_there_are_named_with_their_option(here):
