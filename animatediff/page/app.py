@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from animatediff.page.widgets import QUIET, Form, text_of
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.prompts import first_text
 from animatediff.pipeline.run import check_control_images
+from animatediff.pipeline.tagged_loras import with_tagged_loras
 from animatediff.utils import UserError
 
 GALLERY = 48  # clips of the gallery, the newest
@@ -44,6 +45,7 @@ SHOW_MISTAKE = """() => {
   wrong?.scrollIntoView({block: "center", behavior: "smooth"});
   wrong?.querySelector("input, textarea")?.focus({preventScroll: true});
 }"""
+DROP_HELP = "Of ours, AUTOMATIC1111 or ComfyUI: the form is filled with what made it."
 OF_THE_MODEL = ("size.width", "size.height", "sampling.guidance_scale")  # whose defaults depend on the image model
 Session = dict[str, Any]  # of one tab: tab, wrong, chosen
 Seen = dict[str, Any]  # what was sent to it last: jobs, finished, clips
@@ -106,8 +108,11 @@ class Page:
 
     def _tools(self) -> None:
         with gr.Accordion("Settings from a clip", open=False, elem_classes=["section"]):
-            self.drop = gr.File(label="A clip made here", type="filepath", height=120, elem_id="drop")
-            self.drop_note = gr.HTML(views.help_html("Fills the form with what made it."), elem_classes=["note"])
+            self.drop = gr.File(label="A clip or picture", type="filepath", height=120, elem_id="drop")
+            self.drop_note = gr.HTML(
+                views.help_html(DROP_HELP),
+                elem_classes=["note"],
+            )
         self.refresh = gr.Button("Look for new files in the model folder", size="sm", elem_id="refresh")
 
     def _gallery(self) -> None:
@@ -172,9 +177,10 @@ class Page:
         try:
             request = read_form(filled)
             if not found:
-                self.places.check(request)
-                check_control_images(request)
-                check_requests([request])
+                (plain,) = with_tagged_loras([request])
+                self.places.check(plain)
+                check_control_images(plain)
+                check_requests([plain])
         except UserError as error:
             raise Mistakes(placed(error).found | found) from None
         if found:
@@ -256,13 +262,10 @@ class Page:
 
     # ---- settings of clips ------------------------------------------------------------------------------------
 
-    def _fill(self, session: Session, read: Callable[[], Request]) -> dict[Any, Any]:
-        try:
-            request = read()
-        except UserError as error:
-            return {self.message: views.sentence_html(str(error))}
-        updates, lost = self.form.filled(fill_form(request))
-        told = self._told(session, {"": " ".join(lost)} if lost else {})
+    def _fill(self, session: Session, request: Request, notes: Iterable[str] = ()) -> dict[Any, Any]:
+        updates, lost = self.form.filled(fill_form(one_prompt(request)))
+        lines = [*notes, *lost]
+        told = self._told(session, {"": " ".join(lines)} if lines else {})
         for component, update in told.items():  # a field may get both a value and its help back
             both = isinstance(update, dict) and component in updates
             updates[component] = {**updates[component], **update} if both else update
@@ -270,16 +273,16 @@ class Page:
 
     def example(self, config: Path, entry: int, prompt: int, session: Session) -> dict[Any, Any]:
         """Fill the form with a prompt of a config that is shipped."""
-        return self._fill(session, lambda: one_prompt(load_config(config).entries[entry], prompt))
+        return self._fill(session, one_prompt(load_config(config).entries[entry], prompt))
 
     def dropped(self, session: Session, upload: str) -> dict[Any, Any]:
         """Fill the form with what made an uploaded clip."""
         try:
-            request = read_settings(self.places.keep(upload), Path(upload).name)
+            request, notes = read_settings(Path(self.places.keep(upload)), self.places, Path(upload).name)
         except UserError as error:
             return {self.drop: None, self.drop_note: views.sentence_html(str(error))}
         note = views.help_html(f"The form is filled with what made {Path(upload).name}.")
-        return {**self._fill(session, lambda: one_prompt(request)), self.drop: None, self.drop_note: note}
+        return {**self._fill(session, request, notes), self.drop: None, self.drop_note: note}
 
     def choose(self, session: Session, seen: Seen, event: gr.SelectData) -> tuple[Session, Any, str, str]:
         """Show what made a clip of the gallery."""
@@ -295,7 +298,11 @@ class Page:
 
     def use_chosen(self, session: Session) -> dict[Any, Any]:
         """Fill the form with what made the clip that was chosen."""
-        return self._fill(session, lambda: one_prompt(read_settings(session.get("chosen", ""))))
+        try:
+            request, notes = read_settings(Path(session.get("chosen", "")), self.places)
+        except UserError as error:
+            return {self.message: views.sentence_html(str(error))}
+        return self._fill(session, request, notes)
 
     def rescan(self) -> list[Any]:
         """Offer what has come into the model folder."""

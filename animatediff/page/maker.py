@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from animatediff.config.prompt_yaml import RunConfig
+from animatediff.config.prompt_yaml import RunConfig, load_config
 from animatediff.config.spellings import build_request
 from animatediff.media.video import is_complete
 from animatediff.page.jobs import Job, Journal
@@ -49,7 +49,7 @@ class Maker:
             raise
         finally:
             follower.leave()
-        (clip,) = (planned.path for planned in plan(config, folder))
+        (clip,) = (planned.path for planned in plan(load_config(folder / "config.yaml"), folder))
         return str(clip)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from animatediff.config.prompt_yaml import config_from
 from animatediff.config.request import Request
-from animatediff.media.video import read_metadata
-from animatediff.pipeline.run_folder import settings_request
+from animatediff.page.places import Places
+from animatediff.pipeline.remembered import load_run, read_remembered
 from animatediff.utils import UserError
 
 EXAMPLE_CLIPS = (  # label, config, entry, prompt
@@ -30,14 +30,27 @@ def one_prompt(request: Request, place: int = 0) -> Request:
     return replace(request, prompts=prompts, sampling=replace(sampling, seed=(seed,), random_seed=()))
 
 
-def read_settings(path: str | Path, name: str = "") -> Request:
-    """The request that made a clip, as the clip remembers it; `name` is what messages call it.
+def read_settings(path: Path, places: Places, name: str = "") -> tuple[Request, list[str]]:
+    """The request in a clip of ours, or in a picture or clip of AUTOMATIC1111 or ComfyUI; and what is to be said of it.
+
+    Files that were moved are found by their hashes; where some are nowhere, or not among those of the page, the request
+    names them as the clip does, or not at all.
+
+    Args:
+        name: what messages call the clip.
 
     Raises:
-        UserError: it remembers nothing, or is no clip.
+        UserError: it remembers nothing.
     """
-    settings, name = read_metadata(path), name or Path(path).name
-    if not {"prompt", "prompts"} & settings.keys():
-        raise UserError(f"got {name}, which holds no settings, expected a clip made here")
-    (entry,) = config_from([settings_request(settings)], name, name=name).entries
-    return entry
+    name = name or path.name
+    try:
+        known = read_remembered(path)
+        try:
+            if known.foreign is None:
+                places.check(known.request())  # before any file that it names is looked at
+            config, notes = load_run(path)
+        except UserError as error:
+            config, notes = config_from([known.values], name, name=name), [str(error)]
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), name)) from None
+    return config.entries[0], [note.replace(str(path), name) for note in notes]

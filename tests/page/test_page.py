@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image, PngImagePlugin
 
 gr = pytest.importorskip("gradio", reason='the page needs: pip install -e ".[web]"')
 
@@ -134,8 +135,21 @@ def test_settings_of_a_clip_fill_the_form(page, tmp_path):
     assert not value["model.motion_module"] and value["inputs.video"] is None
     assert "gone.safetensors" in updates[page.message] and "/etc/passwd" in updates[page.message]
     save_video(np.zeros((2, 8, 8, 3), np.uint8), clip)
-    with pytest.raises(UserError, match="got clip.gif, which holds no settings"):
-        read_settings(clip)
+    with pytest.raises(UserError, match="got mine.gif, which holds no settings"):
+        read_settings(clip, page.places, "mine.gif")
+
+
+def test_settings_of_automatic1111_fill_the_form(page, tmp_path):
+    text = "a red circle\nNegative prompt: blur\nSteps: 12, Sampler: Euler a, CFG scale: 6.5, Seed: 77, Size: 128x64"
+    picture = tmp_path / "theirs.png"
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", text)
+    Image.new("RGB", (8, 8)).save(picture, pnginfo=info)
+    updates = page.dropped({"tab": "c"}, str(picture))
+    value = {name: updates[component].get("value") for name, component in page.form.inputs.items()}
+    assert (value[PROMPT], value["sampling.steps"], value["sampling.seed"]) == ("a red circle", "12", "77")
+    assert (value["size.width"], value["sampling.sampler"]) == ("128", "euler_ancestral")
+    assert "theirs.png: needs the image model" in updates[page.message]
 
 
 def test_nobody_s_text_becomes_html():
