@@ -130,7 +130,9 @@ class Prompts:
     )
     head_prompt: Text = opt("", "before every text, with a comma")
     tail_prompt: Text = opt("", "after every text, with a comma")
-    weighting: Bool = opt(False, "read (word:1.2), [word] and BREAK; else brackets are text", "prompt_weighting")
+    weighting: Bool = opt(
+        False, "read (word:1.2), [word], BREAK and <lora:name:0.8>; else they are text", "prompt_weighting"
+    )
     clip_skip: Int = opt(1, "layer of the text encoder, from the end: 1 the last; SDXL takes 2 or more", ge=1)
 
 
