@@ -25,7 +25,7 @@ from animatediff.config.networks import (
     UNetConfig,
     VAEConfig,
 )
-from animatediff.utils import UserError
+from animatediff.utils import UserError, describe
 
 TEXT_ACTIVATIONS = ("quick_gelu", "gelu")  # OpenAI's CLIP, OpenCLIP
 HEAD_WIDTH_OF_CLIP = 64
@@ -247,7 +247,7 @@ def detect_version(tensors: StateDict, metadata: Metadata, *, length: int | None
     """
     if version := metadata.get("version"):
         if version not in MOTION_VERSIONS:
-            raise UserError(f"got version {version!r} in the metadata, expected one of {', '.join(MOTION_VERSIONS)}")
+            raise UserError(f"got version {describe(version)} in the metadata, expected one of {', '.join(MOTION_VERSIONS)}")
         return version, "its metadata says so"
     if has_mid_block(tensors):
         return (
@@ -279,7 +279,7 @@ def resolve_version(tensors: StateDict, metadata: Metadata, *, length: int | Non
         UserError: unknown, undecidable or contradictory.
     """
     if asked is not None and asked not in MOTION_VERSIONS:
-        raise UserError(f"got version {asked!r}, expected one of {', '.join(MOTION_VERSIONS)}")
+        raise UserError(f"got version {describe(asked)}, expected one of {', '.join(MOTION_VERSIONS)}")
     found, evidence = detect_version(tensors, metadata, length=length)
     one, other = candidate_versions(tensors)
     if asked is None:
