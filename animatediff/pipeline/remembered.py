@@ -12,6 +12,7 @@ from typing import Any
 from animatediff.checkpoints.files import file_sha256
 from animatediff.checkpoints.find_models import as_option, model_files, named, with_digits, with_sha256
 from animatediff.checkpoints.hashes import LARGEST_LORA, file_hashes
+from animatediff.checkpoints.identify import identify
 from animatediff.checkpoints.known_files import REPOSITORY, find_file, missing_file
 from animatediff.config.clip_formats import FPS_LIMITS, LOOPING
 from animatediff.config.comfy_prompt import read_prompt
@@ -23,7 +24,7 @@ from animatediff.config.settings import listed
 from animatediff.config.spellings import NamedFile, all_options, as_values, build_request, files, flat_names, usual
 from animatediff.features.inputs import input_sha256
 from animatediff.media.comments import MAX_LENGTH
-from animatediff.media.video import PICTURE_SUFFIXES, VIDEO_SUFFIXES, read_metadata, read_texts
+from animatediff.media.video import PICTURE_SUFFIXES, VIDEO_SUFFIXES, list_pictures, read_metadata, read_texts
 from animatediff.pipeline.run_folder import is_ours, settings_request
 from animatediff.utils import UserError, naming
 
@@ -301,11 +302,13 @@ def place_now(file: NamedFile, sha256: str, beside: Path) -> Path | None:
         UserError: it is nowhere.
     """
     there = find_file(file.path)
+    if there and not _has_content(file, there):
+        return None  # a device, or just any folder: whoever opens it says so
     got = file_digest(file, there) if there else ""
     if got == sha256:
         return None
     near = beside / Path(file.path).name
-    if near.exists() and file_digest(file, near) == sha256:
+    if near.exists() and _has_content(file, near) and file_digest(file, near) == sha256:
         return near
     if file.kind.kinds and (found := with_sha256(sha256, Path(file.path), beside)):
         return found
@@ -317,6 +320,16 @@ def place_now(file: NamedFile, sha256: str, beside: Path) -> Path | None:
             f"{usual(file.option.partition('[')[0])}=…"
         )
     raise UserError(f"{missing_file(file.path)} (expected {expected})")
+
+
+def _has_content(file: NamedFile, path: Path) -> bool:
+    """Whether it is a file, or a folder of what belongs there: a stranger's clip may name anything, such as `/`."""
+    if path.is_file():
+        return True
+    try:
+        return path.is_dir() and bool(identify(path) if file.kind.kinds else list_pictures(path))
+    except UserError:
+        return False
 
 
 def _with_files(request: Request, moved: Mapping[str, str]) -> Request:

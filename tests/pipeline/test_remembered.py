@@ -1,6 +1,7 @@
 """Clips that are made again from their own files, and those of other programs."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -328,3 +329,14 @@ def test_hostile_texts_are_data(here, tmp_path_factory):
         with pytest.raises(UserError) as error:
             load_run(as_png(here / "their.png", parameters=text))
         assert "needs " in str(error.value) and len(str(error.value)) < 1300
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/", "pipe", "."])
+def test_what_a_stranger_s_clip_names_is_not_read_for_ever(here, path):
+    os.mkfifo(here / "pipe")
+    named = {option: {"path": path, "sha256": "0" * 64} for option in ("model.base", "inputs.image")}
+    settings = {"prompts": {"prompt": ["x"]}, "model": {"base": path}, "inputs": {"image": path}, "files": named}
+    clip = save_video(PIXELS, here / "theirs.gif", 8, settings)
+    with pytest.raises(UserError) as error:
+        main(["--config", str(clip), "--device", "cpu"])
+    assert "\n" not in str(error.value) and path in str(error.value)
