@@ -247,7 +247,8 @@ def detect_version(tensors: StateDict, metadata: Metadata, *, length: int | None
     """
     if version := metadata.get("version"):
         if version not in MOTION_VERSIONS:
-            raise UserError(f"got version {describe(version)} in the metadata, expected one of {', '.join(MOTION_VERSIONS)}")
+            known = ", ".join(MOTION_VERSIONS)
+            raise UserError(f"got version {describe(version)} in the metadata, expected one of {known}")
         return version, "its metadata says so"
     if has_mid_block(tensors):
         return (
