@@ -1,9 +1,12 @@
-"""Prompts to animations.   `python scripts/animate.py --prompt "a red circle moving left on a black background"`"""
+"""Prompts to animations.   `python scripts/animate.py --prompt "a red circle moving left on a black background"`
+
+`torchrun --nproc_per_node N scripts/animate.py …` shares the prompts out among N processes.
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ from animatediff.config.help import explain_options
 from animatediff.config.prompt_yaml import BUNDLED, RunConfig, config_of, load_config
 from animatediff.config.settings import parse_value
 from animatediff.config.spellings import all_options, flat_names, parse_assignments
-from animatediff.utils import Parser, UserError, give_back_freed_memory, printable, run_main
+from animatediff.pipeline.processes import OneProcess, launched
+from animatediff.utils import Parser, UserError, give_back_freed_memory, run_main
 
 YAMLS = (".yaml", ".yml")
 # Options of the official script and the most used ones; every option has `key=value`.
@@ -42,7 +46,8 @@ class Help(argparse.Action):
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. What it sets goes before what the config says, for every entry of the config."""
-    parser = Parser(description=__doc__, allow_abbrev=False, add_help=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False, add_help=False)
     parser.add_argument("-h", "--help", action=Help, nargs="?", metavar="KEY", help="this, or what one key means")
     parser.add_argument(
         "--config",
@@ -85,8 +90,12 @@ def _value(flag: str, key: str, text: str | list[str]) -> Any:
     )
 
 
-def read_config(args: argparse.Namespace, overrides: dict[str, Any]) -> RunConfig:
-    """The config of the command line: a YAML, what a clip's file says, or what the command line says alone."""
+def read_config(args: argparse.Namespace, overrides: dict[str, Any], tell: Callable[[str], None]) -> RunConfig:
+    """The config of the command line: a YAML, what a clip's file says, or what the command line says alone.
+
+    Args:
+        tell: is told what the user should know of it.
+    """
     if args.config is not None and not args.config.strip():
         raise UserError("got --config '', expected a file")
     if args.config is None and {"pretrained_model_path", "model.base"} & set(overrides):
@@ -100,28 +109,35 @@ def read_config(args: argparse.Namespace, overrides: dict[str, Any]) -> RunConfi
 
     config, notes = load_run(path, overrides)
     for line in notes:
-        print(printable(line), file=sys.stderr)
+        tell(line)
     return config
 
 
 def main(argv: list[str] | None = None) -> None:
+    processes = launched()
+    with processes.one_error():
+        run(argv, processes)
+
+
+def run(argv: list[str] | None, processes: OneProcess) -> None:
     args = parse(argv)
     said = any(a.startswith(("prompt=", "prompts.prompt=")) for a in args.overrides)
     if args.config is None and args.prompt is None and not said:
         raise UserError('got nothing to animate, expected --prompt "…" or --config FILE (--help lists all options)')
-    config = read_config(args, collect_overrides(args))
+    config = read_config(args, collect_overrides(args), processes.tell_once)
     if args.without_xformers:
-        print("--without-xformers has no effect: xformers is never used here", file=sys.stderr)
+        processes.tell_once("--without-xformers has no effect: xformers is never used here")
     if any(entry.memory.max for entry in config.entries):
         give_back_freed_memory()
     if args.plan:
         from animatediff.pipeline.plan_report import plan_lines
 
-        print("\n".join(plan_lines(config, device=args.device, dtype=args.dtype)))
+        if processes.first:
+            print("\n".join(plan_lines(config, device=args.device, dtype=args.dtype)))
         return
     from animatediff.pipeline.run import animate  # here, because it imports torch: mistakes above are told at once
 
-    animate(config, output_dir=args.output_dir, device=args.device, dtype=args.dtype)
+    animate(config, output_dir=args.output_dir, device=args.device, dtype=args.dtype, processes=processes)
 
 
 if __name__ == "__main__":

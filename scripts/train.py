@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from animatediff.lab.stage_table import load_train_config
-from animatediff.pipeline.device import pick_device
+from animatediff.pipeline.device import own_device
 from animatediff.training.stages import Training
 from animatediff.utils import Parser, UserError, run_main
 
@@ -69,7 +69,7 @@ def run(argv: list[str] | None, log: Callable[[str], None]) -> None:
     if args.cache:
         configs = [replace(config, cache=True) for config in configs]
     torch.set_flush_denormal(True)  # denormal numbers make CPU training many times slower
-    device = training_device(args.device)
+    device = own_device(args.device)
     if "WORLD_SIZE" in os.environ:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the first may encode all clips meanwhile
@@ -77,18 +77,6 @@ def run(argv: list[str] | None, log: Callable[[str], None]) -> None:
         config.run(log, device)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def training_device(name: str) -> torch.device:
-    """The device of this process: with several on a machine, each has a GPU of its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import TypeVar
 
 import torch
@@ -30,6 +31,24 @@ def pick_device(name: str = "auto") -> torch.device:
         here = ", ".join(kind for kind, here in available.items() if here)
         raise UserError(f"got device {name!r}, which is not available: use auto, or one of {here}")
     return torch.device(name)
+
+
+def own_device(name: str = "auto") -> torch.device:
+    """As `pick_device`, for the rest of the program: of torchrun's processes on a machine each has a GPU of its own.
+
+    Raises:
+        UserError: as `pick_device`; more processes than GPUs.
+    """
+    device = pick_device(name)
+    if device.type != "cuda":
+        return device
+    if "LOCAL_RANK" in os.environ and device.index is None:
+        number, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if number > gpus:
+            raise UserError(f"got {number} processes for {gpus} GPUs, expected one for each: --nproc_per_node {gpus}")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:

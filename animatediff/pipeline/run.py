@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -21,12 +24,13 @@ from animatediff.config.spellings import files
 from animatediff.features.inputs import input_sha256
 from animatediff.media.video import FrameStream, is_complete, read_video, save_video, tile
 from animatediff.pipeline.assemble import Assembler
-from animatediff.pipeline.device import pick_device, pick_dtype
+from animatediff.pipeline.device import own_device, pick_dtype
 from animatediff.pipeline.finish import Finisher, compare, sound_of
 from animatediff.pipeline.fit import as_begun, fitted, recorded
 from animatediff.pipeline.headers import Checked, check_requests
 from animatediff.pipeline.outputs import as_bytes, decode_frames, decode_pixels, one_line_when_full
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from animatediff.pipeline.processes import OneProcess
 from animatediff.pipeline.prompts import first_text
 from animatediff.pipeline.run_folder import (
     clip_settings,
@@ -52,6 +56,10 @@ class Job:
     request: Request
     path: Path
 
+    @property
+    def made(self) -> bool:
+        return is_complete(self.path)
+
 
 class Follower:
     """What a run tells whoever waits for it; what a method raises ends the run. This one listens to nothing."""
@@ -74,6 +82,7 @@ def animate(
     dtype: str | None = None,
     assembler: Assembler | None = None,
     follower: Follower | None = None,
+    processes: OneProcess | None = None,
 ) -> Path:
     """Animate every prompt of a config.
 
@@ -86,60 +95,58 @@ def animate(
         config: from `load_config`.
         output_dir: by default a new `samples/<config>-<time>/`. The folder of an earlier run of the same config is
             taken up where it stopped.
-        device: auto, cuda, mps or cpu.
+        device: auto, cuda, mps or cpu; of several processes on a machine, each has a GPU of its own.
         dtype: float32, float16 or bfloat16; by default that of an earlier run of the config, or what suits the device.
         assembler: of earlier runs, with what it has read; on its device and in its dtype.
         follower: is told how far the run is.
+        processes: from `launched()`, where torchrun has started several: they share the prompts out among them.
 
     Returns:
-        The folder.
+        The folder. In the first process all is done then; another one has made its last clip.
 
     Raises:
         UserError: anything wrong with the config, its files or the folder; all that can be known is checked first.
     """
-    follower = follower or Follower()
-    target = assembler.device if assembler else pick_device(device)
+    follower, processes = follower or Follower(), processes or OneProcess()
+    target = assembler.device if assembler else own_device(device)
     dtype = dtype or recorded_dtype(config.provenance, target)
     weights_dtype = assembler.dtype if assembler else pick_dtype(dtype, target)
     for entry in config.entries:
         check_control_images(entry)
     for entry in config.entries:
         for line in prompt_warnings(entry.prompts):
-            _say(f"entry {entry.output.name}: {line}")
+            processes.tell_once(f"entry {entry.output.name}: {line}")
     plain = check_requests(with_tagged_loras(config.entries))
-    checked = [fitted(entry, target, weights_dtype, _say) for entry in plain]
+    checked = [fitted(entry, target, weights_dtype, processes.tell_once) for entry in plain]
     entries = (recorded(entry.request, fit.request) for entry, fit in zip(plain, checked, strict=True))
     config = replace(config, entries=tuple(entries))  # nothing is left open in them
     provenance = made_on(target, weights_dtype) | versions()
-    folder, config = open_folder(config, output_dir, provenance)
+    folder, config, waiting = processes.once(partial(_begin, config, output_dir, provenance, checked))
+    _check_shared(folder)
     checked = [as_begun(entry, begun) for entry, begun in zip(checked, config.entries, strict=True)]
     jobs = plan(config, folder)
-    waiting = [job for job in jobs if not is_complete(job.path)]
     if done := len(jobs) - len(waiting):
-        _say(f"{done} of {len(jobs)} prompts are there already")
-    with _progress(checked, jobs, waiting) as bar, _hint_on_interrupt(folder, jobs):
+        processes.tell_once(f"{done} of {len(jobs)} prompts are there already")
+    with _progress(checked, jobs, waiting, processes) as bar, _hint_on_interrupt(folder, jobs, processes):
         assembler = assembler or Assembler(target, weights_dtype)
-        for index, entry in enumerate(checked):
-            todo = [job for job in waiting if job.entry == index]
-            if not todo:
-                continue
+        for index, todo in groupby(processes.take(waiting, bar), key=lambda job: job.entry):
+            entry = checked[index]
             hashes = _hashes(entry)
-            paths = entry.headers.paths
-            config = record_hashes(config, folder, {str(paths[option]): h for option, h in hashes.items()})
+            record_hashes(config, folder, _by_path(hashes, entry))  # refuses files that have changed meanwhile
             with one_line_when_full(entry.request):
                 pipeline = AnimateDiffPipeline(assembler.assemble(entry))
                 finisher = _finisher(entry.request, pipeline)
             for line in pipeline.model.reports:
-                _say(line)
+                processes.tell_once(line)
             follower.loaded(pipeline)
             bar.unpause()  # loading is no part of a step
             for job in todo:
                 bar.set_description(f"prompt {jobs.index(job) + 1}/{len(jobs)}")
                 with one_line_when_full(entry.request):
-                    _run(pipeline, job, hashes, bar, finisher, follower, entry.request.memory)
+                    _run(pipeline, job, hashes, bar, finisher, follower, entry.request.memory, processes)
             del pipeline
     grid = folder / ("sample-grid" if config.entries[0].output.format == "png" else f"sample.{_format(config)}")
-    if len(jobs) > 1 and (waiting or not grid.exists()):
+    if processes.first and len(jobs) > 1 and (waiting or not grid.exists()):
         _write_grid(grid, config, jobs)
     return folder
 
@@ -175,6 +182,26 @@ def file_words(prompt: str) -> str:
     return "-".join(re.findall(r"\w+", prompt)[:NAME_WORDS]).encode()[:NAME_LENGTH].decode(errors="ignore").rstrip("-")
 
 
+def _begin(
+    config: RunConfig, output_dir: str | Path | None, provenance: Mapping[str, Any], checked: list[Checked]
+) -> tuple[Path, RunConfig, list[Job]]:
+    """The folder, its config and the clips that are to be made; the hashes of all their files are in config.yaml."""
+    folder, config = open_folder(config, output_dir, provenance)
+    waiting = [job for job in plan(config, folder) if not job.made]
+    for index in sorted({job.entry for job in waiting}):
+        config = record_hashes(config, folder, _by_path(_hashes(checked[index]), checked[index]))
+    return folder, config, waiting
+
+
+def _check_shared(folder: Path) -> None:
+    """Raises: UserError on a machine that does not see the folder that the first process has begun."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"got the folder {folder}, which the first process has begun and this machine does not see, expected one "
+            "that all machines share: choose another --output-dir"
+        )
+
+
 def _finisher(request: Request, pipeline: AnimateDiffPipeline) -> Finisher | None:
     if not request.finish.changes:
         return None
@@ -189,14 +216,15 @@ def _run(
     finisher: Finisher | None,
     follower: Follower,
     memory: Memory,
+    processes: OneProcess,
 ) -> None:
     """Make one clip and write it, frame by frame, or, where it is finished, as a whole."""
     r, watch = replace(job.request, memory=memory), Stopwatch(pipeline.device)
 
     def after_step(*_: object) -> None:
-        bar.update()
+        done = processes.stepped(bar)
         watch.step()
-        follower.stepped(int(bar.n), int(bar.total))
+        follower.stepped(done, int(bar.total))
 
     told = {"callback": after_step, "estimated": follower.estimated}
     latents = pipeline.sample(r, **told)
@@ -207,13 +235,12 @@ def _run(
     else:
         before = as_bytes(decode_pixels(pipeline.vae, latents, chunk_frames=memory.vae_frames))
         clip = pipeline.finish(before, r, finisher=finisher, **told)[0]
-        _say(f"finished: {compare(before[0], clip)}")
+        processes.tell(f"finished: {compare(before[0], clip)}")
     metadata = clip_settings(job.request, hashes) | made_on(pipeline.device, pipeline.dtype)
     save_video(clip, job.path, r.written_fps, metadata, loop=r.output.loop_count, sound=sound_of(r))
     if finisher is None:
         remember(r, watch, pipeline.dtype)
-    with tqdm.external_write_mode(file=sys.stdout):
-        print(printable(str(job.path)), flush=True)
+    processes.tell(str(job.path), sys.stdout)
 
 
 def _hashes(checked: Checked) -> dict[str, str]:
@@ -223,6 +250,10 @@ def _hashes(checked: Checked) -> dict[str, str]:
         option: file_sha256(path) if option in weights else input_sha256(path)
         for option, path in checked.headers.paths.items()
     }
+
+
+def _by_path(hashes: Mapping[str, str], checked: Checked) -> dict[str, str]:
+    return {str(checked.headers.paths[option]): sha256 for option, sha256 in hashes.items()}
 
 
 def _format(config: RunConfig) -> str:
@@ -245,25 +276,23 @@ def _write_grid(path: Path, config: RunConfig, jobs: list[Job]) -> None:
 # ---- what the user sees ---------------------------------------------------------------------------------------
 
 
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-
-
 @contextmanager
-def _progress(checked: list[Checked], jobs: list[Job], waiting: list[Job]) -> Iterator[tqdm]:
+def _progress(checked: list[Checked], jobs: list[Job], waiting: list[Job], processes: OneProcess) -> Iterator[tqdm]:
     """One bar for all steps of all prompts that are to be done."""
     total = sum(checked[job.entry].steps for job in waiting)
     first = jobs.index(waiting[0]) + 1 if waiting else len(jobs)
     description = f"prompt {first}/{len(jobs)}"
-    with tqdm(total=total, desc=description, unit="step", file=sys.stderr, disable=not waiting) as bar:
+    hidden = not (waiting and processes.first)
+    with tqdm(total=total, desc=description, unit="step", file=sys.stderr, disable=hidden) as bar:
         yield bar
 
 
 @contextmanager
-def _hint_on_interrupt(folder: Path, jobs: list[Job]) -> Iterator[None]:
+def _hint_on_interrupt(folder: Path, jobs: list[Job], processes: OneProcess) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        done = sum(is_complete(job.path) for job in jobs)
-        _say(f"{done} of {len(jobs)} prompts are done; to go on, repeat the command with --output-dir {folder}")
+        done = sum(job.made for job in jobs)
+        again = f"to go on, repeat the command with --output-dir {folder}"
+        processes.tell_once(f"{done} of {len(jobs)} prompts are done; {again}")
         raise

@@ -58,6 +58,8 @@ def record_hashes(config: RunConfig, folder: Path, hashes: Mapping[str, str]) ->
     for path, sha256 in hashes.items():
         if known.get(path, sha256) != sha256:
             raise UserError(f"got {path}, which has changed since {folder} was begun: choose another --output-dir")
+    if hashes.keys() <= known.keys():
+        return config
     config = replace(config, provenance=config.provenance | {"weights": known | dict(hashes)})
     write_config(folder, config)
     return config
@@ -70,7 +72,7 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 def made_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """What a clip's bits depend on beside its settings: the same on another device are nearly the same clip."""
-    return {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    return {"device": device.type, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def recorded_dtype(provenance: Mapping[str, Any], device: torch.device) -> str | None:

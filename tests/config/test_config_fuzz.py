@@ -82,7 +82,7 @@ FLAGS = ("prompt", "seed", "steps", "L", "W", "format", "no-such-flag", "guidanc
 
 def request_of(arguments: list[str]) -> RunConfig:
     args = parse(arguments)
-    return read_config(args, collect_overrides(args))
+    return read_config(args, collect_overrides(args), print)
 
 
 def attempt(seed: int, folder: Path) -> str:
