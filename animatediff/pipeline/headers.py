@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from animatediff.checkpoints.identify import FileInfo, identify, refusal
+from animatediff.checkpoints.identify import SD15_WIDTHS, FileInfo, identify, refusal
 from animatediff.checkpoints.known_files import find_file, missing_file
 from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config.inference_yaml import InferenceConfig, load_inference_config
@@ -225,6 +226,15 @@ def _check_version(request: Request, headers: Headers) -> None:
     headers.inference.check_version(MOTION_VERSIONS[headers.version(request) or motion.version or ""])
 
 
+def _of_one_kind(a: str, b: str) -> bool:
+    return a.split(" layout")[0] == b.split(" layout")[0]
+
+
+def _widths(base: str) -> set[int]:
+    """Of the levels that a file has; a motion module need not be at all of them."""
+    return {int(width) for width in re.findall(r"\d+", base.partition(" of widths ")[2])} or set(SD15_WIDTHS)
+
+
 def _check_family(request: Request, headers: Headers) -> None:
     """Motion modules and SparseCtrl encoders fit UNets of one family and its widths, LoRAs those of one family."""
     image, families = headers.image, ("SD 1.x", "SDXL")
@@ -233,7 +243,7 @@ def _check_family(request: Request, headers: Headers) -> None:
         if image is None or info is None or not option.startswith(OF_ONE_FAMILY):
             continue
         told = info.base.split(" layout")[0]
-        if told in families and told != image.base.split(" layout")[0]:
+        if told in families and not _of_one_kind(told, image.base):
             what = info.summary if told in info.summary else f"{info.summary}, made for {told}"
             raise UserError(
                 f"{file.called}: {info.path}: this is {what}, but {image.path} is of {image.base}: choose another of "
@@ -243,7 +253,8 @@ def _check_family(request: Request, headers: Headers) -> None:
         other = headers.infos.get(option)
         if image is None or other is None or other.version is None:  # of a module that does not tell, nor is its base
             continue
-        if other.base != image.base and other.base.startswith(families) and image.base.startswith(families):
+        known = other.base.startswith(families) and image.base.startswith(families)
+        if known and not (_of_one_kind(other.base, image.base) and _widths(other.base) <= _widths(image.base)):
             raise UserError(
                 f"{called(request, option)}: {other.path}: this is {other.summary} for {other.base}, but {image.path} "
                 f"is of {image.base}: choose another of either"

@@ -21,7 +21,7 @@ def assert_close(got, expected, tolerance):
         assert (a.float() - b.float()).norm() <= tolerance * b.float().norm()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "triton"])
 def test_compiled_whole(backend, clips):
     block = Block()
     whole = torch.compile(block, backend="aot_eager", fullgraph=True)

@@ -19,6 +19,7 @@ def test_hints_are_read_from_drawn_frames(model):
     assert list(found) == ["all", "left", "right", "up"] and found["all"] >= 100 * 5 / 6 - 0.1, found
 
 
+@pytest.mark.slow
 def test_the_direction_is_in_the_features_of_version_2(model, monkeypatch):
     """Without noise it can be seen; that it turns with the shape hides it in version 1."""
     monkeypatch.setattr(world_check, "PROBED_TIMESTEP", 0)

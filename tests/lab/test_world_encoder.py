@@ -20,6 +20,7 @@ CONFIG = {
 }
 
 
+@pytest.mark.slow
 def test_the_stage(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG | {"output_dir": str(tmp_path)}))
     lines = []

@@ -16,6 +16,7 @@ def spread(function, *inputs) -> float:
     return ((rounded - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_tolerance_of_a_unet_is_what_rounding_does(unets):  # noqa: F811
     unet = unets["v2"].double()
@@ -23,6 +24,7 @@ def test_the_tolerance_of_a_unet_is_what_rounding_does(unets):  # noqa: F811
     assert 2**0.5 * moved <= TOLERANCE <= 10 * moved  # the golden numbers were rounded, too
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_tolerance_of_a_vae_is_what_rounding_does(base):  # noqa: F811
     vae = base.vae.double()

@@ -46,6 +46,7 @@ def finished(*arguments: str | Path) -> Path:
     return Path(arguments[0])
 
 
+@pytest.mark.slow
 def test_run_script_and_repetition_are_the_same(nano, first, tmp_path, capsys):
     """A run with `finish`, scripts/finish.py on the clip without, and the run's clip as a config of its own."""
     by_run = run(nano, tmp_path, finish=FINISH)

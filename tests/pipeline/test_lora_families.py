@@ -58,6 +58,7 @@ def test_named_for_what_it_is_before_anything_is_loaded(files, tmp_path, monkeyp
         run(files, tmp_path, base, str(files / f"{lora}.safetensors"))
 
 
+@pytest.mark.slow
 def test_sdxl_loras_stack_through_the_command_line(files, tmp_path):
     """Each with a scale of its own, and with the words that one of them brings."""
     generator = torch.Generator().manual_seed(0)

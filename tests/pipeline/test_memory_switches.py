@@ -97,7 +97,9 @@ def test_weights_of_fewer_bits_are_rounded(load, pipeline, values, least, most):
             },
             marks=pytest.mark.slow,
         ),
-        {"lora_path": "kohya.safetensors", "lora_schedule": {"0%": 1.0, "50%": 0.2}},
+        pytest.param(
+            {"lora_path": "kohya.safetensors", "lora_schedule": {"0%": 1.0, "50%": 0.2}}, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )

@@ -36,6 +36,7 @@ def encode(pipeline, prompt, negative_prompt, **options):
     return encode_prompts(pipeline.model, pipeline.request_for(given))
 
 
+@pytest.mark.slow
 def test_a_travelling_prompt_turns_red_into_blue():
     """The bundled model: red at the first frame, blue at the last."""
     pipeline = AnimateDiffPipeline.from_config(ROOT / "configs/animate/travel.yaml", device="cpu")

@@ -103,12 +103,13 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "windows" in n else n for n in PICTURES])
 def test_through_the_command_line(files, tmp_path, plain, name):
     got = run(files, tmp_path, **PICTURES[name](files))
     assert got.shape == plain.shape and not torch.equal(got, plain)
 
 
+@pytest.mark.slow
 def test_scale_zero_changes_nothing_and_both_spellings_are_one(files, tmp_path):
     nets = [{"path": str(files / name), "images": str(files / "picture.png")} for name in SPELLINGS]
     results = []

@@ -32,6 +32,7 @@ def drawn(entry: int, captions: list[str], **options) -> torch.Tensor:
     return torch.stack(found) * 2 - 1
 
 
+@pytest.mark.slow
 def test_outlines_say_where(frames):
     captions = [SCENES.scene(i).caption for i in range(SCENES.clips)]
     lines = draw_scribbles(frames)[:, None].expand_as(frames).float()

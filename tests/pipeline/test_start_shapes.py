@@ -95,6 +95,7 @@ def test_a_picture_begins_a_clip(run):
     assert score.amplitudes["right"] == pytest.approx(1, abs=0.25)
 
 
+@pytest.mark.slow
 def test_a_clip_goes_on_as_it_is(run):
     clip, latents = run(
         WORDS.format("red", "bouncing"), video=pictures("bounce.gif"), extend=8, num_frames=24, height=64, width=64
@@ -104,6 +105,7 @@ def test_a_clip_goes_on_as_it_is(run):
     assert score.drift == 0 and score.amplitudes["bounce"] == pytest.approx(1, abs=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "share"),
     [pytest.param(1, 0.6, id="pictures"), pytest.param(2, 0.75, id="scribbles", marks=pytest.mark.slow)],

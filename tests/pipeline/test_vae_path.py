@@ -95,7 +95,7 @@ def test_mistakes_are_named_before_anything_is_loaded(nano, make_entry, path, me
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", ["neon", *(pytest.param(s, marks=pytest.mark.slow) for s in STYLES if s != "neon")])
 def test_the_bundled_vae_draws_every_look(style):
     """In plain pictures it is as good as the image model's; other looks that one draws in wrong colours."""
     image = load_base(ASSETS / "shapes.safetensors")

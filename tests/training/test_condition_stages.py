@@ -139,6 +139,7 @@ def test_the_files_steer(files, trained, tmp_path):
     assert not torch.equal(plain, hinted) and not torch.equal(plain, prompted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["plus", "full"])
 def test_the_other_variants_train(files, tmp_path, variant):
     path = run(files, tmp_path, "ip_adapter", variant=variant, cache=True)

@@ -118,6 +118,7 @@ def test_it_animates(files, trained, tmp_path):
     assert len(read_video(next((folder / "sample").iterdir()))[0]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["v1", "v3"])
 def test_versions(files, tmp_path, version):
     config(files, tmp_path, version=version, cache=True, loop=UNLEARNT).run(quiet)
@@ -195,6 +196,7 @@ def test_each_process_reads_its_own_micro_batches(files, monkeypatch):
         assert source.names == [clip.path for clip in expected]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(files, tmp_path, monkeypatch):
     whole, cut = (config(files, tmp_path / name, version="v3") for name in ("whole", "cut"))
     whole.run(quiet)

@@ -43,6 +43,7 @@ def test_a_wrong_word_lowers_the_text_alignment(encoder):
         assert alignment(**wrong) < right - 5
 
 
+@pytest.mark.slow
 def test_the_order_of_frames_is_seen_by_consistency_and_distance_alone(encoder):
     scenes = [make_scene(i, seed=1) for i in range(200)]
     clips = render(scenes)
