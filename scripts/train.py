@@ -14,13 +14,14 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from animatediff.lab.stage_table import load_train_config
 from animatediff.pipeline.device import own_device
+from animatediff.pipeline.processes import launched
 from animatediff.training.stages import Training
 from animatediff.utils import Parser, UserError, run_main
 
@@ -28,23 +29,9 @@ GONE = re.compile("closed by peer|reset by peer|Connection (refused|closed)|Brok
 
 
 def main(argv: list[str] | None = None) -> None:
-    store = next(dist.rendezvous("env://"))[0] if "WORLD_SIZE" in os.environ else None  # set by torchrun
-
-    def first(line: str) -> bool:
-        """Whether no other process has said so: what all have to say is said once."""
-        return store is None or store.add(f"said: {line}", 1) == 1
-
-    def log(line: str) -> None:
-        if first(line):
-            tqdm.write(line)  # above the bar, where there is one
-            sys.stdout.flush()
-
-    try:
-        run(argv, log)
-    except (UserError, OSError) as error:
-        if first(f"error: {error}"):
-            raise
-        sys.exit(2)
+    processes = launched()
+    with processes.one_error():
+        run(argv, partial(processes.tell_once, file=sys.stdout))
 
 
 def run(argv: list[str] | None, log: Callable[[str], None]) -> None:

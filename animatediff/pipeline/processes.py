@@ -1,4 +1,4 @@
-"""The processes that make the clips of a run: one alone, or those that `torchrun` has started, which share a queue."""
+"""The processes of a run: one alone, or those that `torchrun` has started, which share a queue of clips."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class OneProcess:
         with tqdm.external_write_mode(file=file or sys.stderr):
             print(printable(line), file=file or sys.stderr, flush=True)
 
-    def tell_once(self, line: str) -> None:
+    def tell_once(self, line: str, file: TextIO | None = None) -> None:
         """Print what every process has to say, once."""
-        self.tell(line)
+        self.tell(line, file)
 
     @contextmanager
     def one_error(self) -> Iterator[None]:
@@ -103,13 +103,13 @@ class ManyProcesses(OneProcess):
             print("\r\033[K", end="", file=sys.stderr, flush=True)  # the bar's line, which is the first one's
         super().tell(line, file)
 
-    def tell_once(self, line: str) -> None:
+    def tell_once(self, line: str, file: TextIO | None = None) -> None:
         if self._store.add(f"said: {line}", 1) == 1:
-            self.tell(line)
+            self.tell(line, file)
 
     @contextmanager
     def one_error(self) -> Iterator[None]:
-        from torch.distributed import DistError
+        from torch.distributed import DistNetworkError, DistStoreError
 
         try:
             yield
@@ -122,7 +122,7 @@ class ManyProcesses(OneProcess):
             if self.first:
                 raise
             sys.exit(130)
-        except DistError:
+        except (DistNetworkError, DistStoreError):
             raise UserError("this process ends, too: another one has ended, which says why") from None
 
 
@@ -146,4 +146,4 @@ def launched() -> OneProcess:
         raise UserError(f"got WORLD_SIZE={os.environ['WORLD_SIZE']}, expected torchrun or none: {error}") from None
     store.set_timeout(timedelta(days=1))  # the first process may read large files before the others begin
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return ManyProcesses(dist.PrefixStore(f"animate {attempt}", store), rank, number)
+    return ManyProcesses(dist.PrefixStore(f"processes {attempt}", store), rank, number)

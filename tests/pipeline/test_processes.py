@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import DistStoreError, HashStore
 from tqdm import tqdm
 
 from animatediff.config.prompt_yaml import load_config
@@ -106,6 +106,12 @@ def test_a_mistake_of_all_is_told_by_one():
             return f"exit {end.code}"
 
     assert sorted(at_once(fail, team(3))) == ["exit 2", "exit 2", "told"]
+
+
+def test_a_store_that_is_gone_is_no_traceback():
+    first, _ = team(2)
+    with pytest.raises(UserError, match="another one has ended, which says why"), first.one_error():
+        raise DistStoreError("got no answer")
 
 
 def test_variables_that_are_missing_are_named(monkeypatch):
