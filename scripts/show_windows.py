@@ -19,7 +19,7 @@ from animatediff.config.refusals import window_refusals
 from animatediff.config.request import Request, Windows
 from animatediff.features.windows import FUSIONS, SCHEDULES, window_weights, windows_of_step
 from animatediff.media.pictures import write_picture
-from animatediff.utils import UserError, run_main
+from animatediff.utils import Parser, UserError, run_main
 
 CELL = 8  # pixels of a frame in the picture
 FULL, SHARED, NONE = (38, 70, 120), (216, 226, 240), (255, 255, 255)
@@ -51,7 +51,7 @@ def as_picture(steps: list[Tensor]) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--L", type=int, default=64, help="frames of the clip (64)")
     parser.add_argument("--steps", type=int, default=8, help="steps to draw (8)")
     parser.add_argument("--schedule", default="open", help=f"{', '.join(SCHEDULES)} (open)")

@@ -50,6 +50,8 @@ def config_from(
     overrides, provenance = dict(overrides or {}), {}
     if overrides:
         _check_overrides(overrides)
+    if isinstance(raw, dict) and isinstance(raw.get("stage"), str):
+        raise UserError(f"got {where}, a training config, expected a prompt config: python scripts/train.py reads it")
     if isinstance(raw, dict) and isinstance(raw.get("entries"), list):
         if unknown := set(raw) - {"entries", "provenance"}:
             raise UserError(f"{where}: {unknown_key(min(map(str, unknown)), ['entries', 'provenance'])}")

@@ -202,7 +202,9 @@ def _unknown(key: str, value: Any) -> str:
         near = next((n for n in flat_names() if n.startswith(f"{key}_")), None)
         hint = f", or {near}={describe(value)}" if near else ""
         return f"{key}: got {describe(value)}, expected keys with values ({inside}){hint}"
-    return unknown_key(key, [*flat_names(), *group_classes()])
+    group = key.partition(".")[0]
+    inside = [name for name in all_options() if name.startswith(f"{group}.")]
+    return unknown_key(key, inside or [*flat_names(), *group_classes()])
 
 
 def build_request(

@@ -85,7 +85,10 @@ def build_stage(values: Any, *, where: str) -> StageConfig:
 
 
 def _stage(values: Any, *, where: str) -> type[StageConfig]:
-    name = values.get("stage") if isinstance(values, Mapping) else values
+    if not isinstance(values, Mapping):
+        got = f"{where}: got {describe(values)}, expected a training config, which begins with `stage:`"
+        raise UserError(f"{got} (a prompt config is read by scripts/animate.py)")
+    name = values.get("stage")
     if not isinstance(name, str) or name not in STAGES:
         raise UserError(f"{where}: got stage {describe(name)}, expected one of {', '.join(STAGES)}")
     return STAGES[name]

@@ -25,7 +25,7 @@ from animatediff.config.spellings import NamedFile, all_options, as_values, buil
 from animatediff.features.inputs import input_sha256
 from animatediff.media.comments import MAX_LENGTH
 from animatediff.media.video import PICTURE_SUFFIXES, VIDEO_SUFFIXES, list_pictures, read_metadata, read_texts
-from animatediff.pipeline.run_folder import is_ours, settings_request
+from animatediff.pipeline.run_folder import is_ours, run_name, settings_request
 from animatediff.utils import UserError, naming
 
 CLIP_SUFFIXES = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES, ".gif", ".apng")
@@ -83,9 +83,13 @@ def load_run(
     path, overrides = Path(path), dict(overrides or {})
     if path.is_dir() and (path / "config.yaml").is_file():
         path = path / "config.yaml"
-    known = read_remembered(path) if path.is_dir() or is_clip(path) else None
+    if path.is_dir() and not is_clip(path):
+        raise UserError(f"got {path}, a folder without config.yaml or PNG frames, expected a run's folder or a file")
+    known = read_remembered(path) if is_clip(path) else None
     if known is None:
         config = load_config(path, overrides, complete=complete)
+        if path.name == "config.yaml":
+            config = replace(config, name=run_name(path.absolute().parent))
         hashes = config.provenance.get("weights")
         hashes = {str(k): str(v) for k, v in hashes.items()} if isinstance(hashes, dict) else {}
         return found_again(config, hashes, path.parent, overrides)

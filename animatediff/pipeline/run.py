@@ -179,7 +179,10 @@ def plan(config: RunConfig, folder: Path) -> list[Job]:
 
 def file_words(prompt: str) -> str:
     """The first words of a prompt, safe in a file name of any system: letters, digits and `_`, joined by `-`."""
-    return "-".join(re.findall(r"\w+", prompt)[:NAME_WORDS]).encode()[:NAME_LENGTH].decode(errors="ignore").rstrip("-")
+    words = re.findall(r"\w+", prompt)[:NAME_WORDS]
+    while len(words) > 1 and len("-".join(words).encode()) > NAME_LENGTH:
+        words.pop()
+    return "-".join(words).encode()[:NAME_LENGTH].decode(errors="ignore")
 
 
 def _begin(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,11 @@ def settings_request(settings: Mapping[str, Any]) -> dict[str, Any]:
         return {name: settings[name] for name in group_classes() if name in settings}
     flat = {k: v["path"] if isinstance(v, dict) and "path" in v else v for k, v in settings.items()}
     return {k: v for k, v in flat.items() if k not in ("frames", "animatediff", "training_step", "prompts")}
+
+
+def run_name(folder: Path) -> str:
+    """The name of a run that `new_folder` made the folder of: without the time."""
+    return re.sub(r"-\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(-\d+)?$", "", folder.name) or "config"
 
 
 def new_folder(name: str, root: str | Path = "samples") -> Path:

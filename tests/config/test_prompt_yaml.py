@@ -254,7 +254,8 @@ def test_a_new_prompt_takes_the_first_of_the_old_lists(read):
         ("steps", "got argument 'steps', expected key=value"),
         ("stpes=3", "unknown key 'stpes', the nearest known one is 'steps'"),
         ("seed=[1", "seed: got '\\[1', expected a value such as"),
-        ("windows.lenght=3", "unknown key 'windows.lenght'"),
+        ("windows.lenght=3", "unknown key 'windows.lenght', the nearest known one is 'windows.length'"),
+        ("finish.scal=2", "unknown key 'finish.scal', the nearest known one is 'finish.scale'"),
     ],
 )
 def test_bad_overrides(item, message):

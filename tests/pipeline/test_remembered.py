@@ -86,6 +86,7 @@ def test_a_clip_and_its_run_are_one_config(made):
         (told,) = config.entries[0].per_prompt()
         assert [told] == request.entries[0].per_prompt() and more == notes == []
         assert config.entries[0].model == request.entries[0].model and config.entries[0].size == request.entries[0].size
+        assert config.name == made.parents[1].name.partition("-20")[0]  # not "config"
     assert request.provenance == {"device": "cpu", "dtype": "float32"}
     (changed,) = load_run(made, {"steps": 7})[0].entries
     assert changed.sampling.steps == 7

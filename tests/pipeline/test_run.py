@@ -242,6 +242,7 @@ def test_a_changed_weight_file_is_noticed(config, finished, tmp_path):
         ("../../etc/passwd; rm -rf *", "etc-passwd-rm-rf"),
         ("one two three four five six seven eight nine ten eleven", "one-two-three-four-five-six-seven-eight-nine-ten"),
         ("w" * 300, "w" * 60),
+        (f"{'w' * 50} beige background", f"{'w' * 50}-beige"),  # whole words
         ("ein süßer Fuchs, 雪の中", "ein-süßer-Fuchs-雪の中"),
         ("雪" * 60, "雪" * 20),
         ("", ""),

@@ -109,6 +109,8 @@ def test_as_a_module_with_the_official_options(tmp_path):
         (["--prompt", "x", "stepz=3"], "error: override: unknown key 'stepz', the nearest known one is 'steps'"),
         (["--prompt", "x", "--seed", "1", "seed=2"], "error: got seed both as an option and as key=value"),
         (["--config", "nope.yaml"], "error: got config nope.yaml, which is no file"),
+        (["--config", str(ROOT / "configs/train/shapes_image.yaml")], "a training config, expected a prompt config"),
+        (["--config", "."], "error: got ., a folder without config.yaml or PNG frames"),
         (["--config", "fox.yaml", "n_prompt=[a, b]"], "n_prompt: got 2 values for 1 prompt"),
         (["--config", "fox.yaml", "prompt=[]"], "prompt: got an empty list"),
         (["--config", "fox.yaml", "--H", "500"], "H: got 500, expected a multiple of 8"),

@@ -33,3 +33,5 @@ def test_mistakes():
         main(["--schedule", "opn"])
     with pytest.raises(UserError, match="got --L 0"):
         main(["--L", "0"])
+    with pytest.raises(UserError, match="--L: invalid int value: 'many'"):
+        main(["--L", "many"])

@@ -13,6 +13,7 @@ import yaml
 
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module, load_vae
+from animatediff.config.prompt_yaml import BUNDLED
 from animatediff.lab.stage_table import load_train_config
 from animatediff.training.distributed import shared_loss
 from animatediff.training.latents import OVERSAMPLING, LatentClips
@@ -203,3 +204,8 @@ def test_bad_configs(tmp_path, change, message):
     path = write(tmp_path / "bad.yaml", IMAGE | {"output_dir": "x"} | change)
     with pytest.raises(UserError, match=message):
         load_train_config(path)
+
+
+def test_a_prompt_config_is_named():
+    with pytest.raises(UserError, match="a list of 1, expected a training config, .*read by scripts/animate.py"):
+        load_train_config(BUNDLED)
