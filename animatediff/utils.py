@@ -46,7 +46,7 @@ def unknown_key(key: Any, known: Sequence[str], *, what: str = "key") -> str:
     key, lowered = str(key), {name.lower(): name for name in known}
     near = difflib.get_close_matches(key.lower(), lowered, n=1) if len(key) <= 60 else []
     if not near:
-        few = f" of {', '.join(known)}" if len(known) <= 12 else " (--help lists all)"
+        few = f" of {', '.join(known)}" if len(known) <= 50 else " (--help lists all)"
         return f"unknown {what} {describe(key)}, expected one{few}: correct or remove it"
     return f"unknown {what} {key!r}, the nearest known one is {lowered[near[0]]!r}: correct or remove it"
 

@@ -13,6 +13,12 @@ from animatediff.config.spellings import as_values, build_request, flat_names, g
 from animatediff.utils import UserError, describe, unknown_key
 
 BUNDLED = Path(__file__).resolve().parents[2] / "configs" / "animate" / "shapes.yaml"  # needs a checkout
+OTHER_CONFIGS = {  # a key that only they have: what they are for
+    "stage": "a training config is for scripts/train.py",
+    "cells": "a grid is for scripts/ablate.py --grid",
+    "tables": "experiments are for scripts/reproduce.py",
+    "unet_additional_kwargs": "an inference config is for --inference-config",
+}
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ def config_from(
     overrides, provenance = dict(overrides or {}), {}
     if overrides:
         _check_overrides(overrides)
-    if isinstance(raw, dict) and isinstance(raw.get("stage"), str):
-        raise UserError(f"got {where}, a training config, expected a prompt config: python scripts/train.py reads it")
+    if other := next((what for key, what in OTHER_CONFIGS.items() if isinstance(raw, dict) and key in raw), None):
+        raise UserError(f"got {where}, expected a prompt config: {other}")
     if isinstance(raw, dict) and isinstance(raw.get("entries"), list):
         if unknown := set(raw) - {"entries", "provenance"}:
             raise UserError(f"{where}: {unknown_key(min(map(str, unknown)), ['entries', 'provenance'])}")

@@ -263,6 +263,11 @@ def _unknown(cls: type, path: tuple[Any, ...], name: Callable[[tuple[Any, ...]],
         expected = f"expected one of {', '.join(same)}: remove the rest"
         return f"{inside}got {path[-1]!r} beside another spelling of it, {expected}"
     known = [s for names in spellings.values() for s in names]
+    hints = typing.get_type_hints(cls).items()
+    if groups := [
+        own for own, hint in hints if any(path[-1] in (f.name for f in fields(c)) for c in _dataclasses_of(hint))
+    ]:
+        return f"{inside}unknown key {path[-1]!r}, expected it in {' or '.join(groups)}: {groups[0]}.{path[-1]}"
     return inside + unknown_key(path[-1], known or [f.name for f in fields(cls)])
 
 

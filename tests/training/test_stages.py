@@ -196,6 +196,7 @@ def test_latents_are_normalised(trained):
     [
         ({"stage": "shapes"}, "got stage 'shapes', expected one of"),
         ({"clip": 3}, "unknown key 'clip', the nearest known one is 'clips'"),
+        ({"steps": 3}, "unknown key 'steps', expected it in .* or image"),
         ({"clips": "many"}, "clips: got 'many', expected a whole number"),
         ({"image": LOOP | {"steps": 0}}, "bad.yaml: image.steps: got 0, expected at least 1"),
     ],
