@@ -109,7 +109,7 @@ def test_as_a_module_with_the_official_options(tmp_path):
         (["--prompt", "x", "stepz=3"], "error: override: unknown key 'stepz', the nearest known one is 'steps'"),
         (["--prompt", "x", "--seed", "1", "seed=2"], "error: got seed both as an option and as key=value"),
         (["--config", "nope.yaml"], "error: got config nope.yaml, which is no file"),
-        (["--config", str(ROOT / "configs/train/shapes_image.yaml")], "expected a prompt config: a training config is for scripts/train.py"),
+        (["--config", str(ROOT / "configs/train/shapes_image.yaml")], "a training config is for scripts/train.py"),
         (["--config", str(ROOT / "configs/eval/ablation.yaml")], "a grid is for scripts/ablate.py"),
         (["--config", "."], "error: got ., a folder without config.yaml or PNG frames"),
         (["--config", "fox.yaml", "n_prompt=[a, b]"], "n_prompt: got 2 values for 1 prompt"),
