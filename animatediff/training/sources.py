@@ -139,6 +139,9 @@ def resolve_path(path: str) -> Path:
     Raises: UserError where there is none.
     """
     if (found := find_file(path)) is None:
+        config = Path("configs/train") / f"{Path(path).parent.name}.yaml"  # an output folder is named after its config
+        if Path(path).parts[:1] == ("outputs",) and find_file(str(config)):
+            raise UserError(f"got {path}, which is not there: train it first: scripts/train.py --config {config}")
         raise UserError(f"got {path}, which is not there: check the path; nothing is downloaded for you")
     return found
 

@@ -277,7 +277,11 @@ def test_on_a_gpu(files, tmp_path):
         ({"train_data": DATA | {"video_folder": "{}/videos", "sample_size": [16, 20]}}, "a side of 20 pixels"),
         ({"train_data": DATA | {"video_folder": "{}/no"}}, "no, which is no folder"),
         ({"train_data": DATA}, "train_data: got neither csv_path nor video_folder"),
-        ({"pretrained_model_path": "none.safetensors"}, "got none.safetensors, which is not there"),
+        ({"pretrained_model_path": "none.safetensors"}, "got none.safetensors, which is not there: check the path"),
+        (
+            {"pretrained_model_path": "outputs/shapes_decoder/none.safetensors"},
+            "train it first: scripts/train.py --config configs/train/shapes_decoder.yaml",
+        ),
         ({"init_from": "{}/mm_v2.safetensors"}, "v2"),
         ({"version": "v4"}, "version: got 'v4', expected v1 or v2 or v3"),
         ({"num_workers": 1}, "got 'num_workers' beside another spelling of it, expected one of num_workers, threads"),
