@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -62,8 +63,19 @@ class ServerOptions:
             )
         if self.port is not None and not 0 < self.port < 65536:
             raise UserError(f"got --port {self.port}, expected 1 to 65535")
+        if self.port is not None and (taken := self._taken()):
+            raise UserError(f"got --port {self.port}, expected a free one ({taken}): choose another, or leave it out")
         if self.max_upload_mb <= 0:
             raise UserError(f"got --max-upload-mb {self.max_upload_mb:g}, expected more than 0")
+
+    def _taken(self) -> str | None:
+        """Why nothing can listen there."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            socket.create_server((self.host, self.port), family=family).close()
+        except OSError as error:
+            return os.strerror(error.errno) if (error.errno or 0) > 0 else str(error)
+        return None
 
     @property
     def local(self) -> bool:

@@ -1,6 +1,7 @@
 """What the page's server does, without a browser: forms of several people to jobs, and back from clips."""
 
 import re
+import socket
 import sys
 
 import numpy as np
@@ -182,3 +183,11 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=re.escape('pip install -e ".[web]"')):
         serving.serve(serving.ServerOptions(output_dir=str(tmp_path)), wait=False)
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"got --port {port}, expected a free one .*: choose another"):
+            serving.ServerOptions(port=port).check()
+    serving.ServerOptions(port=port).check()
