@@ -49,7 +49,10 @@ def test_a_single_file_gives_the_official_numbers(base):
     torch.testing.assert_close(predict(base.unet), GOLDEN["unet.image"], **CLOSE)
 
 
-@pytest.mark.parametrize(("version", "frames"), [("v1", 24), ("v2", 32), ("v3", 32)])
+@pytest.mark.parametrize(
+    ("version", "frames"),
+    [("v1", 24), pytest.param("v2", 32, marks=pytest.mark.slow), pytest.param("v3", 32, marks=pytest.mark.slow)],
+)
 def test_motion_modules_give_the_official_numbers_and_share_the_image_weights(tmp_path, base, version, frames):
     path = write(tmp_path / "mm.ckpt", with_positional(motion_tensors(version), frames))
     unet, report = load_motion_module(base.unet, path)

@@ -65,6 +65,7 @@ def test_convert_there_and_back(tmp_path, ldm_file, convert):
     assert equal(read_state_dict(tmp_path / "back.safetensors").tensors, ldm_tensors())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["doctor.py", "convert.py"])
 def test_a_mistyped_option_is_told_in_one_line(tmp_path, name):
     assert failed_cleanly(run(name, "a", "b", "--too", cwd=tmp_path), "--help")

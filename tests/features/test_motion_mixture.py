@@ -23,6 +23,7 @@ def extra(folder, *modules):
     return [{"path": str(folder / f"mm_{version}.safetensors"), **values} for version, values in modules]
 
 
+@pytest.mark.slow
 def test_modules_alone_are_what_they_are(folder, tmp_path):
     """v2, which has a module in the middle block, beside v3: with the other one's effect at 0."""
     pipe = pipeline(folder, tmp_path, extra_motion_modules=extra(folder, ("v2", {"scale": 0})))

@@ -337,7 +337,9 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f in ("camera", "controlnet") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 def test_a_clip_from_the_command_line(folder, tmp_path, monkeypatch, capsys, family):
     """A run, and a second one from the settings that the first clip carries: the same clip."""
     monkeypatch.chdir(tmp_path)
@@ -441,6 +443,7 @@ def test_a_call_brings_the_pictures_that_its_config_has_not(folder, tmp_path):
         latents(pia)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["pia", "i2v"])
 def test_what_a_saved_motion_module_has_for_a_picture(folder, tmp_path, family):
     pipe = pipeline(folder, tmp_path, **FAMILIES[family](folder))

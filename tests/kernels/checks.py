@@ -2,11 +2,18 @@
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from animatediff_kernels import use_backend
 from torch import Tensor
 
 from tests.rounding import exact_and_bounds, worst
+
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16],
+    ids=lambda t: str(t)[6:],
+)
 
 
 def results(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: bool, dtype: torch.dtype) -> list[Tensor]:

@@ -6,10 +6,9 @@ from animatediff_kernels import attention, launch
 from animatediff_kernels.attention.op import attention_op
 from animatediff_kernels.attention.reference import attention_reference
 
-from tests.kernels.checks import assert_right
+from tests.kernels.checks import DTYPES, assert_right
 
 pytestmark = pytest.mark.usefixtures("interpreter")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda t: str(t)[6:])
 
 SHAPES = [  # images, rows of keys, tokens, keys, heads, head_dim
     pytest.param(2, 2, 30, 30, 8, 40, id="self: width 32 + 16"),
@@ -50,6 +49,7 @@ def test_inputs_of_any_layout(layout):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", [None, 77, 154], ids=["self", "77 keys", "154 keys"])
 @pytest.mark.parametrize("dim", [40, 80, 160])
 def test_the_launches_of_a_gpu_compute_the_same(monkeypatch, dim, keys):

@@ -248,6 +248,7 @@ def test_tables_of_others_stay(gpu, monkeypatch, tmp_path):
     assert names.pop("another GPU") == 1 and list(names.values()) == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "train"])
 def test_the_table_is_shown_and_measured_again(gpu, capsys, grad):
     clock, _ = gpu

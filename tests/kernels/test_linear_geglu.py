@@ -8,7 +8,7 @@ from animatediff_kernels.linear_geglu.reference import linear_geglu_reference
 from torch import nn
 
 from animatediff.models.attention import GEGLU
-from tests.kernels.checks import assert_right
+from tests.kernels.checks import DTYPES, assert_right
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -20,9 +20,6 @@ class Sum(nn.Module):
 
     def forward(self, x):
         return sum(layer(x) for layer in self.layers)
-
-
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda t: str(t)[6:])
 
 
 def weights(width, inner):
@@ -61,7 +58,7 @@ def test_inputs_of_any_layout(layout):
     assert_right(linear_geglu, linear_geglu_reference, inputs)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize("width", [320, 648], ids=["whole steps", "a masked step"])
 def test_the_launches_of_a_gpu_compute_the_same(monkeypatch, arch, width):
     """Several tiles of rows and columns, in groups of eight and a rest."""

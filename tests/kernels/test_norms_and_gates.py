@@ -10,10 +10,9 @@ from animatediff_kernels.group_norm_silu.reference import group_norm_silu_refere
 from animatediff_kernels.layer_norm.op import layer_norm_op
 from animatediff_kernels.layer_norm.reference import layer_norm_reference
 
-from tests.kernels.checks import assert_right
+from tests.kernels.checks import DTYPES, assert_right
 
 pytestmark = pytest.mark.usefixtures("interpreter")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda t: str(t)[6:])
 
 
 def check_group_norm(x, groups, frames, silu=True, shift=()):

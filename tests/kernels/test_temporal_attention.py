@@ -6,10 +6,9 @@ from animatediff_kernels import launch, temporal_attention, use_backend
 from animatediff_kernels.temporal_attention.op import temporal_attention_op
 from animatediff_kernels.temporal_attention.reference import temporal_attention_reference
 
-from tests.kernels.checks import assert_right
+from tests.kernels.checks import DTYPES, assert_right
 
 pytestmark = pytest.mark.usefixtures("interpreter")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda t: str(t)[6:])
 
 SHAPES = [  # clips, frames, tokens, heads, head_dim
     pytest.param(2, 16, 9, 8, 40, id="512x512, level 0: width 32 + 16"),
@@ -75,6 +74,7 @@ def test_the_launches_of_a_gpu_compute_the_same(monkeypatch, dim):
     )
 
 
+@pytest.mark.slow
 def test_more_rows_than_a_grid_axis_takes(monkeypatch):
     """65,535 ends the second and third axis of a CUDA grid; the kernels use the first alone."""
     programs = []

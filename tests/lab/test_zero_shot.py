@@ -57,6 +57,7 @@ def test_levels_say_how_free_the_frames_are(run):
     assert means[0] < 0.01 < means[1] < means[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [1, -1])
 def test_motion_goes_where_it_is_told(side):
     """Whatever the prompt says. The bundled model's noise levels are those of 16 x 16 cells."""

@@ -76,6 +76,7 @@ def test_the_refiner_has_four_levels():
     assert unet.down_blocks[1].attentions[0].transformer_blocks[3].attn2.to_k.in_features == 1280
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_whole_step_on_the_meta_device():
     """16 frames of 1024 x 1024: shapes fit from the first layer to the last."""

@@ -71,7 +71,7 @@ def test_offloaded_networks_make_the_same_clip(load, plain, offload):
 @pytest.mark.parametrize(
     ("values", "least", "most"),
     [
-        ({"weights_dtype": "float16"}, 1e-5, 2e-3),
+        pytest.param({"weights_dtype": "float16"}, 1e-5, 2e-3, marks=pytest.mark.slow),
         ({"weights_dtype": "bfloat16", "offload": "blocks"}, 1e-3, 2e-2),
         ({"weights_dtype": "float8"}, 1e-2, 0.15),
     ],

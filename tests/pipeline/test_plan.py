@@ -61,6 +61,7 @@ def test_planned_peaks_are_those_of_processes(monkeypatch):
         assert 0.85 < float(row["ratio"]) < 1.15, row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("storage", "share"), [("float16", 0.5), ("float8", 0.27)])
 def test_weights_that_rest_in_fewer_bits_are_counted_so(storage, share):
     sizes = {"frames": 2, "height": 64, "width": 64, "device": "mps"}

@@ -66,6 +66,7 @@ def test_a_run_that_is_taken_up_ends_with_the_same_files(nano, tmp_path, form):
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_official_frames(nano, tmp_path):
     """Every golden run, as the entries of one official prompt YAML, one after the other."""
     config = load_config(write_config(tmp_path / "golden.yaml", *(official_entry(nano, c) for c in CASES.values())))
@@ -129,6 +130,7 @@ def test_files_of_a_run(nano, config, tmp_path, capsys, monkeypatch):
     assert grid.shape == (3, 24 + 4, 3 * 18 + 2, 3)  # the tallest and the longest decide
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(config, finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the second clip: the first stays as it is, the rest is made, all as a recorded run has it."""
     recorded = load_config(finished / "config.yaml")

@@ -45,7 +45,9 @@ def encoded(pipeline):
 # ---- strength -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [s if s in ("ddim", "euler_a") else pytest.param(s, marks=pytest.mark.slow) for s in SAMPLERS]
+)
 def test_strength_1_is_without_a_video(run, sampler):
     assert torch.equal(run(sampler=sampler, video=VIDEO, strength=1.0), run(sampler=sampler))
 

@@ -55,6 +55,7 @@ def test_the_configs_are_whole():
         assert (read_video(INPUTS / name)[0].int() - drawn.int()).abs().max() <= 6, "a GIF's palette"
 
 
+@pytest.mark.slow
 def test_vid2vid_keeps_the_path(run):
     clip, _ = run(WORDS.format("blue", "moving right"), video=pictures("right.gif"), strength=0.8)
     score = score_clip(clip)
@@ -77,6 +78,7 @@ def test_an_inverted_clip_comes_back(run, shapes):
     assert errors[1] < 0.15 and errors[1] < errors[0], errors
 
 
+@pytest.mark.slow
 def test_the_given_frames_are_the_clip_s(run):
     """The middle frames are painted anew between given ones."""
     video, mask = pictures("right.gif"), pictures("middle.gif")

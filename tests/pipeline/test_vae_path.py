@@ -44,6 +44,7 @@ def test_frames_change_and_latents_do_not(nano, pipeline, other):
         assert torch.equal(a, b) == same, kind
 
 
+@pytest.mark.slow
 def test_it_goes_before_the_personalised_and_the_base_model(nano, make_entry, other):
     """And is gone in the next entry; the image models themselves are not read again."""
     tensors = {key: t * 1.5 for key, t in ldm_tensors().items()}

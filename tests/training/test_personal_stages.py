@@ -124,7 +124,7 @@ def test_kohya_key_grammar(files, trained):
     assert theirs <= ours
 
 
-@pytest.mark.parametrize("stage", ["image_lora", "domain_adapter", "motion_lora"])
+@pytest.mark.parametrize("stage", ["image_lora", pytest.param("domain_adapter", marks=pytest.mark.slow), "motion_lora"])
 def test_a_file_does_what_was_learnt_and_nothing_at_scale_0(files, trained, stage, monkeypatch):
     """The network as it left the training, and the base with the file on it, predict the same."""
     kept = []

@@ -138,6 +138,7 @@ def test_the_file_is_official_and_only_the_encoder_learnt(files, trained, kind):
     assert saved.keys() == dict(encoder.named_parameters()).keys() - {"conv_in.weight"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_steers(files, trained, tmp_path, kind):
     def frames(name: str, **values) -> torch.Tensor:

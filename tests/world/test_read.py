@@ -85,6 +85,7 @@ def test_version_2():
     assert spins == ["counter-clockwise", "clockwise"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", TURNS)
 def test_hints_of_single_frames(version):
     scenes = [make_scene(i, seed=HELD_OUT, version=version, motion=list(MOTIONS)[i % 10]) for i in range(50)]

@@ -22,7 +22,9 @@ from tests.world.test_read import blurred, degraded
 SCENES = [make_scene(i, seed=1, motion=list(MOTIONS)[i % 10]) for i in range(30)]
 
 
-@pytest.fixture(scope="module", params=STYLES)
+@pytest.fixture(
+    scope="module", params=["neon", *(pytest.param(s, marks=pytest.mark.slow) for s in STYLES if s != "neon")]
+)
 def styled(request):
     return request.param, render(SCENES, style=STYLES[request.param])
 
@@ -70,6 +72,7 @@ def test_an_empty_picture_has_no_style_and_no_watermark():
     assert read_style(gray) == "plain" and watermark_rate([gray]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("motion", CAMERA)
 def test_camera_moves(motion):
     clips = render([make_camera_scene(i, motion, seed=1) for i in range(30)])

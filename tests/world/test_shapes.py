@@ -160,6 +160,7 @@ def test_a_still_frame_hints_at_its_motion(motion, version):
     assert bool((differs & outside).any()) == (motion != "still")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", TURNS)
 def test_the_direction_of_a_spin_shows_in_noise(version):
     """At timestep 960, where a sampler decides what moves how: of version 2, by a linear probe on coarse pixels.
