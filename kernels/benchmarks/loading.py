@@ -8,7 +8,6 @@ have just been written, which the system has in memory; `read_s` is what it take
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import subprocess
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from memory import CLEAR, networks, resident
+from memory import CLEAR, networks, report, resident
 
 FILES, DTYPES = ("float32", "float16"), ("float32", "float16")
 COLUMNS = ("file", "weights", "weights_mb", "peak_mb", "ratio", "load_s", "read_s")
@@ -86,13 +85,7 @@ def main() -> None:
         for file in FILES:
             written = write_files(Path(folder) / file, file)
             rows += [measure(written, file, dtype) for dtype in DTYPES]
-    for row in rows:
-        print("  ".join(f"{value:>10}" for value in row.values()))
-    if args.out:
-        with args.out.open("w", newline="", encoding="utf-8") as opened:
-            writer = csv.DictWriter(opened, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+    report(rows, args.out)
 
 
 if __name__ == "__main__":

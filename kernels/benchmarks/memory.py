@@ -90,6 +90,17 @@ def measure(frames: int, side: int, switches: dict) -> list[dict]:
     return rows
 
 
+def report(rows: list[dict], out: Path | None) -> None:
+    """Print rows of the same columns, and write them as a CSV."""
+    for row in rows:
+        print("  ".join(f"{value!s:>10}" for value in row.values()))
+    if out:
+        with out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="a CSV")
@@ -102,13 +113,7 @@ def main() -> None:
         sys.exit("error: needs Linux's count of the peak (/proc/self/clear_refs)")
     runs = [(*size, {}) for size in SIZES] + [(*SIZES[1], switches) for switches in SWITCHES]
     rows = [row for run in runs for row in measure(*run)]
-    for row in rows:
-        print("  ".join(f"{value!s:>10}" for value in row.values()))
-    if args.out:
-        with args.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+    report(rows, args.out)
 
 
 if __name__ == "__main__":
