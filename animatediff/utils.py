@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import difflib
+import json
 import os
 import shutil
 import sys
@@ -98,6 +99,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def cache_folder() -> Path:
     """Where programs keep for this user what they can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "animatediff"
+
+
+def read_cache(name: str) -> dict[str, Any]:
+    """What `write_cache` has kept in a file of the cache folder; nothing where it is missing or damaged."""
+    try:
+        found = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_cache(name: str, entries: dict[str, Any], *, most: int) -> None:
+    """Keep the last `most` entries; where nothing can be written, nothing is kept."""
+    try:
+        file = cache_folder() / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(dict(list(entries.items())[-most:])), encoding="utf-8")
+    except (OSError, ValueError, RuntimeError):  # a `UserError` is a ValueError
+        return
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 import time
@@ -11,11 +10,11 @@ from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from animatediff.utils import UserError, replacing
+from animatediff.utils import read_cache, write_cache
 
 LARGE = 2**24  # bytes: what is smaller is hashed at once
 LARGEST_LORA = 2**31  # bytes: of larger files nobody asks for the hash of a LoRA
-MOST_REMEMBERED = 10_000  # files
+REMEMBERED, MOST_REMEMBERED = "hashes.json", 10_000  # files
 CLOCK_TICK = 2 * 10**9  # nanoseconds: a file that was written just now may change once more and keep its time
 SAMPLE_START, SAMPLE_LENGTH = 0x100000, 0x10000  # of the 8-digit hashes
 
@@ -45,7 +44,7 @@ class Hashes:
 def file_hashes(path: Path) -> Hashes:
     """The hashes of a file, computed anew if its place, size, time or inode have changed.
 
-    Those of large files are kept in the user's cache folder (`remembered_in`).
+    Those of large files are kept in the user's cache folder (`REMEMBERED`).
 
     Raises:
         OSError: it cannot be read.
@@ -55,21 +54,18 @@ def file_hashes(path: Path) -> Hashes:
     return _hashes(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
-def remembered_in() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "animatediff" / "hashes.json"
-
-
 @lru_cache(maxsize=4096)
 def _hashes(path: Path, size: int, mtime_ns: int, inode: int) -> Hashes:
     if size < LARGE:
         return _compute(path)
     state = [size, mtime_ns, inode]
-    known = _read().get(str(path))
+    known = read_cache(REMEMBERED).get(str(path))
     if isinstance(known, list) and known[:3] == state and [type(h) for h in known[3:]] == [str] * 3:
         return Hashes(*known[3:])
     hashes = _compute(path)
     if time.time_ns() - mtime_ns > CLOCK_TICK:
-        _write({str(path): [*state, *astuple(hashes)]})
+        others = {name: entry for name, entry in read_cache(REMEMBERED).items() if name != str(path)}
+        write_cache(REMEMBERED, others | {str(path): [*state, *astuple(hashes)]}, most=MOST_REMEMBERED)
     return hashes
 
 
@@ -89,24 +85,3 @@ def _compute(path: Path) -> Hashes:
             at += len(chunk)
     digits = hashlib.sha256(sample).hexdigest()[:8] if sample else ""
     return Hashes(whole.hexdigest(), weights.hexdigest() if is_safetensors else "", digits)
-
-
-def _read() -> dict[str, list[object]]:
-    try:
-        found = json.loads(remembered_in().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home folder
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write(new: dict[str, list[object]]) -> None:
-    """Beside what other processes have put there; where nothing can be written, nothing is remembered."""
-    everything = {path: entry for path, entry in _read().items() if path not in new} | new
-    kept = dict(list(everything.items())[-MOST_REMEMBERED:])
-    try:
-        file = remembered_in()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(kept), encoding="utf-8")
-    except (OSError, UserError, RuntimeError):
-        return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
@@ -14,8 +13,9 @@ import torch
 
 from animatediff.config.request import Request
 from animatediff.pipeline.fit import work_of
-from animatediff.utils import cache_folder, replacing
+from animatediff.utils import read_cache, write_cache
 
+REMEMBERED = "timings.json"
 MOST = 200  # classes, and sizes of each, that are remembered
 
 
@@ -71,12 +71,7 @@ def remember(request: Request, watch: Stopwatch, dtype: torch.dtype) -> None:
     known = _read()
     sizes = {**known.pop(name, {}), str(work_of(request)): measured}
     known[name] = dict(list(sizes.items())[-MOST:])
-    try:
-        _path().parent.mkdir(parents=True, exist_ok=True)
-        with replacing(_path()) as temporary:
-            temporary.write_text(json.dumps(dict(list(known.items())[-MOST:])), encoding="utf-8")
-    except (OSError, ValueError):
-        return
+    write_cache(REMEMBERED, known, most=MOST)
 
 
 def estimate(request: Request, steps: int, device: torch.device, dtype: torch.dtype) -> tuple[float, bool] | None:
@@ -97,18 +92,14 @@ def _pixels(request: Request) -> int:
     return (request.size.height or 512) * (request.size.width or 512)
 
 
-def _path() -> Path:
-    return cache_folder() / "timings.json"
-
-
 def _read() -> dict[str, dict[str, Any]]:
     """What is remembered; nothing where the file is missing or damaged."""
     try:
-        found = json.loads(_path().read_text(encoding="utf-8"))
+        found = read_cache(REMEMBERED)
         for sizes in found.values():
             for work, known in sizes.items():
                 if int(work) <= 0 or not all(known[key] > 0 for key in ("step", "frame", "pixels")):
                     return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
     return found

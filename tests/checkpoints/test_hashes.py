@@ -10,6 +10,7 @@ import pytest
 from animatediff.checkpoints import hashes
 from animatediff.checkpoints.files import file_sha256
 from animatediff.checkpoints.hashes import Hashes, file_hashes
+from animatediff.utils import cache_folder
 
 
 def safetensors(path, body: bytes):
@@ -63,7 +64,7 @@ def test_large_files_are_hashed_once_for_all_processes(tmp_path, remembering):
     first = file_hashes(path)
     hashes._hashes.cache_clear()  # as another process begins
     assert file_hashes(path) == first and remembering == ["a.ckpt"]
-    assert str(path) in json.loads(hashes.remembered_in().read_text())
+    assert str(path) in json.loads((cache_folder() / "hashes.json").read_text())
     old(path, b"two")  # as large and as old; its modification time differs by what passed since
     assert file_hashes(path).sha256 == hashlib.sha256(b"two").hexdigest()
     replaced = path.stat()
@@ -78,14 +79,14 @@ def test_what_was_written_just_now_is_not_remembered(tmp_path, remembering):
     path = tmp_path / "a.ckpt"
     path.write_bytes(b"one")
     file_hashes(path)
-    assert not hashes.remembered_in().exists()
+    assert not (cache_folder() / "hashes.json").exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"PATH": [1]}', '{"PATH": "x"}', '{"PATH": null}'])
 def test_a_broken_cache_is_no_cache(tmp_path, remembering, content):
     path = old(tmp_path / "a.ckpt", b"one")
-    hashes.remembered_in().parent.mkdir(parents=True)
-    hashes.remembered_in().write_text(content.replace("PATH", str(path)))
+    (cache_folder() / "hashes.json").parent.mkdir(parents=True)
+    (cache_folder() / "hashes.json").write_text(content.replace("PATH", str(path)))
     assert file_hashes(path).sha256 == hashlib.sha256(b"one").hexdigest()
 
 
@@ -99,4 +100,4 @@ def test_the_oldest_are_forgotten(tmp_path, remembering, monkeypatch):
     monkeypatch.setattr(hashes, "MOST_REMEMBERED", 2)
     for name in "abc":
         file_hashes(old(tmp_path / f"{name}.ckpt", name.encode()))
-    assert [path[-6] for path in json.loads(hashes.remembered_in().read_text())] == ["b", "c"]
+    assert [path[-6] for path in json.loads((cache_folder() / "hashes.json").read_text())] == ["b", "c"]
