@@ -309,5 +309,10 @@ KINDS: dict[str, Kind] = {
         _IMAGE_MODEL,
         "dreambooth_path: {path}   # or as the base: --pretrained-model-path {path}",
     ),
+    "rife": Kind(
+        "RIFE (frames between frames)",
+        _any(r"^block0\.conv0\.0\.0\.weight$"),
+        config="finish: {{interpolate: 2, interpolator: {path}}}",
+    ),
     "unknown": Kind("no kind of file that is known here", lambda tensors: True),
 }

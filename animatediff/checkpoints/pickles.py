@@ -69,6 +69,19 @@ def read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str
     return _unwrap(content, path)
 
 
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript program, which is code."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _holds_program(archive)
+    except DAMAGE:
+        return False
+
+
+def _holds_program(archive: zipfile.ZipFile) -> bool:
+    return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 def _is_zip(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
@@ -91,7 +104,7 @@ def _pickle_in_zip(path: Path) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-            if any(part.filename.endswith("/constants.pkl") for part in parts):
+            if _holds_program(archive):
                 raise UserError(
                     f"got a TorchScript program, not weights, in {path}: it is code; use a .safetensors release"
                 )

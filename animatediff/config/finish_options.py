@@ -27,7 +27,9 @@ class Finish:
     )
     match_colors: Bool = opt(True, "give the larger clip the colours, in mean and spread, of the first one")
     interpolate: Literal[1, 2, 4, 8] = opt(1, "how many times as many frames per second, made by the clip's own motion")
-    interpolator: Annotated[PathText, INTERPOLATOR] = opt("", "learned model, a TorchScript program (such as FILM's)")
+    interpolator: Annotated[PathText, INTERPOLATOR] = opt(
+        "", "learned model in its place: RIFE 4.5 to 4.26, or FILM's program"
+    )
     loop: Bool | None = opt(None, "make frames between the last and the first, too; by default where the clip loops")
     audio: Annotated[PathText, SOUND] = opt("", "file whose sound goes along, copied as it is (for mp4)")
 

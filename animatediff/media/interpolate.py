@@ -1,4 +1,4 @@
-"""Frames between frames: by motion that is found in the clip itself, or by a learned model in TorchScript.
+"""Frames between frames, by motion that is found in the clip itself (or what else is given: a learned model).
 
 A frame between two others is estimated where it is: each of its pixels is given the displacement along which the frame
 before and the frame after agree best (bilateral motion estimation, Choi et al. 2007, "Motion-compensated frame
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,6 @@ UNEVEN = 0.01  # cost of leaving the coarser scale's motion by a pixel, on the s
 LONG = 0.16  # cost of a displacement as long as the frame: of matches that are as good, the shortest
 CUT = 0.25  # mean difference, on the scale of [-1, 1], that motion leaves between frames of different scenes
 AT_ONCE = 2**18  # pixels of frames that are made together
-MODEL_MULTIPLE = 64  # pixels: sides that learned models take
 
 Between = Callable[[Tensor, Tensor, Tensor], Tensor]  # frames (n, 3, H, W) in [-1, 1], times (n,) -> frames
 
@@ -84,7 +82,7 @@ def between_by_motion(first: Tensor, last: Tensor, times: Tensor) -> Tensor:
     """
     t = times.reshape(-1, 1, 1, 1)
     flow = motion_at(first, last, t)
-    a, b = _moved(first, -t * flow, "bicubic"), _moved(last, (1 - t) * flow, "bicubic")
+    a, b = moved(first, -t * flow, "bicubic"), moved(last, (1 - t) * flow, "bicubic")
     cut = (a - b).abs().mean(dim=(1, 2, 3), keepdim=True) > CUT
     return torch.where(cut, torch.where(t < 0.5, first, last), torch.lerp(a, b, t)).clamp(-1, 1)
 
@@ -116,7 +114,7 @@ def _improved(flow: Tensor, a: Tensor, b: Tensor, t: Tensor, step: float) -> Ten
     least = best = None
     for dx, dy in product((0.0, -step, step), repeat=2):
         tried = flow + flow.new_tensor([dx, dy]).reshape(1, 2, 1, 1)
-        unlike = (_moved(a, -t * tried) - _moved(b, (1 - t) * tried)).abs().mean(dim=1, keepdim=True)
+        unlike = (moved(a, -t * tried) - moved(b, (1 - t) * tried)).abs().mean(dim=1, keepdim=True)
         cost = F.avg_pool2d(F.pad(unlike, (PATCH // 2,) * 4, mode="replicate"), PATCH, stride=1)
         cost = cost + UNEVEN * (dx**2 + dy**2) ** 0.5 + LONG / max(a.shape[-2:]) * tried.norm(dim=1, keepdim=True)
         if least is None or best is None:
@@ -128,7 +126,7 @@ def _improved(flow: Tensor, a: Tensor, b: Tensor, t: Tensor, step: float) -> Ten
     return best
 
 
-def _moved(frames: Tensor, flow: Tensor, mode: str = "bilinear") -> Tensor:
+def moved(frames: Tensor, flow: Tensor, mode: str = "bilinear") -> Tensor:
     """Frames (n, 3, H, W) looked up at their pixels plus `flow` (n, 2, H, W); beyond the border is the border."""
     height, width = frames.shape[-2:]
     x = torch.arange(width, device=frames.device) + flow[:, 0]
@@ -142,38 +140,3 @@ def _median(flow: Tensor) -> Tensor:
     n, _, height, width = flow.shape
     neighbours = F.unfold(F.pad(flow, (1,) * 4, mode="replicate").reshape(n * 2, 1, height + 2, width + 2), 3)
     return neighbours.median(dim=1).values.reshape(flow.shape)
-
-
-def load_interpolator(path: Path, device: torch.device | str = "cpu") -> Between:
-    """A learned model of frames between frames: a TorchScript program, such as FILM's, that is run.
-
-    It is called as `model(first, last, t)` with frames (n, 3, H, W) in [0, 1], sides multiples of 64, and times (n, 1),
-    and gives frames of that shape.
-
-    Raises:
-        UserError: another file. Weights alone, such as RIFE's flownet.pkl, do not say what to do with them.
-    """
-    try:
-        model = torch.jit.load(path, map_location=device).eval()
-    except (RuntimeError, ValueError, OSError):
-        raise UserError(
-            f"got {path}, expected a TorchScript program that is called with two frames and a time, such as FILM's "
-            "film_net_fp32.pt: RIFE and others as weights alone cannot be run; leave finish.interpolator out, and "
-            "frames are made by the clip's own motion"
-        ) from None
-
-    def between(first: Tensor, last: Tensor, times: Tensor) -> Tensor:
-        height, width = first.shape[-2:]
-        padding = (0, -width % MODEL_MULTIPLE, 0, -height % MODEL_MULTIPLE)
-        padded = [F.pad(frame * 0.5 + 0.5, padding, mode="replicate") for frame in (first, last)]
-        try:
-            made = model(*padded, times[:, None])
-        except RuntimeError as error:
-            last_line = str(error).strip().splitlines()[-1][:200]
-            raise UserError(f"got {path}, which cannot be called with two frames and a time: {last_line}") from None
-        if not isinstance(made, Tensor) or made.shape != padded[0].shape:
-            got = f"shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
-            raise UserError(f"got {path}, which gives {got} for frames of {tuple(padded[0].shape)}, expected as many")
-        return made.float()[..., :height, :width].clamp(0, 1) * 2 - 1
-
-    return between

@@ -20,7 +20,7 @@ from animatediff.page.fields import Field, sentence
 from animatediff.utils import UserError
 
 ASSETS, EXAMPLES = REPOSITORY / "animatediff/assets", REPOSITORY / "configs"
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MEDIA_SUFFIXES = (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES, ".gif", ".apng")
 FOLDERS = {  # of models/, as the README and the configs lay it out: what lies there is offered, even if it does not fit
     "model.base": "StableDiffusion",
@@ -32,6 +32,7 @@ FOLDERS = {  # of models/, as the README and the configs lay it out: what lies t
     "sparsectrl.path": "SparseCtrl",
     "ip_adapters.adapters": "IP-Adapter",
     "finish.upscaler": "ESRGAN",
+    "finish.interpolator": "RIFE",
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from animatediff.checkpoints.interpolator_files import load_interpolator
 from animatediff.checkpoints.known_files import find_file, missing_file
 from animatediff.config.finish_options import Finish
 from animatediff.config.request import Inputs, Request, Windows
@@ -16,7 +17,7 @@ from animatediff.features.feature import Feature
 from animatediff.features.inputs import steps_taken
 from animatediff.features.spatial_tiles import spatial_tiles
 from animatediff.media.enlarge import enlarge, load_upscaler, match_colors
-from animatediff.media.interpolate import interpolate, load_interpolator
+from animatediff.media.interpolate import interpolate
 from animatediff.media.seek import probe
 from animatediff.media.sound import Sound
 from animatediff.metrics.video_metrics import flicker, loop_seam

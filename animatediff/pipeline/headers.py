@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from animatediff.checkpoints.identify import SD15_WIDTHS, FileInfo, identify, refusal
+from animatediff.checkpoints.interpolator_files import check_interpolator
 from animatediff.checkpoints.known_files import find_file, missing_file
 from animatediff.checkpoints.sizes import trained_frames
 from animatediff.config.inference_yaml import InferenceConfig, load_inference_config
@@ -205,6 +206,9 @@ def _check(request: Request, headers: Headers, complete: bool) -> Checked:
         steps = count_steps(request, longest=longest, known=known)
         if request.finish.audio:
             check_sound(headers.paths["finish.audio"])
+        if request.finish.interpolator:
+            with naming(called(request, "finish.interpolator")):
+                check_interpolator(headers.paths["finish.interpolator"])
         if request.finish.strength:
             with naming("second pass"):
                 second = resolve(second_pass(request), headers.facts(request))

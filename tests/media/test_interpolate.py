@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-from animatediff.media.interpolate import interpolate, load_interpolator
+from animatediff.media.interpolate import interpolate, moved
 from animatediff.metrics.video_metrics import loop_seam
 from animatediff.utils import UserError
-from tests.media.interpolation import METHODS, blend, psnr, scene_clip, score, texture_clip
+from tests.media.interpolation import METHODS, psnr, scene_clip, score, texture_clip
 
 
 def test_own_frames_stay_and_frames_are_counted():
@@ -70,38 +69,17 @@ def test_better_on_average_over_all_motions():
     assert made["ours"] > made["its best"] + 3
 
 
+def test_pixels_are_looked_up_where_the_flow_says():
+    frame = torch.rand(1, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(moved(frame, torch.zeros(1, 2, 5, 7)), frame, atol=1e-6)
+    right_and_up = torch.tensor([2.0, -1.0]).reshape(1, 2, 1, 1).expand(1, 2, 5, 7)
+    assert torch.allclose(moved(frame, right_and_up)[..., 1:, :5], frame[..., :4, 2:], atol=1e-5)
+    assert torch.allclose(moved(frame, right_and_up)[..., 0, 6], frame[..., 0, 6], atol=1e-5)  # the border
+
+
 def test_what_cannot_be_interpolated():
     clip = texture_clip("pan", 0, frames=2, size=16)
     with pytest.raises(UserError, match="by 3, expected one of 1, 2, 4, 8"):
         interpolate(clip, 3)
     with pytest.raises(UserError, match="single frame"):
         interpolate(clip[:1], 2)
-
-
-class Mix(nn.Module):
-    def forward(self, a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-        if a.shape[-1] % 64 or a.shape[-2] % 64:
-            raise ValueError("sides have to be multiples of 64")
-        return a + (b - a) * t[:, :, None, None]
-
-
-class Half(nn.Module):
-    def forward(self, a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-        return a[..., ::2]
-
-
-def test_a_learned_model_in_torchscript(tmp_path):
-    torch.jit.script(Mix()).save(str(tmp_path / "mix.pt"))
-    between = load_interpolator(tmp_path / "mix.pt")
-    clip = texture_clip("pan", 0, frames=3, size=40)
-    made = interpolate(clip, 2, between=between)
-    assert (made[1::2].int() - blend(clip).int()).abs().max() <= 1
-    torch.jit.script(Half()).save(str(tmp_path / "half.pt"))
-    with pytest.raises(UserError, match=r"half.pt, which gives shape \(2, 3, 64, 32\)"):
-        interpolate(clip, 2, between=load_interpolator(tmp_path / "half.pt"))
-
-
-def test_weights_alone_are_no_model(tmp_path):
-    torch.save(Mix().state_dict() | {"block0.conv0.weight": torch.zeros(3)}, tmp_path / "flownet.pkl")
-    with pytest.raises(UserError, match="RIFE and others as weights alone cannot be run; leave finish.interpolator"):
-        load_interpolator(tmp_path / "flownet.pkl")
