@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict
+from animatediff.checkpoints.files import PICKLE_SUFFIXES, StateDict, file_sha256, read_state_dict, write_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
 from animatediff.checkpoints.keymaps import POSITIONAL_ENDINGS
 from animatediff.checkpoints.load import LoadReport, load_strictly
@@ -19,26 +20,59 @@ WRAPPED = re.compile(r"^(pose_encoder_state_dict|attention_processor_state_dict)
 MERGE = ".processor.qkv_merge."
 
 
+@dataclass(frozen=True)
+class CameraParts:
+    """CameraCtrl as one flat state dict, positional encodings included, which are computed and never loaded."""
+
+    path: Path
+    tensors: StateDict
+    metadata: dict[str, str]
+    notes: list[str]
+    unused: tuple[str, ...] = ()
+
+
+def read_camera_parts(path: str | Path) -> CameraParts:
+    """Read CameraCtrl: the official checkpoint, or both of its state dicts in one.
+
+    Raises:
+        UserError: the file is something else.
+    """
+    path = Path(path)
+    file = read_state_dict(path)
+    info = identify_tensors(file.tensors, file.metadata, path=path)
+    if info.kind != "cameractrl":
+        raise refusal(info, "a CameraCtrl camera encoder")
+    plain = {WRAPPED.sub("", key): t for key, t in file.tensors.items()}
+    return CameraParts(path, plain, file.metadata, list(file.notes))
+
+
+def write_cameractrl(parts: CameraParts, path: str | Path) -> Path:
+    """Write both state dicts in one as `.safetensors`, or as the official checkpoint has them in a pickle."""
+    tensors = parts.tensors
+    if Path(path).suffix in PICKLE_SUFFIXES:
+        groups = {key: "attention_processor" if MERGE in key else "pose_encoder" for key in tensors}
+        tensors = {f"{groups[key]}_state_dict.{key}": t for key, t in tensors.items()}
+    return write_state_dict(path, tensors, metadata=parts.metadata, wrapper=None)
+
+
 def load_cameractrl(path: str | Path, unet: UNet) -> tuple[CameraCtrl, LoadReport]:
     """Load CameraCtrl for a video UNet, in its dtype and on its device, in evaluation mode.
 
     Args:
+        path: as of `read_camera_parts`.
         unet: with the motion module it is to steer; CameraCtrl was trained with v3's.
 
     Raises:
         UserError: the file is something else, incomplete, or made for other motion modules.
     """
-    path = Path(path)
-    file = read_state_dict(path)
-    plain = {WRAPPED.sub("", key): t for key, t in file.tensors.items() if not key.endswith(POSITIONAL_ENDINGS)}
-    info = identify_tensors(file.tensors, file.metadata, path=path)
-    if info.kind != "cameractrl":
-        raise refusal(info, "a CameraCtrl camera encoder")
+    parts = read_camera_parts(path)
+    path = parts.path
     attentions = merged_attentions(unet)
     if not attentions:
         raise UserError(f"{path}: got CameraCtrl without a motion module, expected v3's: set motion_module")
     numbers = {f"{name}{MERGE}": f"merges.{i}." for i, name in enumerate(attentions)}
-    tensors = {_renamed(key, numbers): t for key, t in plain.items()}
+    weights = {key: t for key, t in parts.tensors.items() if not key.endswith(POSITIONAL_ENDINGS)}
+    tensors = {_renamed(key, numbers): t for key, t in weights.items()}
     config = camera_config(tensors, unet)
     widths = tuple(attention.to_q.weight.shape[0] for _, attention in attentions.values())
     if config.block_out_channels != unet.config.block_out_channels or config.merge_widths != widths:
@@ -50,7 +84,7 @@ def load_cameractrl(path: str | Path, unet: UNet) -> tuple[CameraCtrl, LoadRepor
     sample = next(unet.parameters())
     ready = converted(tensors, sample.device, sample.dtype)
     camera = load_strictly(lambda: CameraCtrl(config), ready, "CameraCtrl", path)
-    report = LoadReport(path, info.kind, None, file_sha256(path), applied=len(ready), notes=list(file.notes))
+    report = LoadReport(path, "cameractrl", None, file_sha256(path), applied=len(ready), notes=parts.notes)
     return camera, report
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from animatediff.checkpoints.diffusers_folders import model_folder, write_part
 from animatediff.checkpoints.diffusers_json import UNET_STEM, Json, heads_in, unet_json
 from animatediff.checkpoints.files import (
     StateDict,
@@ -16,7 +16,6 @@ from animatediff.checkpoints.files import (
     find_weights,
     read_json,
     read_state_dict,
-    replacing,
     write_state_dict,
 )
 from animatediff.checkpoints.identify import identify_tensors, refusal
@@ -158,10 +157,8 @@ def _write(tensors: StateDict, config: ControlNetConfig, path: Path, metadata: M
         table = _table_of(config.unet, hint_convs=2 * len(config.hint_widths))
         named = {PREFIX + (translate(key, table) or key): t for key, t in tensors.items()}
         return write_state_dict(path, named, metadata={**metadata, **_facts_of(config)})
-    with replacing(path) as folder:
-        folder.mkdir()
-        write_state_dict(folder / f"{UNET_STEM}.safetensors", tensors, metadata=metadata)
-        (folder / "config.json").write_text(json.dumps(controlnet_json(config), indent=2) + "\n", encoding="utf-8")
+    with model_folder(path) as folder:
+        write_part(folder, tensors, controlnet_json(config), metadata=metadata)
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Protocol
 import torch
 
 from animatediff.checkpoints import diffusers_json as dj
+from animatediff.checkpoints.diffusers_folders import model_folder, write_json, write_part
 from animatediff.checkpoints.files import StateDict, write_state_dict
 from animatediff.checkpoints.keymaps import (
     LDM_TEXT,
@@ -21,6 +21,9 @@ from animatediff.checkpoints.keymaps import (
     SDXL_TEXT,
     SDXL_TEXT_2,
     motion_to_diffusers,
+    motion_to_hotshot,
+    positions_to_diffusers,
+    positions_to_official,
     text_to_open_clip,
     translate,
     unet_table,
@@ -44,7 +47,7 @@ from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import END, START, build_vocabulary, read_bundled_merges
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
-from animatediff.utils import UserError, replacing
+from animatediff.utils import UserError
 
 
 class HasImageModel(Protocol):
@@ -192,7 +195,6 @@ def write_diffusers(parts: ImageParts, folder: str | Path) -> Path:
     Raises:
         UserError: the VAE or text encoder is missing, its vocabulary is not CLIP's, or `folder` cannot be written.
     """
-    folder = _replaceable(Path(folder))
     texts = _text_configs(parts)
     if parts.vae is None or not texts:
         missing = "VAE" if parts.vae is None else "text encoder"
@@ -210,39 +212,18 @@ def write_diffusers(parts: ImageParts, folder: str | Path) -> Path:
     numbers = (unet.added_channels - texts["text_2"].projection_width) // (5 if refiner else 6) if sdxl else 0
     unet_json = dj.unet_json(unet, sample_size=size, time_id_channels=numbers)
     scheduler = {"name": "EulerDiscreteScheduler"} if sdxl else {}
-    with replacing(folder) as new:
-        _write_part(new / "unet", parts.unet, dj.UNET_STEM, unet_json, parts.metadata)
-        _write_part(new / "vae", parts.vae, dj.VAE_STEM, dj.vae_json(vae, sample_size=size * vae.downsampling))
+    with model_folder(folder) as new:
+        write_part(new / "unet", parts.unet, unet_json, metadata=parts.metadata)
+        write_part(new / "vae", parts.vae, dj.vae_json(vae, sample_size=size * vae.downsampling))
         for name, config in texts.items():
             ending = name.removeprefix("text")
             encoder = new / f"text_encoder{ending}"
-            _write_part(encoder, getattr(parts, name), dj.TEXT_STEMS[0], dj.text_json(config))
+            write_part(encoder, getattr(parts, name), dj.text_json(config), stem=dj.TEXT_STEMS[0])
             _write_tokenizer(new / f"tokenizer{ending}", config, pad_token="!" if ending else END)
-        _write_json(new / "scheduler" / "scheduler_config.json", dj.scheduler_json(schedule, **scheduler))
+        write_json(new / "scheduler" / "scheduler_config.json", dj.scheduler_json(schedule, **scheduler))
         index = dj.sdxl_index_json(refiner=refiner) if sdxl else dj.model_index_json()
-        _write_json(new / "model_index.json", index)
-    return folder
-
-
-def _replaceable(folder: Path) -> Path:
-    """Refuse to put a model in the place of anything but another one: the whole folder would be replaced."""
-    is_model = any((folder / name).is_file() for name in ("model_index.json", "config.json"))
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not is_model):
-        what = "a file" if folder.is_file() else "a folder with other content"
-        raise UserError(f"got {folder} to write a model folder to, expected a new name: it is {what}")
-    return folder
-
-
-def _write_part(
-    folder: Path, tensors: StateDict, stem: str, config: dj.Json, metadata: Mapping[str, str] | None = None
-) -> None:
-    _write_json(folder / "config.json", config)
-    write_state_dict(folder / f"{stem}.safetensors", tensors, metadata=metadata)
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(new / "model_index.json", index)
+    return Path(folder)
 
 
 def _write_tokenizer(folder: Path, config: TextConfig, *, pad_token: str) -> None:
@@ -254,15 +235,15 @@ def _write_tokenizer(folder: Path, config: TextConfig, *, pad_token: str) -> Non
             "a diffusers folder needs the tokenizer it was trained with"
         )
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad_token}
-    _write_json(folder / "vocab.json", vocabulary)
-    _write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "vocab.json", vocabulary)
+    write_json(folder / "special_tokens_map.json", special)
     settings = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": config.max_length,
         "do_lower_case": True,
         **special,
     }
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings)
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -280,13 +261,20 @@ def write_official_motion(parts: MotionParts, path: str | Path, *, version: str 
         UserError: the version cannot be told, or contradicts the file.
     """
     config = _motion_sizes(parts, version)
-    tensors = parts.tensors | parts.condition
-    for key, table in parts.positional.items():
-        if key.endswith(".pos_embed.pe"):  # diffusers keeps one for all attentions of a block
-            stem = key.removesuffix("pos_embed.pe")
-            tensors |= {f"{stem}attention_blocks.{i}.pos_encoder.pe": table for i in range(config.attentions_per_block)}
-        else:
-            tensors[key] = table
+    positional = positions_to_official(parts.positional, config.attentions_per_block)
+    tensors = parts.tensors | parts.condition | positional
+    return write_state_dict(path, tensors, metadata={**parts.metadata, **motion_metadata_of(config)})
+
+
+def write_hotshot_motion(parts: MotionParts, path: str | Path, *, version: str | None = None) -> Path:
+    """Write Hotshot-XL's motion module in its own keys. Args and Raises as of `write_official_motion`."""
+    config = _motion_sizes(parts, version)
+    if config.version != "hotshot-xl":
+        raise UserError(
+            f"got {parts.path}, a {config.version} motion module, expected Hotshot-XL's: choose another format"
+        )
+    positional = positions_to_official(parts.positional, config.attentions_per_block)
+    tensors = {motion_to_hotshot(key): t for key, t in (parts.tensors | positional).items()}
     return write_state_dict(path, tensors, metadata={**parts.metadata, **motion_metadata_of(config)})
 
 
@@ -299,7 +287,7 @@ def write_motion_adapter(parts: MotionParts, folder: str | Path, *, version: str
     Raises:
         UserError: the version cannot be told or contradicts the file, or MotionAdapter has no such module.
     """
-    folder, config = _replaceable(Path(folder)), _motion_sizes(parts, version)
+    config = _motion_sizes(parts, version)
     levels = motion_levels(parts.tensors)
     if config.resolutions != tuple(2**i for i in range(levels)) or config.attentions_per_block != 2:
         raise UserError(
@@ -317,8 +305,7 @@ def write_motion_adapter(parts: MotionParts, folder: str | Path, *, version: str
             "with it: MotionAdapter has no other; keep the official format"
         )
     tensors = {motion_to_diffusers(key): t for key, t in parts.tensors.items()}
-    for key, table in parts.positional.items():
-        tensors[motion_to_diffusers(re.sub(r"attention_blocks\.\d+\.pos_encoder\.pe$", "pos_embed.pe", key))] = table
+    tensors |= positions_to_diffusers(parts.positional)
     layers = sum(bool(re.fullmatch(r"down_blocks\.0\.motion_modules\.\d+\.norm\.weight", key)) for key in tensors)
     metadata = {**parts.metadata, **motion_metadata_of(config)}
     adapter = dj.adapter_json(
@@ -326,9 +313,9 @@ def write_motion_adapter(parts: MotionParts, folder: str | Path, *, version: str
     )
     if (conv_in := parts.condition.get("conv_in.weight")) is not None:
         tensors, adapter = tensors | parts.condition, {**adapter, "conv_in_channels": conv_in.shape[1]}
-    with replacing(folder) as new:
-        _write_part(new, tensors, dj.UNET_STEM, adapter, metadata)
-    return folder
+    with model_folder(folder) as new:
+        write_part(new, tensors, adapter, metadata=metadata)
+    return Path(folder)
 
 
 def _motion_sizes(parts: MotionParts, version: str | None) -> MotionConfig:

@@ -25,7 +25,7 @@ from animatediff.utils import UserError, naming, replacing
 StateDict = dict[str, Tensor]
 
 SAFETENSORS_SUFFIX = ".safetensors"
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth")
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 DTYPE_NAMES = {  # of the safetensors format
     torch.float64: "F64",
     torch.float32: "F32",
@@ -91,15 +91,16 @@ def write_state_dict(
     tensors: Mapping[str, Tensor],
     *,
     metadata: Mapping[str, str] | None = None,
-    wrapper: str = "state_dict",
+    wrapper: str | None = "state_dict",
 ) -> Path:
     """Write tensors under a temporary name, then rename: a reader sees the old file or the whole new one.
 
     Args:
-        path: `.safetensors`, or `.ckpt`, `.pt`, `.pth` (a pickle of `{wrapper: tensors, "metadata": metadata}`).
+        path: `.safetensors`, or a pickle of `{wrapper: tensors, "metadata": metadata}`: `.ckpt`, `.pt`, `.pth`, `.bin`.
         tensors: any device and layout; written contiguous, in their dtype.
         metadata: strings that travel with the file.
-        wrapper: one of `pickles.WRAPPERS`.
+        wrapper: one of `pickles.WRAPPERS`; None: a pickle has a dictionary for each first part of the keys, and
+            metadata only where there are any.
 
     Raises:
         UserError: another suffix, or a folder that cannot be written to.
@@ -113,12 +114,22 @@ def write_state_dict(
         if path.suffix == SAFETENSORS_SUFFIX:
             _write_safetensors(temporary, plain, {"format": "pt", **metadata})
         else:  # clones: a view into a memory-mapped file would drag the whole file into the pickle
-            content = {wrapper: {key: tensor.clone() for key, tensor in plain.items()}, "metadata": metadata}
+            plain = {key: tensor.clone() for key, tensor in plain.items()}
+            content = {wrapper: plain, "metadata": metadata} if wrapper else _nested(plain, metadata)
             try:
                 torch.save(content, temporary)
             except RuntimeError as error:  # what torch makes of a full disk
                 raise OSError(first_line(str(error))) from None
     return path
+
+
+def _nested(tensors: StateDict, metadata: Mapping[str, str]) -> dict[str, Mapping]:
+    told = {name: value for name, value in metadata.items() if name != "format"}  # which is safetensors' own
+    content: dict[str, dict] = {"metadata": told} if told else {}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition(".")
+        content.setdefault(group, {})[name] = tensor
+    return content
 
 
 def _write_safetensors(path: Path, tensors: StateDict, metadata: Mapping[str, str]) -> None:
@@ -157,7 +168,7 @@ def file_sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file; of a folder, the hash of its weight files' names and hashes. Remembered (`hashes`)."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (SAFETENSORS_SUFFIX, ".bin", *PICKLE_SUFFIXES))
+        files = sorted(p for p in path.rglob("*") if p.suffix in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
         lines = "".join(f"{file_sha256(p)}  {p.relative_to(path).as_posix()}\n" for p in files)
         return hashlib.sha256(lines.encode()).hexdigest()
     return file_hashes(path).sha256

@@ -17,7 +17,7 @@ from animatediff.checkpoints.known_files import REPOSITORY, find_file
 from animatediff.config.values import LORA_FILE
 from animatediff.utils import UserError, describe
 
-SUFFIXES = (SAFETENSORS_SUFFIX, ".bin", *PICKLE_SUFFIXES)
+SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
 MOST_FILES = 100_000
 DIFFUSERS_INDEX = "model_index.json"  # of a model that is a folder
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,48 +20,91 @@ from animatediff.utils import UserError
 
 OURS = re.compile(r"^(image_proj|ip_adapter)\.")
 SPELLINGS = (("image_proj_model.", "image_proj."), ("adapter_modules.", "ip_adapter."))  # of the training script
-BY_LAYER = re.compile(r"^unet\.(.+\.attn2)\.processor\.(to_[kv]_ip\.weight)$")  # of accelerate
+BY_LAYER = re.compile(
+    r"^unet\.((?:down_blocks|up_blocks|mid_block)\..+\.attn2)\.processor\.(to_[kv]_ip\.weight)$"
+)  # of accelerate
 
 
-def load_ip_adapter(path: str | Path, unet: UNet) -> tuple[IPAdapter, LoadReport]:
-    """Load an IP-Adapter for a UNet, in its dtype and on its device, in evaluation mode.
+@dataclass(frozen=True)
+class IPAdapterParts:
+    """An IP-Adapter in the released spelling."""
+
+    path: Path
+    kind: str
+    tensors: StateDict
+    metadata: dict[str, str]
+    notes: list[str]
+    unused: list[str]
+
+
+def read_ip_adapter_parts(path: str | Path) -> IPAdapterParts:
+    """Read an IP-Adapter in any spelling.
 
     Args:
         path: a released file (`.safetensors`, `.bin`), or a checkpoint of the training script or of accelerate.
 
     Raises:
-        UserError: the file is something else, incomplete, made for another model, or needs a face recognition network.
+        UserError: the file is something else, or needs a face recognition network.
     """
     path = Path(path)
     file = read_state_dict(path)
     info = identify_tensors(file.tensors, file.metadata, path=path)
     if info.kind not in ("ip-adapter", "sdxl-ip-adapter"):
         raise refusal(info, "an IP-Adapter for SD 1.x or SDXL")
-    layers = list(cross_attentions(unet).items())
-    numbers = {name: 2 * i + 1 for i, (name, _) in enumerate(layers)}
+    numbers = _layer_numbers(file.tensors)
     named = {_renamed(key, numbers): t for key, t in file.tensors.items()}
     tensors = {key: t for key, t in named.items() if OURS.match(key)}
-    config = ip_adapter_config(tensors, path)
+    unused = [key for key in named if key not in tensors]
+    notes = [*file.notes, *(["the file holds more than the adapter"] if unused else [])]
+    return IPAdapterParts(path, info.kind, tensors, file.metadata, notes, unused)
+
+
+def load_ip_adapter(path: str | Path, unet: UNet) -> tuple[IPAdapter, LoadReport]:
+    """Load an IP-Adapter for a UNet, in its dtype and on its device, in evaluation mode.
+
+    Args:
+        path: as of `read_ip_adapter_parts`.
+
+    Raises:
+        UserError: the file is something else, incomplete, made for another model, or needs a face recognition network.
+    """
+    parts = read_ip_adapter_parts(path)
+    path, config = parts.path, ip_adapter_config(parts.tensors, parts.path)
     if config.context_dim != (expected := unet.config.context_dim):
         raise UserError(
             f"{path}: got an IP-Adapter of context_dim {config.context_dim}, expected the base's {expected}: "
             "choose an IP-Adapter made for this base"
         )
-    widths = tuple(layer.to_q.weight.shape[0] for _, layer in layers)
+    widths = tuple(layer.to_q.weight.shape[0] for layer in cross_attentions(unet).values())
     if config.layer_widths != widths:
         raise UserError(
             f"{path}: got an IP-Adapter for cross-attentions of widths {config.layer_widths}, expected the base's "
             f"{widths}: choose an IP-Adapter made for this base"
         )
     sample = next(unet.parameters())
-    ready = converted(tensors, sample.device, sample.dtype)
+    ready = converted(parts.tensors, sample.device, sample.dtype)
     adapter = load_strictly(lambda: IPAdapter(config), ready, "IP-Adapter", path)
-    unused = [key for key in named if key not in tensors]
-    notes = [*file.notes, *(["the file holds more than the adapter"] if unused else [])]
     report = LoadReport(
-        path, info.kind, config.variant, file_sha256(path), applied=len(ready), notes=notes, unused=unused
+        path,
+        parts.kind,
+        config.variant,
+        file_sha256(path),
+        applied=len(ready),
+        notes=parts.notes,
+        unused=parts.unused,
     )
     return adapter, report
+
+
+def write_ip_adapter(parts: IPAdapterParts, path: str | Path) -> Path:
+    """Write an adapter in the released spelling: `.safetensors`, or a pickle of a dictionary for each of its parts.
+
+    Raises:
+        UserError: it lacks parts, or the suffix or the folder is unusable.
+    """
+    ip_adapter_config(parts.tensors, parts.path)
+    tensors = dict(sorted(parts.tensors.items()))  # image_proj first, as old versions of diffusers insist
+    return write_state_dict(path, tensors, metadata=parts.metadata, wrapper=None)
 
 
 def save_ip_adapter(
@@ -95,9 +139,21 @@ def ip_adapter_config(tensors: StateDict, path: Path) -> IPAdapterConfig:
     )
 
 
-def _renamed(key: str, numbers: dict[str, int]) -> str:
+def _layer_numbers(keys: Iterable[str]) -> dict[str, int]:
+    """The number of each cross-attention that accelerate's keys name, in the order of `cross_attentions`."""
+    halves = ("down_blocks", "up_blocks", "mid_block")
+    names = {match[1] for key in keys if (match := BY_LAYER.match(key))}
+
+    def place(name: str) -> tuple[int, list[int]]:
+        return halves.index(name.partition(".")[0]), [int(number) for number in re.findall(r"\.(\d+)", name)]
+
+    order = sorted(names, key=place)
+    return {name: 2 * i + 1 for i, name in enumerate(order)}
+
+
+def _renamed(key: str, numbers: Mapping[str, int]) -> str:
     """A key in the released spelling."""
-    if (match := BY_LAYER.match(key)) and match[1] in numbers:
+    if match := BY_LAYER.match(key):
         return f"ip_adapter.{numbers[match[1]]}.{match[2]}"
     for theirs, ours in SPELLINGS:
         if key.startswith(theirs):

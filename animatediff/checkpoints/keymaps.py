@@ -268,3 +268,25 @@ def motion_to_official(key: str) -> str:
     for official, diffusers in _MOTION.items():
         key = key.replace(diffusers, official, 1)
     return re.sub(r"(motion_modules\.\d+\.)(?!temporal_transformer\.)", r"\1temporal_transformer.", key, count=1)
+
+
+def motion_to_hotshot(key: str) -> str:
+    """An official motion-module name as Hotshot-XL's own files spell it."""
+    key = key.replace(MOTION_MARK, "temporal_attentions.", 1).replace(".temporal_transformer.", ".", 1)
+    return key.replace("pos_encoder.pe", "pos_encoder.positional_encoding")
+
+
+def positions_to_diffusers(positional: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Positional encodings in diffusers' names, which has one for all attentions of a block."""
+    attention = re.compile(r"attention_blocks\.\d+\.pos_encoder\.pe$")
+    return {motion_to_diffusers(attention.sub("pos_embed.pe", key)): table for key, table in positional.items()}
+
+
+def positions_to_official(positional: Mapping[str, Tensor], attentions: int) -> dict[str, Tensor]:
+    """Positional encodings in official names, which have one for each of a block's `attentions`."""
+    tables = {}
+    for key, table in positional.items():
+        stem, shared, _ = key.partition("pos_embed.pe")
+        names = [f"{stem}attention_blocks.{i}.pos_encoder.pe" for i in range(attentions)] if shared else [key]
+        tables |= dict.fromkeys(names, table)
+    return tables

@@ -171,9 +171,9 @@ def write_lora(lora: LoRA, path: str | Path, *, dtype: torch.dtype | None = None
 
 
 def in_dialect(lora: LoRA, dialect: str) -> LoRA:
-    """The same changes under the keys of "kohya" or of "diffusers" (PEFT), for `write_lora`.
+    """The same changes under the keys of "kohya", "diffusers" (PEFT) or "official" (AnimateDiff's), for `write_lora`.
 
-    diffusers' dialect has no alpha and no Tucker form: both are multiplied into the factors.
+    The last two have no alpha and no Tucker form: both are multiplied into the factors.
 
     Raises:
         UserError: an algorithm that the other dialect does not have.
@@ -186,12 +186,18 @@ def in_dialect(lora: LoRA, dialect: str) -> LoRA:
                 "linear and convolution LoRAs only: the dialects have no common form of it; use the file as it is"
             )
         network, path, tensors = entry.target.partition(".")[0], path_of(entry.target), dict(entry.tensors)
-        if dialect == "diffusers":
+        if dialect == "official" and not (network == "unet" and re.search(r"\.to_(q|k|v|out\.0)$", path)):
+            raise UserError(
+                f"got LoRA {lora.name} with {path}, expected attentions of a UNet only, as MotionLoRAs and domain "
+                "adapters change: choose another format"
+            )
+        if dialect != "kohya":
             if (mid := tensors.pop("mid", None)) is not None:
                 folded = torch.einsum("rskl,si->rikl", mid.float(), tensors["down"].float().flatten(1))
                 tensors["down"] = folded.to(mid.dtype)
             tensors["up"] = (tensors["up"].float() * entry.factor()).to(tensors["up"].dtype)
-            entries.append(LoRAEntry(entry.target, tensors, keys=lora_keys("diffusers", network, path)))
+            kind = "diffusers" if dialect == "diffusers" else "motion-lora"
+            entries.append(LoRAEntry(entry.target, tensors, keys=lora_keys(kind, network, path)))
         else:
             alpha = float(entry.rank) if entry.alpha is None else entry.alpha
             keys = lora_keys("lora", network, path, names=(*tensors, "alpha"), sdxl=lora.base == "SDXL")

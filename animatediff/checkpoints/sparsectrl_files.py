@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from animatediff.checkpoints.controlnet_files import check_encoder_fits
-from animatediff.checkpoints.diffusers_json import UNET_STEM, optional_json, sparsectrl_metadata
-from animatediff.checkpoints.files import file_sha256, find_weights, read_state_dict, write_state_dict
+from animatediff.checkpoints.diffusers_folders import model_folder, write_part
+from animatediff.checkpoints.diffusers_json import UNET_STEM, Json, optional_json, sparsectrl_metadata, unet_json
+from animatediff.checkpoints.files import (
+    StateDict,
+    file_sha256,
+    find_weights,
+    read_state_dict,
+    write_state_dict,
+)
 from animatediff.checkpoints.identify import identify_tensors, refusal
-from animatediff.checkpoints.keymaps import MOTION_MARK, POSITIONAL_ENDINGS, motion_to_official
+from animatediff.checkpoints.keymaps import (
+    MOTION_MARK,
+    POSITIONAL_ENDINGS,
+    motion_to_diffusers,
+    motion_to_official,
+    positions_to_diffusers,
+    positions_to_official,
+)
 from animatediff.checkpoints.load import LoadReport, load_strictly
 from animatediff.checkpoints.mapped import converted
 from animatediff.checkpoints.sizes import sparsectrl_config, sparsectrl_metadata_of
@@ -22,18 +37,28 @@ from animatediff.models.vae import VAE
 from animatediff.utils import UserError, naming
 
 
-def load_sparsectrl(
-    path: str | Path, unet: UNet, vae: VAE, *, norm_over_frames: bool = False
-) -> tuple[SparseCtrl, LoadReport]:
-    """Load a SparseCtrl encoder for an image model, in the UNet's dtype and on its device, in evaluation mode.
+@dataclass(frozen=True)
+class SparseCtrlParts:
+    """A SparseCtrl encoder in official names. `metadata` is what shapes cannot tell (see sizes.py).
 
-    Args:
-        path: an official file or one of diffusers' SparseControlNet (file or folder).
-        unet, vae: what it has to fit. Heads and norm groups are the UNet's where no file and no config.json says.
-        norm_over_frames: let its motion modules' GroupNorm pool over frames, as diffusers runs them.
+    `positional` holds its positional encodings, which are computed and never loaded; `length` is their frames.
+    """
+
+    path: Path
+    version: str | None
+    tensors: StateDict
+    positional: StateDict
+    length: int | None
+    metadata: dict[str, str]
+    notes: list[str]
+    unused: tuple[str, ...] = ()
+
+
+def read_sparsectrl_parts(path: str | Path) -> SparseCtrlParts:
+    """Read a SparseCtrl encoder: an official file, or one of diffusers' SparseControlNet (file or folder).
 
     Raises:
-        UserError: the file is something else, incomplete, or made for another model.
+        UserError: the file is something else (named) or damaged.
     """
     path = Path(path)
     weights = find_weights(path, UNET_STEM, UNET_STEM) if path.is_dir() else path
@@ -43,25 +68,87 @@ def load_sparsectrl(
     info = identify_tensors(file.tensors, file.metadata, path=path)
     if info.kind != "sparsectrl":
         raise refusal(info, "a SparseCtrl encoder")
-    tensors = {
-        motion_to_official(key) if MOTION_MARK in key else key: t
-        for key, t in file.tensors.items()
-        if not key.endswith(POSITIONAL_ENDINGS)
-    }
+    official = {motion_to_official(key) if MOTION_MARK in key else key: t for key, t in file.tensors.items()}
+    tensors = {key: t for key, t in official.items() if not key.endswith(POSITIONAL_ENDINGS)}
+    positional = {key: t for key, t in official.items() if key not in tensors}
+    with naming(path):
+        metadata = sparsectrl_metadata(optional_json(weights.with_name("config.json"))) | file.metadata
+    notes = [*file.notes, *(["positional encodings are computed, the file's were not loaded"] if positional else [])]
+    return SparseCtrlParts(path, info.version, tensors, positional, info.positional_length, metadata, notes)
+
+
+def load_sparsectrl(
+    path: str | Path, unet: UNet, vae: VAE, *, norm_over_frames: bool = False
+) -> tuple[SparseCtrl, LoadReport]:
+    """Load a SparseCtrl encoder for an image model, in the UNet's dtype and on its device, in evaluation mode.
+
+    Args:
+        path: as of `read_sparsectrl_parts`.
+        unet, vae: what it has to fit. Heads and norm groups are the UNet's where no file and no config.json says.
+        norm_over_frames: let its motion modules' GroupNorm pool over frames, as diffusers runs them.
+
+    Raises:
+        UserError: the file is something else, incomplete, or made for another model.
+    """
+    parts = read_sparsectrl_parts(path)
+    path = parts.path
     base = {"num_heads": str(unet.config.num_heads), "norm_num_groups": str(unet.config.norm_num_groups)}
     with naming(path):
-        facts = base | sparsectrl_metadata(optional_json(weights.with_name("config.json"))) | file.metadata
-        length = info.positional_length
-        config = sparsectrl_config(tensors, facts, length=length, norm_over_frames=norm_over_frames)
+        facts = base | parts.metadata
+        config = sparsectrl_config(parts.tensors, facts, length=parts.length, norm_over_frames=norm_over_frames)
     check_fits(config, unet, vae, path)
     sample = next(unet.parameters())
-    ready = converted(tensors, sample.device, sample.dtype)
+    ready = converted(parts.tensors, sample.device, sample.dtype)
     encoder = load_strictly(lambda: SparseCtrl(config), ready, "SparseCtrl encoder", path)
-    notes = list(file.notes)
-    if len(tensors) < len(file.tensors):
-        notes.append("positional encodings are computed, the file's were not loaded")
-    report = LoadReport(path, info.kind, info.version, file_sha256(path), applied=len(ready), notes=notes)
+    report = LoadReport(path, "sparsectrl", parts.version, file_sha256(path), applied=len(ready), notes=parts.notes)
     return encoder, report
+
+
+def write_sparsectrl(parts: SparseCtrlParts, path: str | Path) -> Path:
+    """Write an encoder in official keys, or as diffusers' SparseControlNet folder where `path` has no suffix.
+
+    Raises:
+        UserError: SparseControlNet has no such network.
+    """
+    path = Path(path)
+    with naming(parts.path):
+        config = sparsectrl_config(parts.tensors, parts.metadata, length=parts.length)
+    motion, facts = config.unet.motion, {**parts.metadata, **sparsectrl_metadata_of(config)}
+    assert motion is not None
+    if path.suffix:
+        tensors = parts.tensors | positions_to_official(parts.positional, motion.attentions_per_block)
+        return write_state_dict(path, tensors, metadata=facts, wrapper="controlnet")
+    everywhere = tuple(2**level for level in range(len(config.unet.block_out_channels)))
+    if (motion.resolutions, motion.attentions_per_block) != (everywhere, 1) or not motion.tells_positions:
+        raise UserError(
+            f"got {parts.path} with motion modules of another layout than the released ones, expected one attention "
+            "with positional encoding at all resolutions: SparseControlNet has no other; keep the official format"
+        )
+    tensors = {motion_to_diffusers(key) if MOTION_MARK in key else key: t for key, t in parts.tensors.items()}
+    tensors |= positions_to_diffusers(parts.positional)
+    with model_folder(path) as folder:
+        write_part(folder, tensors, sparsectrl_json(config), metadata=facts)
+    return path
+
+
+def sparsectrl_json(config: SparseCtrlConfig) -> Json:
+    """config.json of a SparseControlNetModel."""
+    unet, motion = config.unet, config.unet.motion
+    assert motion is not None
+    ours = ("center_input_sample", "out_channels", "sample_size", "up_block_types")
+    return {key: value for key, value in unet_json(unet).items() if key not in ours} | {
+        "_class_name": "SparseControlNetModel",
+        "concat_conditioning_mask": True,
+        "conditioning_channels": config.condition_channels,
+        "conditioning_embedding_out_channels": list(config.pixel_channels) or None,
+        "down_block_types": [
+            "CrossAttnDownBlockMotion" if attention else "DownBlockMotion" for attention in unet.attention_levels
+        ],
+        "motion_max_seq_length": motion.max_frames,
+        "motion_num_attention_heads": motion.num_heads,
+        "temporal_transformer_layers_per_block": motion.num_transformer_blocks,
+        "use_simplified_condition_embedding": not config.pixel_channels,
+    }
 
 
 def save_sparsectrl(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from animatediff.checkpoints.files import read_json, read_state_dict, write_state_dict
+from scripts import convert as convert_script
 from tests.checkpoints.synthetic import equal, ldm_tensors, lora_tensors, motion_tensors, with_positional, write
 from tests.control import controlnet_diffusers_tensors, controlnet_tensors
 
@@ -81,15 +82,10 @@ def test_convert_refuses_the_wrong_kind_in_one_line(tmp_path):
 @pytest.fixture
 def convert(monkeypatch):
     """scripts/convert.py's main in this process."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("convert_script", SCRIPTS / "convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def call(*args: object) -> None:
         monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, args)])
-        module.main()
+        convert_script.main()
 
     return call
 
