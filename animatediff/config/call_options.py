@@ -100,6 +100,7 @@ class CallOptions(TypedDict, total=False):
     motion_lora_schedule: Any
     noise_type: Any
     max_memory: str
+    batch_size: int
     vae_frames: int
     vae_tile: int
     chunk_tokens: int

@@ -49,6 +49,10 @@ class Memory:
     max: Annotated[str, before(_size)] = opt(
         "", "memory that may be used, such as 6GB; by default what is free on a GPU, all of it elsewhere", "max_memory"
     )
+    batch_size: Int = opt(
+        1, "clips of an entry that are sampled together, at most; fewer where memory is short. Equal but for rounding",
+        ge=1,
+    )  # fmt: skip
     vae_frames: Int = opt(8, "frames that the VAE takes at once; exact", ge=1)
     vae_tile: Annotated[Int, before(_tile), limits(ge=0, multiple_of=8)] = opt(
         0,

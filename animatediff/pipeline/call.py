@@ -142,8 +142,10 @@ def given_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
     return rearrange(latents.float(), "b c f h w -> b f c h w")
 
 
-def check_finish(request: Request, output_type: str) -> None:
-    """Raises: UserError where a call cannot finish clips as its request says."""
+def check_call(request: Request, output_type: str) -> None:
+    """Raises: UserError where a call cannot do what its request says."""
+    if "memory.batch_size" in request.spelled:
+        raise UserError("batch_size is of runs: a call samples all its prompts together: leave it out")
     if request.finish.changes and output_type == "latent":
         raise UserError("got finish for the output type latent, expected pixels: choose another, or leave finish out")
     if request.finish.audio:

@@ -25,6 +25,7 @@ from animatediff.utils import UserError
 
 WIDE, SHORT = 16_384, 8  # latent pixels of a chunk, frames of a window
 CHANGES = {  # option -> what it does to the clip
+    "batch_size": "equal but for rounding",
     "offload": "exact",
     "vae_frames": "exact",
     "chunk_tokens": "equal but for rounding",
@@ -136,12 +137,19 @@ def choose(request: Request, budget: int, plan: Callable[[Request], MemoryPlan],
 
 
 def ladder(request: Request, device: torch.device) -> Iterator[Callable[[Request], Request]]:
-    """Switches that the user has not set, the cheapest first."""
+    """Switches that the user has not set, the cheapest first; `batch_size` says what there is at most."""
 
     def memory(name: str, value: object) -> Iterator[Callable[[Request], Request]]:
         if f"memory.{name}" not in request.spelled:
             yield lambda r: replace(r, memory=replace(r.memory, **{name: value}))
 
+    def batch(size: int) -> Callable[[Request], Request]:
+        return lambda r: replace(r, memory=replace(r.memory, batch_size=size))
+
+    size = clips_together(request)
+    while size > 1:
+        size //= 2
+        yield batch(size)
     apart = has_own_memory(device)
     if apart and request.memory.offload == "none":
         yield from memory("offload", "idle")
@@ -183,7 +191,7 @@ def _total(plan: MemoryPlan) -> int:
 
 
 def plan_request(request: Request, *, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
-    """What the clips of a request take, one after the other; with a second pass, what the larger one takes."""
+    """What the clips of a request take, one batch after the other; with a second pass, what the larger one takes."""
     size, finish = request.size, request.finish
     height, width, seen = size.height or 512, size.width or 512, 0
     if finish.strength:
@@ -196,6 +204,7 @@ def plan_request(request: Request, *, sizes: Sizes, device: torch.device, dtype:
         width=width,
         tile=seen,
         window=request.windows.length if request.windows else None,
+        clips=clips_together(request),
         parts=parts_of(request),
         memory=request.memory,
         dtype=dtype,
@@ -209,13 +218,25 @@ def parts_of(request: Request) -> int:
     return 1 + ((request.sampling.guidance_scale or 0) > 1) + bool(request.pag.scale)
 
 
+def clips_together(request: Request) -> int:
+    """Of the largest batch."""
+    return max(min(request.memory.batch_size, len(request.prompts.prompt)), 1)
+
+
 def rough_bound(sizes: Sizes, request: Request, dtype: torch.dtype, device: torch.device) -> int:
     """More than a plan would ever find, without its seconds: twice what maps of the finest level take."""
     size, side = request.size, sizes.vae.downsampling
     pixels = (size.height or 512) * (size.width or 512)
     window = min(request.windows.length if request.windows else size.num_frames, size.num_frames)
     pixels = int(pixels * (request.finish.scale or 1) ** 2)
-    step = 40 * parts_of(request) * window * (pixels // side**2) * sizes.unet.block_out_channels[0]
+    step = (
+        40
+        * clips_together(request)
+        * parts_of(request)
+        * window
+        * (pixels // side**2)
+        * sizes.unet.block_out_channels[0]
+    )
     decode = 24 * min(request.memory.vae_frames, size.num_frames) * pixels * sizes.vae.block_out_channels[0]
     weights = sum(sizes.others.values()) + sizes.texts + 4 * 10**9
     return (max(step, decode) + weights) * dtype.itemsize + OVERHEAD.get(device.type, 0)
@@ -274,6 +295,14 @@ def resident_bytes() -> int:
 
 
 def work_of(request: Request) -> int:
-    """Latent pixels of all frames and parts of guidance in a step: what its time is counted by."""
+    """Latent pixels of all clips, frames and parts of guidance in a step: what its time is counted by."""
     size = request.size
-    return prod((parts_of(request), size.num_frames, (size.height or 512) // 8, (size.width or 512) // 8))
+    return prod(
+        (
+            clips_together(request),
+            parts_of(request),
+            size.num_frames,
+            (size.height or 512) // 8,
+            (size.width or 512) // 8,
+        )
+    )

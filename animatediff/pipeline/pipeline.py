@@ -32,7 +32,7 @@ from animatediff.pipeline.call import (
     Generators,
     StepCallback,
     advance,
-    check_finish,
+    check_call,
     defaults_for_calls,
     generators_of,
     given_latents,
@@ -236,7 +236,7 @@ class AnimateDiffPipeline:
             guidance_scale=guidance_scale, negative_prompt=negative_prompt, eta=eta,
         )  # fmt: skip
         request = self.request_for({**given, **options}, embeds=embeds, negatives=negatives)
-        check_finish(request, output_type)
+        check_call(request, output_type)
         with loras_scaled(self.model.loras, call.lora_scale):
             x = self.sample(
                 request, videos=num_videos_per_prompt, generator=generator, latents=latents,

@@ -84,6 +84,7 @@ def plan_memory(
     width: int,
     window: int | None = None,
     tile: int = 0,
+    clips: int = 1,
     parts: int = 2,
     text_tokens: int = 77,
     memory: Memory | None = None,
@@ -91,11 +92,12 @@ def plan_memory(
     device: str = "cpu",
     beside: Mapping[str, int] | None = None,
 ) -> MemoryPlan:
-    """What one clip takes on a device while it is made and decoded frame by frame.
+    """What clips take on a device while they are made together and decoded one after the other, frame by frame.
 
     Args:
-        frames: of the clip. window: how many of them go through the network at once; None: all.
+        frames: of a clip. window: how many of them go through the network at once; None: all.
         height, width: pixels, multiples of 8. tile: a side of what the network sees of them; 0: all.
+        clips: that are made together.
         parts: of guidance, 1 to 3.
         memory: how networks are held and chunked.
         device: its type.
@@ -103,7 +105,7 @@ def plan_memory(
     """
     m, side, unet = memory or Memory(), sizes.vae.downsampling, sizes.unet
     h, w = height // side, width // side
-    length, rows = min(window or frames, frames), 1 if m.split_guidance else parts
+    length, rows = min(window or frames, frames), clips * (1 if m.split_guidance else parts)
     seen = (min(x, tile // side) if tile else x for x in (h, w))
     step_shape = (rows, length, unet.in_channels, *seen)
     resting, step = _step_bytes(unet, step_shape, text_tokens, dtype, device, m.chunk_tokens, m.weights, m.offload)
@@ -124,7 +126,7 @@ def plan_memory(
     weights |= beside or {}
     if device in OVERHEAD:
         weights["CUDA, assumed"] = OVERHEAD[device]
-    latents = frames * sizes.vae.latent_channels * h * w * 4
+    latents = clips * frames * sizes.vae.latent_channels * h * w * 4
     return MemoryPlan(weights, {"prompts": prompts, "a step": step + 3 * latents, "decoding": decode}, latents)
 
 

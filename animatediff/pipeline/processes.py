@@ -32,9 +32,9 @@ class OneProcess:
         """The jobs of this process, each when the one before is `made`; the first one's end when all of the run are."""
         yield from jobs
 
-    def stepped(self, bar: tqdm) -> int:
-        """A step of a sampler is done here. Shows and returns how many are, in all processes."""
-        bar.update()
+    def stepped(self, bar: tqdm, clips: int = 1) -> int:
+        """A step of a sampler is done here, of so many clips. Shows and returns how many are, in all processes."""
+        bar.update(clips)
         return int(bar.n)
 
     def tell(self, line: str, file: TextIO | None = None) -> None:
@@ -93,8 +93,8 @@ class ManyProcesses(OneProcess):
                 return
             time.sleep(0.1 * waits)
 
-    def stepped(self, bar: tqdm) -> int:
-        done = self._store.add("steps", 1)
+    def stepped(self, bar: tqdm, clips: int = 1) -> int:
+        done = self._store.add("steps", clips)
         _show(bar, done)
         return done
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -61,6 +61,21 @@ class Job:
         return is_complete(self.path)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Clips of one entry that are sampled together, `memory.batch_size` at most."""
+
+    jobs: tuple[Job, ...]
+
+    @property
+    def entry(self) -> int:
+        return self.jobs[0].entry
+
+    @property
+    def made(self) -> bool:
+        return all(job.made for job in self.jobs)
+
+
 class Follower:
     """What a run tells whoever waits for it; what a method raises ends the run. This one listens to nothing."""
 
@@ -71,7 +86,7 @@ class Follower:
         """A step of a sampler is done, of so many of the whole run."""
 
     def estimated(self, latents: Tensor) -> None:
-        """The clean latents (1, f, c, h, w) that are expected so far."""
+        """The clean latents (1, f, c, h, w) of a clip, the first of its batch, that are expected so far."""
 
 
 def animate(
@@ -121,15 +136,15 @@ def animate(
     entries = (recorded(entry.request, fit.request) for entry, fit in zip(plain, checked, strict=True))
     config = replace(config, entries=tuple(entries))  # nothing is left open in them
     provenance = made_on(target, weights_dtype) | versions()
-    folder, config, waiting = processes.once(partial(_begin, config, output_dir, provenance, checked))
+    folder, config, batches = processes.once(partial(_begin, config, output_dir, provenance, checked))
     _check_shared(folder)
     checked = [as_begun(entry, begun) for entry, begun in zip(checked, config.entries, strict=True)]
-    jobs = plan(config, folder)
+    jobs, waiting = plan(config, folder), [job for batch in batches for job in batch.jobs]
     if done := len(jobs) - len(waiting):
         processes.tell_once(f"{done} of {len(jobs)} prompts are there already")
     with _progress(checked, jobs, waiting, processes) as bar, _hint_on_interrupt(folder, jobs, processes):
         assembler = assembler or Assembler(target, weights_dtype)
-        for index, todo in groupby(processes.take(waiting, bar), key=lambda job: job.entry):
+        for index, todo in groupby(processes.take(batches, bar), key=lambda batch: batch.entry):
             entry = checked[index]
             hashes = _hashes(entry)
             record_hashes(config, folder, _by_path(hashes, entry))  # refuses files that have changed meanwhile
@@ -140,10 +155,11 @@ def animate(
                 processes.tell_once(line)
             follower.loaded(pipeline)
             bar.unpause()  # loading is no part of a step
-            for job in todo:
-                bar.set_description(f"prompt {jobs.index(job) + 1}/{len(jobs)}")
+            for batch in todo:
+                missing = [job for job in batch.jobs if not job.made]
+                bar.set_description(f"prompt {jobs.index(missing[0]) + 1}/{len(jobs)}")
                 with one_line_when_full(entry.request):
-                    _run(pipeline, job, hashes, bar, finisher, follower, entry.request.memory, processes)
+                    _run(pipeline, missing, hashes, bar, finisher, follower, entry.request.memory, processes)
             del pipeline
     grid = folder / ("sample-grid" if config.entries[0].output.format == "png" else f"sample.{_format(config)}")
     if processes.first and len(jobs) > 1 and (waiting or not grid.exists()):
@@ -187,13 +203,33 @@ def file_words(prompt: str) -> str:
 
 def _begin(
     config: RunConfig, output_dir: str | Path | None, provenance: Mapping[str, Any], checked: list[Checked]
-) -> tuple[Path, RunConfig, list[Job]]:
+) -> tuple[Path, RunConfig, list[Batch]]:
     """The folder, its config and the clips that are to be made; the hashes of all their files are in config.yaml."""
     folder, config = open_folder(config, output_dir, provenance)
     waiting = [job for job in plan(config, folder) if not job.made]
     for index in sorted({job.entry for job in waiting}):
         config = record_hashes(config, folder, _by_path(_hashes(checked[index]), checked[index]))
-    return folder, config, waiting
+    return folder, config, list(_batches(waiting, [entry.request.memory.batch_size for entry in checked]))
+
+
+def _batches(jobs: Sequence[Job], sizes: Sequence[int]) -> Iterator[Batch]:
+    """Jobs that follow each other, as many as the size of their entry's batches."""
+    for index, todo in groupby(jobs, key=lambda job: job.entry):
+        own = tuple(todo)
+        yield from (Batch(own[start : start + sizes[index]]) for start in range(0, len(own), sizes[index]))
+
+
+def _together(jobs: Sequence[Job]) -> Request:
+    """One request of the clips of a batch, which differ in prompt, negative prompt and seed alone."""
+    first, requests = jobs[0].request, [job.request for job in jobs]
+    prompts = replace(
+        first.prompts,
+        prompt=tuple(r.prompts.prompt[0] for r in requests),
+        negative_prompt=tuple(text for r in requests for text in r.prompts.negative_prompt),
+    )
+    return replace(
+        first, prompts=prompts, sampling=replace(first.sampling, seed=tuple(r.sampling.seed[0] for r in requests))
+    )
 
 
 def _check_shared(folder: Path) -> None:
@@ -213,7 +249,7 @@ def _finisher(request: Request, pipeline: AnimateDiffPipeline) -> Finisher | Non
 
 def _run(
     pipeline: AnimateDiffPipeline,
-    job: Job,
+    jobs: Sequence[Job],
     hashes: dict[str, str],
     bar: tqdm,
     finisher: Finisher | None,
@@ -221,29 +257,32 @@ def _run(
     memory: Memory,
     processes: OneProcess,
 ) -> None:
-    """Make one clip and write it, frame by frame, or, where it is finished, as a whole."""
-    r, watch = replace(job.request, memory=memory), Stopwatch(pipeline.device)
+    """Make clips together, and write one after the other, frame by frame, or, where it is finished, as a whole."""
+    r, watch = replace(_together(jobs), memory=memory), Stopwatch(pipeline.device)
 
-    def after_step(*_: object) -> None:
-        done = processes.stepped(bar)
-        watch.step()
-        follower.stepped(done, int(bar.total))
+    def told(clips: int) -> dict[str, Any]:
+        def after_step(*_: object) -> None:
+            done = processes.stepped(bar, clips)
+            watch.step()
+            follower.stepped(done, int(bar.total))
 
-    told = {"callback": after_step, "estimated": follower.estimated}
-    latents = pipeline.sample(r, **told)
-    if finisher is None:
-        clip: FrameStream | Tensor = FrameStream(
-            latents.shape[1], decode_frames(pipeline.vae, latents, chunk=memory.vae_frames)
-        )
-    else:
-        before = as_bytes(decode_pixels(pipeline.vae, latents, chunk_frames=memory.vae_frames))
-        clip = pipeline.finish(before, r, finisher=finisher, **told)[0]
-        processes.tell(f"finished: {compare(before[0], clip)}")
-    metadata = clip_settings(job.request, hashes) | made_on(pipeline.device, pipeline.dtype)
-    save_video(clip, job.path, r.written_fps, metadata, loop=r.output.loop_count, sound=sound_of(r))
+        return {"callback": after_step, "estimated": lambda x: follower.estimated(x[:1])}
+
+    for job, latents in zip(jobs, pipeline.sample(r, **told(len(jobs))).split(1), strict=True):
+        if finisher is None:
+            clip: FrameStream | Tensor = FrameStream(
+                latents.shape[1], decode_frames(pipeline.vae, latents, chunk=memory.vae_frames)
+            )
+        else:
+            before = as_bytes(decode_pixels(pipeline.vae, latents, chunk_frames=memory.vae_frames))
+            alone = replace(job.request, memory=memory)
+            clip = pipeline.finish(before, alone, finisher=finisher, **told(1))[0]
+            processes.tell(f"finished: {compare(before[0], clip)}")
+        metadata = clip_settings(job.request, hashes) | made_on(pipeline.device, pipeline.dtype)
+        save_video(clip, job.path, r.written_fps, metadata, loop=r.output.loop_count, sound=sound_of(r))
+        processes.tell(str(job.path), sys.stdout)
     if finisher is None:
         remember(r, watch, pipeline.dtype)
-    processes.tell(str(job.path), sys.stdout)
 
 
 def _hashes(checked: Checked) -> dict[str, str]:

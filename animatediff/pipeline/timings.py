@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from animatediff.config.request import Request
-from animatediff.pipeline.fit import work_of
+from animatediff.pipeline.fit import clips_together, work_of
 from animatediff.utils import read_cache, write_cache
 
 REMEMBERED = "timings.json"
@@ -63,11 +63,15 @@ class Stopwatch:
 
 
 def remember(request: Request, watch: Stopwatch, dtype: torch.dtype) -> None:
-    """Write what a clip has taken. A cache that cannot be written is none."""
+    """Write what the clips of a batch have taken. A cache that cannot be written is none."""
     if (seconds := watch.per_step()) is None:
         return
     size, name = request.size, shape_class(request, watch.device, dtype)
-    measured = {"step": seconds, "frame": watch.per_frame(size.num_frames), "pixels": _pixels(request)}
+    measured = {
+        "step": seconds,
+        "frame": watch.per_frame(size.num_frames * clips_together(request)),
+        "pixels": _pixels(request),
+    }
     known = _read()
     sizes = {**known.pop(name, {}), str(work_of(request)): measured}
     known[name] = dict(list(sizes.items())[-MOST:])
@@ -85,7 +89,9 @@ def estimate(request: Request, steps: int, device: torch.device, dtype: torch.dt
     nearest = min(sizes, key=lambda size: abs(int(size) - work))
     known, factor = sizes[nearest], work / int(nearest)
     per_frame = known["frame"] * _pixels(request) / known["pixels"]
-    return steps * known["step"] * factor + request.size.num_frames * per_frame, int(nearest) == work
+    return steps * known["step"] * factor / clips_together(request) + request.size.num_frames * per_frame, int(
+        nearest
+    ) == work
 
 
 def _pixels(request: Request) -> int:

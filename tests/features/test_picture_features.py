@@ -20,6 +20,7 @@ from animatediff.features.controlnet import active, controlnet, read_hints
 from animatediff.features.feature import Feature, Run
 from animatediff.features.guide_pictures import picture_latents
 from animatediff.features.ip_adapter import ip_adapter
+from animatediff.features.noise import seeded
 from animatediff.features.registry import FEATURES
 from animatediff.features.sparsectrl import sparsectrl
 from animatediff.media.pictures import fit_frames
@@ -350,6 +351,26 @@ def test_a_clip_from_the_command_line(folder, tmp_path, monkeypatch, capsys, fam
     (again,) = (tmp_path / "two/sample").iterdir()
     frames, same = (read_video(path)[0] for path in (clip, again))
     assert torch.equal(frames, same) and frames.float().std() > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("windows", [None, {"schedule": "open", "length": 2}])
+def test_a_batch_is_its_clips(folder, tmp_path, family, windows):
+    pipe = pipeline(folder, tmp_path, **FAMILIES[family](folder))
+    call = {
+        "num_frames": 3,
+        "num_inference_steps": 2,
+        "guidance_scale": 2.0,
+        "windows": windows,
+        "output_type": "latent",
+    }
+    call |= {family: {"image": str(folder / "a.png")}} if family in ("pia", "i2v") else {}
+    prompts = ["a fox", "very long " * 40]
+    both = pipe(prompts, generator=[seeded(0), seeded(1)], **call).frames
+    for i, prompt in enumerate(prompts):
+        alone = pipe(prompt, generator=seeded(i), **call).frames
+        assert (both[i : i + 1] - alone).norm() < 1e-4 * alone.norm()
 
 
 @pytest.mark.parametrize(

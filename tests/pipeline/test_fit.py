@@ -193,6 +193,20 @@ def test_nothing_is_planned_where_there_is_plenty(make_entry, monkeypatch):
     assert fit(checked, CUDA, torch.float16) is None and fit(checked, pick_device("cpu"), torch.float32) is None
 
 
+def test_batches_shrink_first():
+    """Also those that were set by hand: they say how many at most."""
+    asked, takes = request(prompt=["a", "b", "c", "d", "e"], batch_size=8), {1: 400, 2: 800, 5: 2000}
+
+    def plan(request):
+        return MemoryPlan({"weights": 0}, {"a step": takes[fitting.clips_together(request)]}, 0)
+
+    found = choose(asked, 1000, plan, CUDA)
+    assert found.chosen == ("batch_size",) and found.request.memory.batch_size == 2
+    assert recorded(asked, found.request) == asked
+    assert "batch_size=2 (equal but for rounding; chosen)" in found.switches()
+    assert choose(asked, 2000, plan, CUDA).request == asked
+
+
 # ---- time -------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +221,8 @@ def test_times_are_remembered_and_scaled(tmp_path, monkeypatch):
     assert estimate(small, 10, CPU, torch.float32) == (pytest.approx(10 * 2 + 4), True)
     larger = request(L=8, H=128, W=64)
     assert estimate(larger, 10, CPU, torch.float32) == (pytest.approx(2 * (10 * 2 + 4)), False)
+    two = request(L=8, H=64, W=64, prompt=["a", "b"], batch_size=2)
+    assert estimate(two, 10, CPU, torch.float32) == (pytest.approx(10 * 2 + 4), False), "a clip of two"
     assert estimate(small, 10, CPU, torch.bfloat16) is None, "another type is another class"
     assert estimate(request(L=8, H=64, W=64, split_guidance=True), 10, CPU, torch.float32) is None
 

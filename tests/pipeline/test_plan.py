@@ -88,6 +88,8 @@ def test_a_window_bounds_what_a_step_takes():
     short, long = (plan_memory(SMALL, frames=n, window=4, **sizes) for n in (4, 40))
     assert short.stages["a step"] - 3 * short.latents == long.stages["a step"] - 3 * long.latents
     assert long.latents == 10 * short.latents
+    three = plan_memory(SMALL, frames=4, clips=3, **sizes)
+    assert 2.9 < three.stages["a step"] / short.stages["a step"] <= 3.01 and three.latents == 3 * short.latents
     half = plan_memory(SMALL, frames=4, dtype=torch.float16, **sizes)
     assert half.weights["weights, UNet"] < 0.52 * short.weights["weights, UNet"]
     assert half.stages["a step"] < 0.6 * short.stages["a step"]
