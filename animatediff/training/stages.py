@@ -303,6 +303,16 @@ class ConsistencyTraining(ClipTraining):
     guidance_range: Many[Annotated[Float, limits(ge=0, le=MAX_FACTOR)]] = opt(
         (5.0, 9.0), "lowest and highest scale of guidance that is distilled into it", min_length=2, max_length=2
     )
+    timesteps: Int = opt(100, "from noise to clean between which the teacher steps; a divisor of 1000", ge=1)
+    phases: Int = opt(1, "1: for the sampler lcm; else for as many steps of ddim, spaced `trailing`", ge=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 1000 % self.timesteps or self.timesteps % self.phases:
+            raise UserError(
+                f"got timesteps {self.timesteps} and phases {self.phases}, expected a divisor of 1000 and one of that: "
+                "100 and 1, or 20 and 4"
+            )
 
     def networks(self, base: ImageModel, log: Log) -> UNet:
         return self.with_module(self.adapted(base.unet, log), self.motion_module, log)
@@ -312,7 +322,7 @@ class ConsistencyTraining(ClipTraining):
         return lora.attached, lambda folder, metadata: lora.save(folder / "consistency_lora.safetensors", metadata)
 
     def stage_options(self) -> dict[str, Any]:
-        return {"guidance": self.guidance_range}
+        return {"guidance": self.guidance_range, "timesteps": self.timesteps, "phases": self.phases}
 
 
 @options

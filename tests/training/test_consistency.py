@@ -1,6 +1,7 @@
 """Latent consistency distillation: the loss against a hand computation, and a training that is taken up."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,40 +12,68 @@ from animatediff.checkpoints.lora_files import read_lora
 from animatediff.config.networks import ScheduleConfig
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.lab.stage_table import load_train_config
-from animatediff.training.consistency import HUBER, ConsistencyStage, consistency_function, consistency_loss
+from animatediff.training import consistency
+from animatediff.training.consistency import HUBER, ConsistencyStage, consistency_loss
+from animatediff.utils import UserError
 from tests.media.videos import write
 from tests.nano import write_files
 
 
-def test_the_loss_is_that_of_a_hand_computation():
+@pytest.mark.parametrize(("earlier", "end"), [(489, -1), (489, 249), (489, 489)])
+def test_the_loss_is_that_of_a_hand_computation(earlier, end):
     """On single numbers: a student that takes half of what it sees for noise, and a teacher that takes a quarter."""
     schedule = NoiseSchedule(ScheduleConfig())
-    x, t, earlier = 0.8, 499, 489
-    signal, sigma = (math.sqrt(schedule.alphas_cumprod[t]), math.sqrt(1 - schedule.alphas_cumprod[t]))
-    signal2, sigma2 = (math.sqrt(schedule.alphas_cumprod[earlier]), math.sqrt(1 - schedule.alphas_cumprod[earlier]))
-    moved = signal2 * (x - sigma * 0.25 * x) / signal + sigma2 * 0.25 * x  # DDIM, arXiv 2010.02502, Eq. 12
+    x, t = 0.8, 499
 
-    def jump(x: float, t: int, signal: float, sigma: float) -> float:
-        c_skip, c_out = 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / math.sqrt((10 * t) ** 2 + 0.25)
-        return c_skip * x + c_out * (x - sigma * 0.5 * x) / signal
+    def jump(x: float, share: float, t: int, end: int) -> float:  # DDIM, arXiv 2010.02502, Eq. 12
+        abar, there = (float(schedule.alphas_cumprod[n]) if n >= 0 else 1.0 for n in (t, end))
+        return (
+            math.sqrt(there) * (x - math.sqrt(1 - abar) * share * x) / math.sqrt(abar)
+            + math.sqrt(1 - there) * share * x
+        )
 
-    difference = jump(x, t, signal, sigma) - jump(moved, earlier, signal2, sigma2)
+    moved = jump(x, 0.25, t, earlier)
+    target = moved if earlier == end else jump(moved, 0.5, earlier, end)
+    signal = math.sqrt(schedule.alphas_cumprod[end]) if end >= 0 else 1.0
+    difference = (jump(x, 0.5, t, end) - target) / signal
     expected = math.sqrt(difference**2 + HUBER**2) - HUBER
     found = consistency_loss(
         lambda x, t: 0.5 * x,
         lambda x, t: 0.25 * x,
         schedule,
         torch.full((1, 1, 1, 1, 1), x, dtype=torch.float64),
-        torch.tensor([t]),
-        torch.tensor([earlier]),
+        *(torch.tensor([n]) for n in (t, earlier, end)),
     )
-    assert found.item() == pytest.approx(expected, rel=1e-5)  # the schedule is float32
+    assert found.item() == pytest.approx(expected, rel=1e-4)  # as float32 keeps of a difference of 0.004
 
 
-def test_at_timestep_0_nothing_is_changed():
-    x = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    found = consistency_function(lambda x, t: 7 * x, NoiseSchedule(ScheduleConfig()), x, torch.tensor([0, 500]))
-    assert torch.equal(found[0], x[0]) and not torch.allclose(found[1], x[1])
+def test_timesteps_of_the_phases(monkeypatch):
+    """Every timestep goes to the next one below, and its phase ends at the last of them that it has not passed."""
+    seen = []
+
+    def loss(student, teacher, schedule, x, t, earlier, end):
+        seen.extend(zip(t.tolist(), earlier.tolist(), end.tolist(), strict=True))
+
+    class Clips:
+        empty = torch.zeros(77)
+
+        def batch(self, index, batch_size, generator):
+            return torch.zeros(batch_size, 1, 4, 2, 2), torch.zeros(batch_size, 77)
+
+    monkeypatch.setattr(consistency, "consistency_loss", loss)
+    stage = ConsistencyStage(
+        "x", torch.nn.Linear(1, 1), lambda tokens: tokens, ScheduleConfig(), Clips(), trainable=None, save=None,
+        guidance=(3.0, 3.0), timesteps=4, phases=2,
+    )  # fmt: skip
+    stage.loss(0, 100, torch.Generator().manual_seed(0))
+    assert set(seen) == {(249, -1, -1), (499, 249, -1), (749, 499, 499), (999, 749, 499)}
+
+
+def test_phases_that_do_not_fit_are_told(tmp_path):
+    config = "configs/train/shapes_consistency.yaml"
+    for values in (["timesteps=30"], ["timesteps=20", "phases=3"]):
+        with pytest.raises(UserError, match="expected a divisor of 1000 and one of that: 100 and 1, or 20 and 4"):
+            load_train_config(Path(config), values)
 
 
 @pytest.mark.slow
