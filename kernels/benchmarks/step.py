@@ -1,7 +1,8 @@
-"""Time one guided denoising step of the SD-1.5-sized video UNet with random weights, operation by operation.
+"""Time one guided denoising step of the SD-1.5-sized video UNet, or decoding by its VAE, with random weights.
 
 python kernels/benchmarks/step.py --device cpu --size 256        # beside diffusers, if it is installed
 python kernels/benchmarks/step.py --device cuda --size 512
+python kernels/benchmarks/step.py --device cpu --part decode --frames 2 --size 256
 
 The networks run in turns, with the same weights and inputs: all in one process on CUDA, each in its own on the CPU,
 where memory is only known of a process. There ours has the allocator setting of our command line; ours-torch is without
@@ -36,9 +37,10 @@ from shapes import CONFIG, TEXT_TOKENS
 from torch import Tensor, nn
 
 from animatediff.checkpoints.keymaps import motion_to_official
-from animatediff.config.networks import MotionConfig
+from animatediff.config.networks import MotionConfig, VAEConfig
 from animatediff.models.motion import positional_encoding
 from animatediff.models.unet import UNet
+from animatediff.models.vae import VAE
 from animatediff.utils import keep_freed_memory
 
 NETWORKS = ("ours", "diffusers")
@@ -52,7 +54,7 @@ BACKENDS = {
     "tuned": "auto",
 }  # of ours, by what follows the name
 CUDA_STEPS = 10  # per run; the CPU takes one
-KEY = ("network", "device", "size", "frames", "dtype", "threads")
+KEY = ("part", "network", "device", "size", "frames", "dtype", "threads")
 COLUMNS = (*KEY, "seconds", "cpu_seconds", "peak_mb", "ratio", "error", "repeat", "versions", "commit", "date")
 Timed = dict[str, float]
 Run = Callable[[str], tuple[Timed, Tensor]]
@@ -95,6 +97,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--part", choices=("step", "decode"), default="step")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="by default bfloat16 on CUDA")
     parser.add_argument("--size", type=int, default=256, help="pixels a side")
     parser.add_argument("--frames", type=int, default=16)
@@ -114,7 +117,7 @@ def run_apart(args: argparse.Namespace) -> Run:
     """Each run in a process of its own."""
 
     def run(network: str) -> tuple[Timed, Tensor]:
-        options = [f"--{name}={getattr(args, name)}" for name in ("device", "dtype", "size", "frames", "threads")]
+        options = [f"--{name}={getattr(args, name)}" for name in ("part", *KEY[2:])]
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "out.pt"
             command = [sys.executable, __file__, *options, "--worker", network, "--output", str(output)]
@@ -135,7 +138,9 @@ def run_here(args: argparse.Namespace, networks: Sequence[str]) -> Run:
 def make_step(args: argparse.Namespace, name: str) -> Step:
     whose, _, how = name.partition("-")
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    network = {"ours": our_network, "diffusers": diffusers_network}[whose]()
+    make = {"ours": our_network, "diffusers": diffusers_network}
+    make_vae = {"ours": our_vae, "diffusers": diffusers_vae}
+    network = (make if args.part == "step" else make_vae)[whose]()
     network.to(device, dtype)
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)
@@ -149,7 +154,17 @@ def make_step(args: argparse.Namespace, name: str) -> Step:
     t = torch.tensor([500, 500], device=device)
 
     @torch.no_grad()
+    def decode() -> Tensor:
+        if whose == "diffusers":
+            with fast_products(latents[0], network.decoder.conv_in.weight) if how == "tuned" else nullcontext():
+                return network.decode(latents[0]).sample
+        with use_backend(BACKENDS[how]):
+            return network.decode(latents[0])
+
+    @torch.no_grad()
     def run() -> Tensor:
+        if args.part == "decode":
+            return decode()
         if whose == "diffusers":
             with fast_products(latents, network.conv_in.weight) if how == "tuned" else nullcontext():
                 return network(latents.transpose(1, 2), t, encoder_hidden_states=texts).sample.transpose(1, 2)
@@ -189,7 +204,7 @@ def summary(
     args: argparse.Namespace, network: str, runs: dict[str, list], outputs: dict[str, Tensor]
 ) -> dict[str, str]:
     least = {name: min(run[name] for run in runs[network]) for name in runs[network][0]}
-    row = {"network": network, "device": device_label(args.device), "dtype": args.dtype}
+    row = {"part": args.part, "network": network, "device": device_label(args.device), "dtype": args.dtype}
     row |= {"size": str(args.size), "frames": str(args.frames), "repeat": str(len(runs[network]))}
     row |= {name: f"{value:.4g}" for name, value in least.items()} | {"ratio": "", "error": ""}
     if network.startswith("ours") and "diffusers" in runs:
@@ -205,7 +220,7 @@ def summary(
 def our_network() -> nn.Module:
     with torch.device("meta"):
         unet = UNet(CONFIG.with_motion(replace(CONFIG.motion or MotionConfig(), norm_over_frames=True)))
-    return fill(unet.to_empty(device="cpu"), {name: name for name, _ in unet.named_parameters()}).eval()
+    return fill(unet.to_empty(device="cpu")).eval()
 
 
 def diffusers_network() -> nn.Module:
@@ -220,12 +235,30 @@ def diffusers_network() -> nn.Module:
             motion_max_seq_length=32,
             use_motion_mid_block=True,
         )
-    names = {name: official(name) for name, _ in unet.named_parameters()}
     unet.to_empty(device="cpu")
     for name, table in unet.named_buffers():
         assert name.endswith("pos_embed.pe"), name
         table.copy_(positional_encoding(table.shape[1], table.shape[2], table.device, table.dtype)[None])
-    return fill(unet, names).eval()
+    return fill(unet, official).eval()
+
+
+def our_vae() -> nn.Module:
+    return fill(VAE(VAEConfig())).eval()
+
+
+def diffusers_vae() -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    config, levels = VAEConfig(), len(VAEConfig().block_out_channels)
+    vae = AutoencoderKL(
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_num_groups,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+    )
+    return fill(vae).eval()
 
 
 def official(name: str) -> str:
@@ -233,10 +266,10 @@ def official(name: str) -> str:
 
 
 @torch.no_grad()
-def fill(network: nn.Module, names: dict[str, str]) -> nn.Module:
-    """Weights that depend on a parameter's official name and shape alone, and keep activations near unit size."""
+def fill(network: nn.Module, rename: Callable[[str], str] = str) -> nn.Module:
+    """Weights that depend on a parameter's name (`rename`d) and shape alone, and keep activations near unit size."""
     for name, parameter in network.named_parameters():
-        generator = torch.Generator().manual_seed(zlib.crc32(names[name].encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(rename(name).encode()))
         if parameter.dim() == 1:
             parameter.uniform_(-0.1, 0.1, generator=generator).add_("norm" in name and name.endswith("weight"))
         else:
