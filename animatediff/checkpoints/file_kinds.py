@@ -314,5 +314,10 @@ KINDS: dict[str, Kind] = {
         _any(r"^block0\.conv0\.0\.0\.weight$"),
         config="finish: {{interpolate: 2, interpolator: {path}}}",
     ),
+    "tiny-decoder": Kind(
+        "a tiny autoencoder (TAESD)",
+        _any(r"^decoder\.layers\.2\.conv\.0\.weight$|^3\.conv\.0\.weight$"),
+        "models/VAE-approx/, where the page finds it for its previews",
+    ),
     "unknown": Kind("no kind of file that is known here", lambda tensors: True),
 }

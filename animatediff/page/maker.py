@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
 from torch import Tensor
 
+from animatediff.checkpoints.tiny_decoder_files import find_tiny_decoder, load_tiny_decoder
 from animatediff.config.prompt_yaml import RunConfig, load_config
 from animatediff.config.spellings import build_request
 from animatediff.media.video import is_complete
+from animatediff.models.tiny_decoder import TinyDecoder
 from animatediff.page.jobs import Job, Journal
 from animatediff.page.preview import LatentPreview, animated
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.run import Follower, animate, plan
 from animatediff.pipeline.run_folder import new_folder
-from animatediff.utils import is_out_of_memory
+from animatediff.utils import UserError, is_out_of_memory
 
 NAME = "page"  # how the folders of its clips begin
 PREVIEW_SECONDS, PREVIEW_SHARE = 1.0, 0.1  # at most one preview in so many seconds, and in so much of the time
@@ -29,10 +32,11 @@ class Maker:
         output: the folder that gets `page-<time>/` for each clip.
         journal: is told which folder a job has begun.
         assembler: loads the networks, on its device.
+        decoders: folder of tiny decoders for previews (TAESD).
     """
 
-    def __init__(self, output: Path, journal: Journal, assembler: Assembler):
-        self.output, self.journal, self.assembler = output, journal, assembler
+    def __init__(self, output: Path, journal: Journal, assembler: Assembler, decoders: Path):
+        self.output, self.journal, self.assembler, self.decoders = output, journal, assembler, decoders
 
     def __call__(self, job: Job) -> str:
         """The clip's path. A job that was begun before goes on in its folder."""
@@ -41,7 +45,7 @@ class Maker:
         folder = begun if begun and (begun / "config.yaml").is_file() else new_folder(NAME, self.output)
         job.note, job.message = str(folder), "Loading the model"
         self.journal.write(job)
-        follower = JobFollower(job, config.entries[0].output.fps)
+        follower = JobFollower(job, config.entries[0].output.fps, self.decoders)
         try:
             animate(config, output_dir=folder, assembler=self.assembler, follower=follower)
         except BaseException:
@@ -65,10 +69,10 @@ def _remove_empty(folder: Path) -> None:
 class JobFollower(Follower):
     """Tells a job how far its clip is, and the clip's networks that nobody waits for it any more."""
 
-    def __init__(self, job: Job, fps: float):
-        self.job, self.fps = job, fps
+    def __init__(self, job: Job, fps: float, decoders: Path):
+        self.job, self.fps, self.decoders = job, fps, decoders
         self._hooks = []
-        self._preview: LatentPreview | None = None
+        self.preview: LatentPreview | None = None
         self._next = 0.0
 
     def loaded(self, pipeline: AnimateDiffPipeline) -> None:
@@ -77,9 +81,17 @@ class JobFollower(Follower):
 
         vae = pipeline.vae
         self._hooks = [m.register_forward_pre_hook(check) for m in (pipeline.unet, vae.encoder, vae.decoder)]
-        self._preview = LatentPreview(vae)
+        self.preview = LatentPreview(vae, tiny=self._tiny_decoder(pipeline))
         self.job.message = ""
         self.job.sampling_since = time.monotonic()
+
+    def _tiny_decoder(self, pipeline: AnimateDiffPipeline) -> TinyDecoder | None:
+        path = find_tiny_decoder(self.decoders, sdxl=bool(pipeline.unet.config.added_channels))
+        try:
+            return load_tiny_decoder(path).to(pipeline.device) if path else None
+        except UserError as error:  # a clip with a coarser preview is better than none
+            print(error, file=sys.stderr)
+            return None
 
     def leave(self) -> None:
         """Take the hooks off again."""
@@ -93,14 +105,14 @@ class JobFollower(Follower):
 
     def estimated(self, latents: Tensor) -> None:
         now = time.monotonic()
-        if self._preview is None or now < self._next or not bool(latents.isfinite().all()):
+        if self.preview is None or now < self._next or not bool(latents.isfinite().all()):
             return
         try:
-            self.job.preview = animated(self._preview.frames(latents), self.fps)
+            self.job.preview = animated(self.preview.frames(latents), self.fps)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._preview = None  # a clip without a preview is better than none
+            self.preview = None  # a clip without a preview is better than none
             return
         took = time.monotonic() - now
         self._next = now + max(PREVIEW_SECONDS, took / PREVIEW_SHARE)

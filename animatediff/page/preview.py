@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from animatediff.media.pictures import encode
 from animatediff.media.video import read_video, to_uint8
+from animatediff.models.tiny_decoder import TinyDecoder
 from animatediff.models.vae import VAE
 
 SMALL = 2_000_000  # parameters of a decoder that is quick enough to be its own preview
@@ -20,16 +21,20 @@ RIDGE = 1e-3  # of the least squares, per latent pixel
 
 
 class LatentPreview:
-    """Latents to small pictures: by the VAE's decoder where it is small, else by the linear map that is nearest to it.
+    """Latents to small pictures: by the VAE's decoder where it is small, by a tiny one of the same latents where the
+    user has its file, else by the linear map that is nearest to the VAE's.
 
     The colour of a latent pixel is close to a linear function of its channels. It is fitted by least squares on single
     frames of the clip, as the decoder shows them: of the 1st, 2nd, 4th, 8th … preview.
     """
 
-    def __init__(self, vae: VAE, *, small: bool | None = None):
-        """`small`: whether the decoder is its own preview; by default where it has at most SMALL parameters."""
+    def __init__(self, vae: VAE, *, small: bool | None = None, tiny: TinyDecoder | None = None):
+        """`small`: whether the decoder is its own preview; by default where it has at most SMALL parameters.
+
+        `tiny`: what decodes in its place otherwise.
+        """
         channels = vae.config.latent_channels
-        self.vae = vae
+        self.vae, self.tiny = vae, tiny
         self.small = sum(p.numel() for p in vae.decoder.parameters()) <= SMALL if small is None else small
         self._count = 0
         self._xx, self._xy = torch.eye(channels + 1) * RIDGE, torch.zeros(channels + 1, 3)
@@ -40,6 +45,9 @@ class LatentPreview:
         latents = latents[:1, :: -(-latents.shape[1] // MOST_FRAMES)].float()
         if self.small:
             video = self.vae.decode_video(latents)[0].float()
+        elif self.tiny is not None:
+            decoded = (self.tiny(frame[None]) for frame in latents[0])
+            video = torch.cat([functional.adaptive_avg_pool2d(one, _at_most(one.shape[-2:])) for one in decoded])
         else:
             self._count += 1
             if self._count & (self._count - 1) == 0:
@@ -56,6 +64,13 @@ class LatentPreview:
         y = rearrange(small, "f c h w -> (f h w) c")
         self._xx += x.T @ x / len(x)
         self._xy += x.T @ y / len(x)
+
+
+def _at_most(size: torch.Size) -> tuple[int, int]:
+    """Height and width, shrunk to SIDE pixels."""
+    scale = min(SIDE / max(size), 1)
+    height, width = (max(round(side * scale), 1) for side in size)
+    return height, width
 
 
 def _with_constant(latents: Tensor) -> Tensor:
@@ -75,8 +90,5 @@ def thumbnail(path: str | Path) -> bytes:
         UserError: it cannot be read.
     """
     frames, fps = read_video(path, most=MOST_FRAMES)
-    f, h, w, _ = frames.shape
-    scale = min(SIDE / max(h, w), 1)
-    size = (max(round(h * scale), 1), max(round(w * scale), 1))
-    small = functional.interpolate(frames.movedim(-1, 1).float(), size=size, mode="area")
+    small = functional.interpolate(frames.movedim(-1, 1).float(), size=_at_most(frames.shape[1:3]), mode="area")
     return animated(to_uint8(small / 255), fps)

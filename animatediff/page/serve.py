@@ -107,7 +107,8 @@ def serve(options: ServerOptions, *, wait: bool = True) -> Any:
     places = Places(options.models, options.output_dir)
     journal = Journal(places.output / "page.jsonl")
     device = pick_device(options.device)
-    queue = JobQueue(Maker(places.output, journal, Assembler(device, pick_dtype(options.dtype, device))), journal)
+    assembler = Assembler(device, pick_dtype(options.dtype, device))
+    queue = JobQueue(Maker(places.output, journal, assembler, places.models / "VAE-approx"), journal)
     page = Page(places, queue).build()
     hosts = ["127.0.0.1", "localhost", "[::1]", options.host] if options.local else ["*"]  # no foreign names for us
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(AddHeaders)]

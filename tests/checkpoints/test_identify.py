@@ -127,6 +127,7 @@ CASES: dict[str, tuple[str, object]] = {
     "ldm vae": ("vae", lambda: {f"{LDM_VAE}encoder.conv_in.weight": torch.zeros(128, 3, 3, 3)}),
     "text encoder": ("text-encoder", lambda: zeros(text_model__embeddings__token_embedding__weight=(49408, 768))),
     "rife": ("rife", lambda: zeros(block0__conv0__0__0__weight=(96, 7, 3, 3))),
+    "taesd": ("tiny-decoder", lambda: {"3.conv.0.weight": torch.empty(64, 64, 3, 3, device="meta")}),
     "nothing known": ("unknown", lambda: zeros(layers__0__weight=(3, 3))),
 }
 

@@ -3,6 +3,7 @@
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from animatediff.config.prompt_yaml import BUNDLED, load_config
 from animatediff.config.spellings import build_request
 from animatediff.media.pictures import read_picture, write_picture
 from animatediff.media.video import read_video, save_video
+from animatediff.models.tiny_decoder import TinyDecoder
 from animatediff.page.fields import form_fields
+from animatediff.page.jobs import Job
+from animatediff.page.maker import JobFollower
 from animatediff.page.places import ASSETS, EXAMPLES, Places
 from animatediff.page.preview import SIDE, LatentPreview, animated, thumbnail
 from animatediff.utils import UserError
@@ -136,11 +140,26 @@ def test_the_linear_map_is_near_what_the_decoder_shows():
     assert (shown - decoded).square().mean() < 0.1 * decoded.var()
 
 
+def test_a_tiny_decoder_is_found_by_name(tmp_path, capsys):
+    """One that does not fit is named, and the clip is made."""
+    base, file = load_base(ASSETS / "shapes.safetensors"), tmp_path / "taesd_decoder.pth"
+    pipeline = SimpleNamespace(unet=base.unet, vae=base.vae, device="cpu")
+    for content, found in ((TinyDecoder(), True), (torch.nn.Linear(1, 1), False)):
+        torch.save({f"decoder.{key}": t for key, t in content.state_dict().items()}, file)
+        follower = JobFollower(Job("me", "a", {}), 8, tmp_path)
+        follower.loaded(pipeline)
+        assert (follower.preview.tiny is not None) is found
+        assert ("taesd_decoder.pth, expected a complete TAESD decoder" in capsys.readouterr().err) is not found
+
+
 def test_a_preview_is_small():
     vae = load_base(ASSETS / "shapes.safetensors").vae
     latents = torch.zeros(1, 70, vae.config.latent_channels, 4, 6)
     assert LatentPreview(vae).small, "a small decoder is its own preview"
     assert LatentPreview(vae).frames(latents).shape[:1] == (24,)
+    wide = torch.zeros(1, 2, 4, 32, 64)
+    tiny = LatentPreview(vae, small=False, tiny=TinyDecoder()).frames(wide)
+    assert tiny.shape == (2, SIDE // 2, SIDE, 3), "a decoder that was found makes 512 pixels, which are shrunk"
     frames = LatentPreview(vae, small=False).frames(latents)
     assert frames.shape == (24, 4, 6, 3)
     assert len(animated(frames, 8)) < 5000
