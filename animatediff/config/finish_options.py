@@ -19,6 +19,9 @@ class Finish:
     )
     upscaler: Annotated[PathText, UPSCALER] = opt("", "upscaler model, such as ESRGAN's (spandrel); none: Lanczos")
     strength: Float = opt(0.0, "of a second pass over the larger clip (hires fix): 0.2 to 0.6; 0: none", ge=0, le=1)
+    enlarge: Literal["pixels", "latents"] = opt(
+        "pixels", "what the second pass starts from: enlarged pixels, or enlarged latents, which take more strength"
+    )
     steps: Annotated[Int, limits(ge=1)] | None = opt(
         None, "of the second pass, of which it takes its strength (the clip's)"
     )

@@ -18,13 +18,17 @@ def finish_refusals(request: Request) -> Iterator[str]:
     second = f.strength > 0
     if second and f.upscaler and f.scale is None:
         yield "{finish.strength} needs a {finish.scale} beside {finish.upscaler}, such as 2: set it"
-    for name, default in (("steps", None), ("tile", 0)):
+    for name, default in (("enlarge", "pixels"), ("steps", None), ("tile", 0)):
         if getattr(f, name) != default and not second:
             yield (f"{{finish.{name}}} is of the second pass, which needs a {{finish.strength}} above 0, such as 0.4: "
                    f"set it, or remove {{finish.{name}}}")  # fmt: skip
     for name in _of_whole_pictures(request) if f.tile else ():
         yield (f"got {{finish.tile}} and {{{name}}}, which is of whole pictures, expected one of them: set "
                "{finish.tile} to 0")  # fmt: skip
+    of_pixels = {"finish.upscaler": bool(f.upscaler), "inputs.mask": request.inputs.mask is not None}
+    for name in (name for name, given in of_pixels.items() if given and second and f.enlarge == "latents"):
+        yield (f"got {{finish.enlarge}}=latents and {{{name}}}, which is of pixels, expected one of them: remove "
+               "{finish.enlarge}")  # fmt: skip
     if second and request.motion.mask:
         yield "got {motion.mask}, which has the first pass's size, and a second pass: set {finish.strength} to 0"
     for name, default in (("interpolator", ""), ("loop", None)):

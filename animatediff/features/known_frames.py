@@ -98,7 +98,15 @@ def restore_known(
     return restore
 
 
-def encode_known(inputs: PixelInputs, vae: VAE, *, frames: int, clips: int, device: torch.device) -> KnownFrames:
+def encode_known(
+    inputs: PixelInputs,
+    vae: VAE,
+    *,
+    frames: int,
+    clips: int,
+    device: torch.device,
+    video_latents: Tensor | None = None,
+) -> KnownFrames:
     """Pixels as latents: the video with its mask, or the pictures at either end of the clip.
 
     A video that is to be extended is all that `clean` holds.
@@ -114,7 +122,7 @@ def encode_known(inputs: PixelInputs, vae: VAE, *, frames: int, clips: int, devi
     known_mask = None
     if inputs.mask is not None:
         known_mask = ~downsample_mask(inputs.mask, vae.config.downsampling).to(device)
-    clean = encode(inputs.video)
+    clean = encode(inputs.video) if video_latents is None else video_latents
     if clean.shape[1] == 1 and not inputs.extend:
         clean = repeat(clean, "b 1 c h w -> b f c h w", f=frames)
     return KnownFrames(clean, known_mask=known_mask)

@@ -52,8 +52,9 @@ SECTIONS = (
                            "sparsectrl.normalize")),
     Section("IP-Adapter", (*_entry("ip_adapters.adapters", "path", "images", "scale", "layers", "fit"),
                            "ip_adapters.image_encoder")),
-    Section("Larger and smoother", ("finish.scale", "finish.upscaler", "finish.strength", "finish.steps", "finish.tile",
-                                    "finish.match_colors", "finish.interpolate", "finish.interpolator")),
+    Section("Larger and smoother", ("finish.scale", "finish.upscaler", "finish.strength", "finish.enlarge",
+                                    "finish.steps", "finish.tile", "finish.match_colors", "finish.interpolate",
+                                    "finish.interpolator")),
     Section("Output", ("output.format", "output.loop_count")),
     Section("Memory", ("memory.max", "memory.offload", "memory.weights", "memory.vae_tile", "memory.split_guidance")),
 )  # fmt: skip

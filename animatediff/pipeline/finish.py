@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from animatediff.checkpoints.interpolator_files import load_interpolator
@@ -21,12 +22,17 @@ from animatediff.media.interpolate import interpolate
 from animatediff.media.seek import probe
 from animatediff.media.sound import Sound
 from animatediff.metrics.video_metrics import flicker, loop_seam
+from animatediff.models.vae import VAE
 from animatediff.utils import UserError, naming
 
 
 class Resample(Protocol):
-    def __call__(self, request: Request, features: tuple[Feature, ...], /) -> Tensor:
-        """Clips, uint8 (b, f, 3, H, W), of a request whose `inputs.video` are clips to start from."""
+    def __call__(self, request: Request, features: tuple[Feature, ...], small: Tensor | None, /) -> Tensor:
+        """Clips, uint8 (b, f, 3, H, W), of a request whose `inputs.video` are clips to start from.
+
+        Args:
+            small: uint8 (b, f, 3, H', W'), whose enlarged latents are started from instead.
+        """
         ...
 
 
@@ -64,7 +70,9 @@ class Finisher:
             if f.strength:
                 assert resample is not None
                 tiles = (spatial_tiles(max(f.tile // self.downsampling, 1)),) if f.tile else ()
-                larger = resample(second_pass(request, larger), tiles)
+                second = second_pass(request, larger)
+                small = video[:, : second.size.num_frames] if f.enlarge == "latents" else None
+                larger = resample(second, tiles, small)
             if f.match_colors and (f.strength or f.upscaler):
                 larger = torch.stack([match_colors(a, b) for a, b in zip(larger, video, strict=True)])
             video = larger
@@ -79,6 +87,13 @@ def enlarged_size(size: tuple[int, int] | torch.Size, scale: float, multiple: in
     """Height and width, `scale` times as large, to the nearest multiple."""
     height, width = (max(round(side * scale / multiple), 1) * multiple for side in size)
     return height, width
+
+
+def enlarged_latents(vae: VAE, video: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scaled latents (b, f, c, *size) of smaller clips, uint8 (b, f, 3, H, W), enlarged as latents."""
+    latents = vae.encode_video(video.float() / 127.5 - 1).float()
+    flat = F.interpolate(latents.flatten(0, 1), size=size, mode="bicubic")
+    return flat.unflatten(0, latents.shape[:2])
 
 
 def second_pass(request: Request, video: Tensor | None = None, *, downsampling: int = 8) -> Request:

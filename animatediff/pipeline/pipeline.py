@@ -38,7 +38,7 @@ from animatediff.pipeline.call import (
     given_latents,
 )
 from animatediff.pipeline.device import pick_device, pick_dtype, to_device
-from animatediff.pipeline.finish import Finisher
+from animatediff.pipeline.finish import Finisher, enlarged_latents
 from animatediff.pipeline.fit import fitted
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.memory import apply_memory
@@ -294,6 +294,7 @@ class AnimateDiffPipeline:
         callback: Callable[[int, int, Tensor], None] | None = None,
         estimated: Callable[[Tensor], None] | None = None,
         features: Sequence[Feature] | None = None,
+        video_latents: Tensor | None = None,
     ) -> Tensor:
         """Clean latents (b v, f, c, h, w) of a resolved request: b prompts, v videos of each.
 
@@ -304,6 +305,7 @@ class AnimateDiffPipeline:
             callback: called after every step with its number, its timestep and the latents, which it may change.
             estimated: called with every estimate of the clean latents (b v, f, c, h, w), for previews.
             features: in place of the pipeline's.
+            video_latents: (b v, f, c, h, w), in place of those that the VAE makes of the inputs' video.
         """
         m, size, r = self.model, request.size, request
         apply_memory(m, r.memory)
@@ -324,7 +326,9 @@ class AnimateDiffPipeline:
             shows, _ = encode_prompts(m, plain)
         generators = generators_of(generator, r, clips, videos)
         features = features or self.features
-        sampler = ClipSampler(m, r, context, negative, generators, inputs, shows, callback, estimated, features)
+        sampler = ClipSampler(
+            m, r, context, negative, generators, inputs, shows, callback, estimated, features, video_latents
+        )
         if latents is None:
             return sampler.sample(sampler.draw(size.num_frames))
         side = m.vae.config.downsampling
@@ -349,8 +353,16 @@ class AnimateDiffPipeline:
             sampling: keyword arguments of `sample`, for the second pass.
         """
 
-        def resample(second: Request, features: tuple[Feature, ...]) -> Tensor:
-            latents = self.sample(resolve(second, facts_of(self.model)), features=features + self.features, **sampling)
+        def resample(second: Request, features: tuple[Feature, ...], small: Tensor | None) -> Tensor:
+            apply_memory(self.model, second.memory)
+            size = (second.size.height // downsampling, second.size.width // downsampling)
+            start = None if small is None else enlarged_latents(self.vae, small.to(self.device), size)
+            latents = self.sample(
+                resolve(second, facts_of(self.model)),
+                features=features + self.features,
+                video_latents=start,
+                **sampling,
+            )
             return as_bytes(decode_pixels(self.vae, latents, chunk_frames=request.memory.vae_frames))
 
         downsampling = self.vae.config.downsampling

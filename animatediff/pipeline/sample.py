@@ -43,6 +43,7 @@ class ClipSampler:
         callback: called after every step with its number, its timestep and the new latents.
         estimated: called with every x_0 that is predicted.
         features: what reaches into the network.
+        video_latents: (b, f, c, h, w), in place of those that the VAE makes of the inputs' video.
         cache: of this clip's features.
     """
 
@@ -56,6 +57,7 @@ class ClipSampler:
     callback: Callback | None = None
     estimated: Callable[[Tensor], None] | None = None
     features: Sequence[Feature] = FEATURES
+    video_latents: Tensor | None = None
     cache: dict[str, Any] = field(default_factory=dict)
 
     def draw(self, frames: int) -> Tensor:
@@ -73,7 +75,10 @@ class ClipSampler:
         if inputs is None:
             x = self._iterated(noise)
         else:
-            known = encode_known(inputs, m.vae, frames=noise.shape[1], clips=len(noise), device=m.device)
+            known = encode_known(
+                inputs, m.vae, frames=noise.shape[1], clips=len(noise), device=m.device,
+                video_latents=self.video_latents,
+            )  # fmt: skip
             if inputs.extend:
                 window = noise.shape[1] if r.windows else chain_window(max_frames(m))
                 x = extend_video(

@@ -95,7 +95,21 @@ def test_tiles_of_the_second_pass(pipeline):
     assert not torch.equal(made[0], made[24])
 
 
-def sample_darker(request: Request, features: tuple) -> torch.Tensor:
+def test_latents_are_enlarged(pipeline):
+    """Latents that keep their size are those of the pixels."""
+    video = texture_clip("pan", 0, frames=2, size=16)[None]
+    asked = {"prompt": "a fox", "num_frames": 2, "height": 16, "width": 16, "num_inference_steps": 2, "seed": 1}
+
+    def made(**finish):
+        return pipeline.finish(video, pipeline.request_for({**asked, "finish": {"strength": 0.6, **finish}}))
+
+    assert torch.equal(made(enlarge="latents"), made())
+    larger = made(enlarge="latents", scale=2)
+    assert larger.shape == (1, 2, 3, 32, 32)
+    assert not torch.equal(larger, made(scale=2))
+
+
+def sample_darker(request: Request, features: tuple, small: torch.Tensor | None) -> torch.Tensor:
     """A second pass that loses half of the light."""
     return request.inputs.video // 2
 
@@ -211,6 +225,11 @@ def test_sound_goes_along(tmp_path, monkeypatch):
     [
         (["finish.tile=64"], "finish.tile is of the second pass, which needs a finish.strength"),
         (["finish.strength=0.3"], "finish.strength: got 0.3 of 2 steps, which is none"),
+        (["finish.enlarge=latents"], "finish.enlarge is of the second pass, which needs a finish.strength"),
+        (
+            ["finish.strength=0.6", "finish.scale=2", "finish.enlarge=latents", "finish.upscaler=a.pth"],
+            "got finish.enlarge=latents and finish.upscaler, which is of pixels",
+        ),
         (["finish.strength=0.3", "finish.upscaler=a.pth"], "finish.strength needs a finish.scale beside"),
         (["finish.loop=true"], "finish.loop needs a finish.interpolate of 2, 4 or 8"),
         (["finish.interpolate=3"], "finish.interpolate: got 3, expected 1 or 2 or 4 or 8"),
