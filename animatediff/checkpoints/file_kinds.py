@@ -87,6 +87,7 @@ def _lora(fits: Callable[[set[str]], bool] = bool) -> Rule:
 
 _HINT = _any(r"^(control_model\.)?input_hint_block\.|^controlnet_cond_embedding\.")
 _IMAGE_KEY = r"(ip_adapter|adapter_modules)\.\d+\.to_k_ip\.weight$|attn2\.processor\.to_k_ip\.weight$"
+_RESAMPLER = r"^image_proj(_model)?\.proj_in\.weight$"
 _MOTION = _any(r"motion_modules\.")
 _CAMERA = _any(r"^pose_encoder|^encoder_down_conv_blocks\.|qkv_merge\.")
 _OTHER_VIDEO = _any(
@@ -127,8 +128,21 @@ KINDS: dict[str, Kind] = {
         ),
         _INSIGHT_FACE,
     ),
-    "instantid": Kind(
-        "InstantID's adapter", _shape(r"^image_proj(_model)?\.proj_in\.weight$", 1, lambda n: n == 512), _INSIGHT_FACE
+    "instantid": Kind("InstantID's adapter", _shape(_RESAMPLER, 1, lambda n: n == 512), _INSIGHT_FACE),
+    "pulid": Kind(
+        "PuLID's adapter",
+        _any(r"^(id_adapter(_attn_layers)?|pulid_(ca|encoder))\.|^image_proj(_model)?\.(id_embedding_)?mapping"),
+        _INSIGHT_FACE,
+    ),
+    "photomaker": Kind(
+        "PhotoMaker's adapter",
+        _both(_any(r"^id_encoder\."), _any(r"^lora_weights\.")),
+        "its own encoder of faces, which is not part of this project; use an IP-Adapter plus-face",
+    ),
+    "kolors-ip-adapter": Kind(
+        "an IP-Adapter for Kolors",
+        _both(_shape(_IMAGE_KEY, 1, lambda n: n == 2048), _shape(_RESAMPLER, 1, lambda n: n == 1024)),
+        "Kolors, which is not part of this project; use an IP-Adapter for SDXL",
     ),
     "sdxl-ip-adapter": Kind(
         "an IP-Adapter for SDXL",
@@ -258,6 +272,16 @@ KINDS: dict[str, Kind] = {
         _any(r"motion_modules\.\d+\."),
         "an {base} image model",
         "motion_module: {path}",
+    ),
+    "kolors": Kind(
+        "Kolors (SDXL's UNet with ChatGLM as text encoder)",
+        _any(rf"^({re.escape(LDM_UNET)})?encoder_hid_proj\.weight$"),
+        "ChatGLM, which is not part of this project; use an image model made from SDXL",
+    ),
+    "guided-lcm": Kind(
+        "the UNet of a latent consistency model that is told its guidance",
+        _any(r"(^|\.)time_embed(ding)?\.cond_proj\."),
+        "a UNet with an input for it, which is not part of this project; use the LCM-LoRA of the same authors",
     ),
     "sdxl-checkpoint": Kind(
         "an SDXL image model (or one made of it: Turbo, Lightning, Pony, Illustrious)",

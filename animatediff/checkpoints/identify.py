@@ -20,12 +20,13 @@ from animatediff.checkpoints.diffusers_json import (
     folder_metadata,
     optional_json,
 )
+from animatediff.checkpoints.distilled import MOTION_KINDS, distillation_of
 from animatediff.checkpoints.file_kinds import KINDS, motion_part
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
 from animatediff.checkpoints.keymaps import LDM_UNET, MOTION_MARK, REFINER_TEXT_2
 from animatediff.checkpoints.lora_keys import LORA_STEMS, lora_algorithms, lora_base, unsupported_lora
 from animatediff.checkpoints.metadata import marked, schedule_facts
-from animatediff.config.networks import ANIMATE_LCM, ANIMATE_LCM_I2V, SDXL_TURBO, Distillation, lightning
+from animatediff.config.networks import Distillation
 from animatediff.utils import UserError, naming
 
 SD15_WIDTHS = (320, 640, 1280, 1280)
@@ -33,7 +34,6 @@ SD15_CONTEXT = 768
 SDXL_WIDTHS = (320, 640, 1280)
 SDXL_VERSIONS = ("sdxl-beta", "hotshot-xl")
 _SCHEDULED = ("sd1-checkpoint", "sdxl-checkpoint", "sd1-unet")
-MOTION_KINDS = ("motion-module", "motion-adapter")
 CONDITIONED_MOTION = {"pia": "pia", "animatelcm-i2v": "animatelcm"}  # with a network for a picture -> motion version
 
 
@@ -77,19 +77,8 @@ class FileInfo:
 
     @property
     def distillation(self) -> Distillation | None:
-        """How a distilled motion module or SDXL image model has to be sampled, which mostly its name alone tells."""
-        name = self.path.name.lower()
-        steps = re.search(r"lightning.*?(\d+)[-_ ]?step", name)
-        if self.kind == "sdxl-checkpoint":
-            turbo = SDXL_TURBO if re.search(r"sd_?xl[-_]turbo", name) else None
-            return lightning(int(steps[1]), "SDXL") if steps else turbo
-        if self.kind == "animatelcm-i2v":
-            return ANIMATE_LCM_I2V
-        if self.kind not in MOTION_KINDS:
-            return None
-        if self.version == "animatelcm" or "animatelcm" in name:
-            return ANIMATE_LCM
-        return lightning(int(steps[1])) if steps else None
+        """How it has to be sampled, if it was distilled to few steps."""
+        return distillation_of(self.kind, self.version, self.path, self.metadata)
 
     @property
     def config_line(self) -> str:

@@ -198,7 +198,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a motion module, or an image model, that was distilled to few steps has to be sampled."""
+    """How a motion module, an image model or a LoRA that was distilled to few steps has to be sampled."""
 
     name: str
     sampler: str
@@ -207,13 +207,17 @@ class Distillation:
     possible_steps: tuple[int, ...]
     guidance_scale: float  # where nobody says
     max_guidance_scale: float = 2.0  # above, the contrast burns out
-    otherwise: str = ", or `version: v2` to sample it as you like"
+    otherwise: str = ", or set the motion module's `version` to sample it as you like"
     beta_end: float | None = None  # of the noise schedule, where it is another one
     lcm_timesteps: int | None = None  # the same
+    prediction_type: str | None = None  # the same
+    timesteps: tuple[float, ...] = ()  # for as many steps, where they are not those of the spacing
 
 
-ANIMATE_LCM = Distillation(  # arXiv 2402.00769; made for 4 to 8 steps, more than 16 only cost time
-    "AnimateLCM", "lcm", "lcm", steps=6, possible_steps=tuple(range(1, 17)), guidance_scale=2.0
+V2 = ", or `version: v2` to sample it as you like"
+UP_TO_16 = tuple(range(1, 17))  # more only cost time
+ANIMATE_LCM = Distillation(  # arXiv 2402.00769; made for 4 to 8 steps
+    "AnimateLCM", "lcm", "lcm", steps=6, possible_steps=UP_TO_16, guidance_scale=2.0, otherwise=V2
 )
 
 ANIMATE_LCM_I2V = Distillation(  # of its authors' demo
@@ -221,21 +225,28 @@ ANIMATE_LCM_I2V = Distillation(  # of its authors' demo
     "lcm",
     "lcm",
     steps=6,
-    possible_steps=tuple(range(1, 17)),
+    possible_steps=UP_TO_16,
     guidance_scale=1.0,
+    otherwise=V2,
     beta_end=0.014,
     lcm_timesteps=200,
 )
 
+LCM = Distillation(  # arXiv 2310.04378, as a LoRA 2311.05556
+    "a latent consistency model", "lcm", "lcm", steps=4, possible_steps=UP_TO_16, guidance_scale=1.0, lcm_timesteps=50
+)
+CONSISTENCY_LORA = replace(LCM, name="a LoRA of the stage consistency", lcm_timesteps=None)
+
 
 def distilled_schedule(schedule: ScheduleConfig, distillation: Distillation | None) -> ScheduleConfig:
     """The schedule that a distilled motion module was trained with."""
-    own = {"beta_end": distillation.beta_end, "lcm_timesteps": distillation.lcm_timesteps} if distillation else {}
-    return replace(schedule, **{name: value for name, value in own.items() if value is not None})
+    own = ("beta_end", "lcm_timesteps", "prediction_type")
+    values = {name: getattr(distillation, name) for name in own} if distillation else {}
+    return replace(schedule, **{name: value for name, value in values.items() if value is not None})
 
 
 SDXL_TURBO = Distillation(  # arXiv 2311.17042; an image model for 512 x 512
-    "SDXL-Turbo", "euler_ancestral", "trailing", steps=4, possible_steps=(1, 2, 3, 4), guidance_scale=1.0, otherwise=""
+    "SDXL-Turbo", "euler_ancestral", "trailing", steps=4, possible_steps=(1, 2, 3, 4), guidance_scale=1.0
 )
 
 
@@ -248,7 +259,25 @@ def lightning(steps: int, family: str = "AnimateDiff") -> Distillation:
         steps,
         possible_steps=(2, 3) if steps == 2 else (steps,),  # 3 on the file of 2 are its authors' own advice
         guidance_scale=1.0,
+        otherwise=V2 if family == "AnimateDiff" else Distillation.otherwise,
     )
+
+
+def hyper_sd(steps: int, *, guided: bool) -> Distillation:
+    """Hyper-SD (arXiv 2404.13686): each file is for one number of steps, that of one step for more of them, too.
+
+    Its authors sample several steps of the latter by TCD with eta 1, which is LCM's sampler but for its boundary
+    condition, and one from timestep 800.
+
+    Args:
+        guided: whether it was distilled to be guided, as the files with CFG in their names.
+    """
+    scales = {"guidance_scale": 5.0, "max_guidance_scale": 8.0} if guided else {"guidance_scale": 1.0}
+    name = f"Hyper-SD of {steps} step{'s' * (steps > 1)}"
+    if steps == 1:
+        several = tuple(range(1, 9))
+        return Distillation(name, "lcm", "lcm", 1, several, **scales, lcm_timesteps=50, timesteps=(800.0,))
+    return Distillation(name, "ddim", "trailing", steps, (steps,), **scales)
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,11 @@ class Headers:
         return self.inference.version if told else None
 
     def distillation(self, request: Request) -> Distillation | None:
-        """What a distilled motion module or image model needs; a `version` in the request has the last word."""
+        """What a distilled motion module, image model or LoRA needs; a `version` in the request has the last word."""
         if request.model.version == "animatelcm":
             return ANIMATE_LCM
-        known = (self.motion, self.image)
+        loras = (info for option, info in self.infos.items() if option.startswith("model.loras["))
+        known = (self.motion, self.image, *loras)
         return None if request.model.version else next((i.distillation for i in known if i and i.distillation), None)
 
     def max_frames(self, request: Request) -> int | None:

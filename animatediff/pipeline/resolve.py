@@ -129,8 +129,9 @@ def plan_steps(sampling: Sampling, schedule: ScheduleConfig, steps: int | None =
 
 def _sampling(request: Request, facts: Facts, steps: int) -> Sampling:
     """What the user asks for, then what a distilled motion module needs, then the defaults."""
-    s, distilled = request.sampling, facts.distillation
-    recipe = facts.recipe
+    s, distilled, recipe = request.sampling, facts.distillation, facts.recipe
+    if distilled and not s.timesteps and (s.steps or distilled.steps) == len(distilled.timesteps):
+        s = replace(s, timesteps=distilled.timesteps)
     defaults = {"steps": recipe.steps or steps, "guidance_scale": recipe.guidance_scale, "sampler": recipe.sampler}
     defaults["timestep_spacing"] = facts.schedule.timestep_spacing
     if s.timesteps:

@@ -11,6 +11,7 @@ from animatediff.checkpoints.file_kinds import KINDS
 from animatediff.checkpoints.files import write_state_dict
 from animatediff.checkpoints.identify import identify, identify_tensors, refusal
 from animatediff.checkpoints.keymaps import LDM_UNET, LDM_VAE, motion_to_diffusers
+from animatediff.config.networks import ScheduleConfig, distilled_schedule
 from animatediff.utils import UserError
 from tests import sdxl
 from tests.checkpoints.synthetic import (
@@ -93,6 +94,27 @@ CASES: dict[str, tuple[str, object]] = {
             "image_proj.proj_in.weight": torch.empty(1280, 512, device="meta"),
             "ip_adapter.1.to_k_ip.weight": torch.empty(640, 2048, device="meta"),
         },
+    ),
+    "pulid": ("pulid", lambda: zeros(id_adapter_attn_layers__1__id_to_k__weight=(640, 2048))),
+    "pulid as an ip-adapter": (
+        "pulid",
+        lambda: zeros(image_proj__mapping_0__0__weight=(4, 4), ip_adapter__1__to_k_ip__weight=(640, 2048)),
+    ),
+    "photomaker": (
+        "photomaker",
+        lambda: zeros(
+            id_encoder__visual_projection_2__weight=(1280, 1024),
+            lora_weights__unet__down_blocks__1__attentions__0__x__to_q_lora__down__weight=(4, 640),
+        ),
+    ),
+    "kolors ip-adapter": (
+        "kolors-ip-adapter",
+        lambda: zeros(image_proj__proj_in__weight=(2048, 1024), ip_adapter__1__to_k_ip__weight=(640, 2048)),
+    ),
+    "kolors": ("kolors", lambda: zeros(encoder_hid_proj__weight=(2048, 4096), add_embedding__linear_1__weight=(1, 1))),
+    "guided lcm": (
+        "guided-lcm",
+        lambda: zeros(time_embedding__cond_proj__weight=(320, 256), add_embedding__linear_1__weight=(1, 1)),
     ),
     "motionctrl": ("motionctrl", lambda: motion_tensors("v3") | zeros(x__cc_projection__weight=(320, 332))),
     "fancyvideo": ("fancyvideo", lambda: motion_tensors("v3") | zeros(fps_embedding__linear__weight=(4, 4))),
@@ -257,9 +279,35 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "sampler"),
-    [("sd_xl_turbo_1.0_fp16", 4, "euler_ancestral"), ("sdxl_lightning_8step", 8, "euler"), ("turboVisionXL", None, "")],
+    ("case", "name", "expected"),
+    [
+        ("sdxl", "sd_xl_turbo_1.0_fp16", ("SDXL-Turbo", "euler_ancestral", 4)),
+        ("sdxl", "sdxl_lightning_8step", ("SDXL-Lightning of 8 steps", "euler", 8)),
+        ("sdxl", "Hyper-SDXL-1step-Unet", ("Hyper-SD of 1 step", "lcm", 1)),
+        ("sdxl", "juggernautXL_LCM", ("a latent consistency model", "lcm", 4)),
+        ("sdxl", "turboVisionXL", None),
+        ("sdxl lora", "sdxl_lightning_4step_lora", ("SDXL-Lightning of 4 steps", "euler", 4)),
+        ("sdxl lora", "Hyper-SDXL-12steps-CFG-lora", ("Hyper-SD of 12 steps", "ddim", 12)),
+        ("sdxl lora", "lcm-lora-sdxl/pytorch_lora_weights", ("a latent consistency model", "lcm", 4)),
+        ("kohya", "sd_xl_turbo_lora_v1", None),  # of SD 1.x, whatever it is called
+        ("kohya", "Hyper-SD15-8steps-lora", ("Hyper-SD of 8 steps", "ddim", 8)),
+        ("kohya", "AnimateLCM_sd15_t2v_lora", ("a latent consistency model", "lcm", 4)),
+        ("kohya", "welcome_lcmx", None),
+        ("vae", "sdxl_lightning_8step", None),
+    ],
 )
-def test_distilled_sdxl_models_are_told_by_their_names(name, steps, sampler):
-    needs = identify_tensors(CASES["sdxl"][1](), path=Path(f"{name}.safetensors")).distillation
-    assert (needs and needs.steps, needs.sampler if needs else "") == (steps, sampler)
+def test_distilled_models_are_told_by_their_names(case, name, expected):
+    needs = identify_tensors(CASES[case][1](), path=Path(f"{name}.safetensors")).distillation
+    assert (needs and (needs.name, needs.sampler, needs.steps)) == expected
+
+
+def test_what_else_the_names_of_distilled_models_tell():
+    guided, one, sample = (
+        identify_tensors(CASES["sdxl"][1](), path=Path(f"{name}.safetensors")).distillation
+        for name in ("Hyper-SDXL-8steps-CFG", "Hyper-SDXL-1step-Unet", "sdxl_lightning_1step_x0")
+    )
+    assert (guided.guidance_scale, guided.max_guidance_scale) == (5.0, 8.0)
+    assert (one.timesteps, one.possible_steps) == ((800.0,), (1,))
+    assert distilled_schedule(ScheduleConfig(), sample).prediction_type == "sample"
+    consistency = identify_tensors(CASES["kohya"][1](), {"stage": "consistency"}, path=PATH).distillation
+    assert distilled_schedule(ScheduleConfig(), consistency).lcm_timesteps == ScheduleConfig.lcm_timesteps

@@ -11,7 +11,7 @@ from animatediff.features.noise import seeded
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.resolve import Facts, plan_steps, resolve
 from animatediff.utils import UserError
-from tests.checkpoints.synthetic import motion_tensors, with_positional, write
+from tests.checkpoints.synthetic import lora_tensors, motion_tensors, with_positional, write
 
 FOX = "a red fox"
 CALL = {"num_frames": 2, "height": 64, "width": 64, "num_inference_steps": 3, "output_type": "latent"}
@@ -91,6 +91,30 @@ def test_distilled_files_are_recognised(distilled, make_entry):
     (checked,) = check_requests([make_entry(**open_entry, guidance_scale=8, version="v2")])
     assert chosen(checked.request.sampling) == ("ddim", "leading", 25, 8.0)
     assert checked.headers.distillation(checked.request) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "expected"),
+    [
+        ("lcm-lora-sdv1-5", {}, ("lcm", "lcm", 4, 1.0, ())),
+        ("lcm-lora-sdv1-5", {"steps": 8, "guidance_scale": 1.5}, ("lcm", "lcm", 8, 1.5, ())),
+        ("Hyper-SD15-1step-lora", {}, ("lcm", "lcm", 1, 1.0, (800.0,))),
+        ("Hyper-SD15-1step-lora", {"steps": 4}, ("lcm", "lcm", 4, 1.0, ())),
+        ("Hyper-SD15-8steps-CFG-lora", {}, ("ddim", "trailing", 8, 5.0, ())),
+        ("Hyper-SD15-8steps-CFG-lora", {"version": "v3", "steps": 25}, ("ddim", "leading", 25, 7.5, ())),
+    ],
+)
+def test_distilled_loras_are_recognised(nano, make_entry, name, said, expected):
+    lora = write(nano / f"{name}.safetensors", lora_tensors("kohya_lora"))
+    (checked,) = check_requests([make_entry(**{"steps": None, "lora_model_path": str(lora)} | said)])
+    sampling = checked.request.sampling
+    assert (*chosen(sampling), sampling.timesteps) == expected
+
+
+def test_a_distilled_lora_says_what_it_was_not_made_for(nano, make_entry):
+    lora = write(nano / "Hyper-SD15-4steps-lora.safetensors", lora_tensors("kohya_lora"))
+    with pytest.raises(UserError, match="steps: got 25, expected 4 with Hyper-SD of 4 steps: set steps=4, or set the"):
+        check_requests([make_entry(steps=25, lora_model_path=str(lora))])
 
 
 def test_the_inference_config_has_a_say(nano, make_entry):
