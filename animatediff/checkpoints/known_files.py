@@ -19,6 +19,11 @@ LIGHTNING_FILES = "https://huggingface.co/ByteDance/AnimateDiff-Lightning"
 SDXL = "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0"
 HOTSHOT = "https://huggingface.co/hotshotco/Hotshot-XL"
 SDXL_512 = "https://huggingface.co/hotshotco/SDXL-512"
+SDXL_REFINER = "https://huggingface.co/stabilityai/stable-diffusion-xl-refiner-1.0"
+SDXL_TURBO = "https://huggingface.co/stabilityai/sdxl-turbo"
+SDXL_LIGHTNING = "https://huggingface.co/ByteDance/SDXL-Lightning"
+HYPER_SD = "https://huggingface.co/ByteDance/Hyper-SD"
+LCM_LORAS = "https://huggingface.co/latent-consistency"
 SD15 = "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5"
 VAES = "https://huggingface.co/stabilityai/sd-vae-ft-mse"
 # where a file of this name is published
@@ -72,6 +77,19 @@ SOURCES = {
     "PIA-condition-adapter": "https://huggingface.co/openmmlab/PIA-condition-adapter",
     "CameraCtrl.ckpt": "https://huggingface.co/hehao13/CameraCtrl",
     **{f"animatediff_lightning_{n}step_comfyui.safetensors": LIGHTNING_FILES for n in (1, 2, 4, 8)},
+    **dict.fromkeys((f"sd_xl_turbo_1.0{half}.safetensors" for half in ("", "_fp16")), SDXL_TURBO),
+    "sd_xl_refiner_1.0.safetensors": SDXL_REFINER,
+    **{
+        f"sdxl_lightning_{n}step{what}.safetensors": SDXL_LIGHTNING
+        for n in (2, 4, 8)
+        for what in ("", "_unet", "_lora")
+    },
+    **{
+        f"Hyper-{base}-{steps}-lora.safetensors": HYPER_SD
+        for base in ("SDXL", "SD15")
+        for steps in ("1step", "2steps", "4steps", "8steps", "8steps-CFG", "12steps-CFG")
+    },
+    **{name: f"{LCM_LORAS}/{name}" for name in ("lcm-lora-sdv1-5", "lcm-lora-sdxl")},
     **dict.fromkeys((f"vae-ft-mse-840000-ema-pruned.{end}" for end in ("safetensors", "ckpt")), f"{VAES}-original"),
     "sd-vae-ft-mse": VAES,
     "stable-diffusion-v1-5": SD15,
