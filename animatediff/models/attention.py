@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from animatediff.config.networks import UNetConfig
-from animatediff.models.layers import Chunked, GroupNorm, LayerNorm, in_parts, is_plain
+from animatediff.models.chunks import Chunked, in_parts
+from animatediff.models.layers import GroupNorm, LayerNorm, is_plain
 
 CPU_ROWS = 2048  # tokens whose feed-forward stays in the cache
 

@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from animatediff.config.networks import MOTION_VERSIONS, CameraConfig
-from animatediff.models.layers import AdapterBlock
 from animatediff.models.motion import TemporalAttention, TemporalTransformerBlock
+from animatediff.models.t2i_adapter import AdapterBlock
 from animatediff.models.unet import UNet
 
 RAY_CHANNELS = 6  # of a Plücker embedding

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from animatediff.config.networks import UNetConfig
-from animatediff.models.layers import AdapterBlock
 from animatediff.models.motion import positional_encoding
+from animatediff.models.t2i_adapter import AdapterBlock
 from animatediff.models.unet import UNet
 
 

@@ -6,14 +6,14 @@ Activations are `(b f) c h w` throughout: frames ride in the batch axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from animatediff_kernels import group_norm_silu, layer_norm
 from animatediff_kernels.cpu import conv3x3, on_cpu, upsampled_conv3x3
 from torch import Tensor, nn
+
+from animatediff.models.chunks import Chunked, in_parts
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -64,56 +64,6 @@ class Conv3x3(nn.Conv2d):
         return conv3x3(x, self.weight, self.bias)
 
 
-class Chunked(nn.Module):
-    """A layer that may take its input a part at a time.
-
-    Attributes:
-        chunk: image tokens (pixels of latents) that are worked on at once; 0: all.
-    """
-
-    chunk = 0
-
-
-def set_chunk(network: nn.Module, tokens: int) -> None:
-    """Let every layer that can take at most this many image tokens at once; 0: all of them."""
-    for module in network.modules():
-        if isinstance(module, Chunked):
-            module.chunk = tokens
-
-
-_alike = False  # whether what comes after the second part is left out
-
-
-@contextmanager
-def parts_alike() -> Iterator[None]:
-    """For tensors without contents: of all parts only two are run, as the others take the same memory."""
-    global _alike
-    _alike = True
-    try:
-        yield
-    finally:
-        _alike = False
-
-
-def in_parts(function: Callable[..., Tensor], size: int, *inputs: Tensor, dim: int = 0) -> Tensor:
-    """`function` of the inputs, `size` rows of axis `dim` at a time: only its results are there as a whole."""
-    length, out = inputs[0].shape[dim], None
-    for start in range(0, min(length, 2 * size) if _alike else length, size):
-        count = min(size, length - start)
-        part = function(*(x.narrow(dim, start, count) for x in inputs))
-        if out is None:
-            if count == length:
-                return part
-            last = part.dim() == 4 and not part.is_contiguous()
-            layout = torch.channels_last if last else torch.contiguous_format
-            shape = (*part.shape[:dim], length, *part.shape[dim + 1 :])
-            out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
-        out.narrow(dim, start, count).copy_(part)
-        del part
-    assert out is not None
-    return out
-
-
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a layer can be computed from its weights: nothing stands in its place (a LoRA) or hooks into it."""
     return type(layer) is kind and not layer._forward_hooks and not layer._forward_pre_hooks
@@ -161,24 +111,6 @@ class ResnetBlock(Chunked):
             shift = self.time_emb_proj(F.silu(time))
         y = self.conv2(self.norm2(y, frames, silu=True, shift=shift))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class AdapterBlock(nn.Module):
-    """T2I-Adapter's residual block (arXiv 2302.08453): two convolutions, after 2x2 average pooling with `halve`."""
-
-    def __init__(self, in_channels: int, out_channels: int, *, halve: bool):
-        super().__init__()
-        self.halve = halve
-        self.in_conv = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.block1 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.block2 = nn.Conv2d(out_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.halve:
-            x = F.avg_pool2d(x, 2)
-        if self.in_conv is not None:
-            x = self.in_conv(x)
-        return x + self.block2(F.relu(self.block1(x)))
 
 
 class Downsample(nn.Module):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from animatediff.config.networks import MotionConfig
 from animatediff.models.attention import FeedForward
-from animatediff.models.layers import Chunked, GroupNorm, LayerNorm, in_parts
+from animatediff.models.chunks import Chunked, in_parts
+from animatediff.models.layers import GroupNorm, LayerNorm
 
 
 def positional_encoding(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from animatediff.config.memory_options import Memory
-from animatediff.models.layers import set_chunk
+from animatediff.models.chunks import set_chunk
 from animatediff.models.resting_weights import FLOAT8, RestingWeights, find_units
 from animatediff.models.unet import UNet
 from animatediff.pipeline.device import DTYPES, has_own_memory, to_device

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from animatediff.checkpoints.load import without_initialization
 from animatediff.config.memory_options import Memory
 from animatediff.config.networks import UNetConfig, VAEConfig
-from animatediff.models.layers import parts_alike, set_chunk
+from animatediff.models.chunks import parts_alike, set_chunk
 from animatediff.models.resting_weights import PlainCopier, RestingWeights, find_units, weights_of
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE

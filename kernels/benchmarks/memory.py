@@ -41,7 +41,7 @@ def child(frames: int, side: int, switches: dict) -> dict[str, int]:
     import torch
 
     from animatediff.config.memory_options import Memory
-    from animatediff.models.layers import set_chunk
+    from animatediff.models.chunks import set_chunk
     from animatediff.models.unet import UNet
     from animatediff.models.vae import VAE
     from animatediff.pipeline.memory import place

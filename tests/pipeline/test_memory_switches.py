@@ -8,7 +8,7 @@ import torch
 import animatediff
 from animatediff.checkpoints.load import load_base
 from animatediff.config.memory_options import parse_size
-from animatediff.models.layers import in_parts, set_chunk
+from animatediff.models.chunks import in_parts, set_chunk
 from animatediff.models.resting_weights import FLOAT8, PlainCopier, RestingWeights, find_blocks, quantised, weights_of
 from animatediff.models.tiles import ramp, starts, tiled
 from animatediff.pipeline import memory as memory_module
