@@ -1,4 +1,4 @@
-"""ComfyUI's prompt (the graph of a workflow as it was run), also with AnimateDiff-Evolved's nodes, in our words.
+"""ComfyUI's prompt (the graph as it was run) or workflow, also with AnimateDiff-Evolved's nodes, in our words.
 
 `{"3": {"class_type": "KSampler", "inputs": {"seed": 1, "model": ["4", 0], …}}, …}`: an input is a value or a link to
 another node. What is upstream of the sampler that begins with noise makes the clip.
@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from animatediff.config.comfy_workflow import as_prompt
 from animatediff.config.foreign_settings import ForeignSettings
 from animatediff.config.prompt_warnings import WEIGHT
 
@@ -20,8 +21,13 @@ TEXTS = ("text", "text_g", "string", "value", "prompt", "positive", "wildcard_te
 NUMBERS = ("value", "int", "float", "number", "seed", "noise_seed", "INT", "FLOAT")
 EMBEDDING = re.compile(r"embedding:([^\s,:()<>]+)")
 KEYFRAME = re.compile(r'"(\d{1,6})"\s*:\s*"((?:[^"\\]|\\.)*)"')
+SCHEDULERS = {  # nodes that are one
+    "KarrasScheduler": "karras", "ExponentialScheduler": "exponential", "PolyexponentialScheduler": "polyexponential",
+    "AlignYourStepsScheduler": "align_your_steps", "SDTurboScheduler": "turbo", "BetaSamplingScheduler": "beta",
+}  # fmt: skip
 KNOWN = (  # nodes that are read, or change nothing that is
-    "KSampler", "KSamplerAdvanced", "SamplerCustom", "KSamplerSelect", "BasicScheduler", "CheckpointLoaderSimple",
+    "KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced", "KSamplerSelect", "BasicScheduler",
+    "RandomNoise", "CFGGuider", "BasicGuider", "CheckpointLoaderSimple",
     "LoraLoader", "LoraLoaderModelOnly", "CLIPTextEncode", "CLIPSetLastLayer", "VAELoader", "VAEDecode", "FreeU",
     "VAEDecodeTiled", "EmptyLatentImage", "ADE_EmptyLatentImageLarge", "SaveImage", "PreviewImage", "SaveAnimatedWEBP",
     "SaveAnimatedPNG", "VHS_VideoCombine", "ADE_AnimateDiffCombine", "Reroute", "Note", "PrimitiveNode",
@@ -40,11 +46,13 @@ FUSED = {"flat": "flat", "pyramid": "pyramid", "overlap-linear": "overlap-linear
 
 
 def read_prompt(text: str) -> ForeignSettings | None:
-    """What a prompt in JSON says; None if it is none, or has no sampler that is known."""
+    """What a prompt or a workflow in JSON says; None if it is neither, or has no sampler that is known."""
     try:
         graph = json.loads(text)
     except (ValueError, RecursionError):
         return None
+    if isinstance(graph, dict):
+        graph = as_prompt(graph) or graph
     if not isinstance(graph, dict) or len(graph) > MOST_NODES:
         return None
     reader = _Reader({str(name): node for name, node in graph.items() if _is_node(node)})
@@ -60,9 +68,9 @@ def _is_node(node: object) -> bool:
 
 
 def _is_sampler(node: Node) -> bool:
-    """KSampler and those of its kind, or SamplerCustom."""
+    """KSampler and those of its kind, or SamplerCustom; SamplerCustomAdvanced with what its parts are given."""
     inputs = node["inputs"].keys()
-    return {"cfg", "positive", "negative", "model"} <= inputs and bool({"seed", "noise_seed"} & inputs)
+    return {"cfg", "positive", "model"} <= inputs and bool({"seed", "noise_seed"} & inputs)
 
 
 def _is_understood(node: Node) -> bool:
@@ -78,6 +86,8 @@ class _Reader:
     def __init__(self, nodes: dict[str, Node]):
         self.nodes = nodes
         self.found = ForeignSettings("ComfyUI")
+        for node in [n for n in nodes.values() if {"noise", "guider"} <= n["inputs"].keys()]:
+            node["inputs"] |= self.parts(node)
 
     # the graph
 
@@ -91,6 +101,12 @@ class _Reader:
             link = next(iter(other["inputs"].values()), None)
             other = self.nodes.get(str(link[0])) if isinstance(link, list) and len(link) == 2 else None
         return None
+
+    def parts(self, sampler: Node) -> dict[str, Any]:
+        """What SamplerCustomAdvanced is given by way of its noise and its guider; without a negative text, no CFG."""
+        noise, guider = (part["inputs"] if (part := self.behind(sampler, name)) else {} for name in ("noise", "guider"))
+        plain = {"cfg": 1.0, "positive": guider["conditioning"]} if "conditioning" in guider else {}
+        return dict.fromkeys(("cfg", "positive", "model")) | {"noise_seed": noise.get("noise_seed")} | plain | guider
 
     def upstream(self, start: Node | None) -> Iterator[Node]:
         """A node and all that it is made from, the nearest first."""
@@ -135,7 +151,8 @@ class _Reader:
     def read(self, sampler: Node) -> ForeignSettings:
         self._sampling(sampler)
         self._latents(sampler)
-        texts = [self._text(sampler, side) for side in ("positive", "negative")]
+        sides = ("positive", "negative")
+        texts = [self._text(sampler, side) if side in sampler["inputs"] else "" for side in sides]
         negative = texts[1] if isinstance(texts[1], str) else next(iter(texts[1].values()), "")
         self.found.prompts(texts[0], negative)
         if any(WEIGHT.search(t) for t in (*(texts[0].values() if isinstance(texts[0], dict) else texts[:1]), negative)):
@@ -149,13 +166,14 @@ class _Reader:
 
     def _sampling(self, sampler: Node) -> None:
         inputs, found = sampler["inputs"], self.found
-        scheduled = self.behind(sampler, "sigmas") or sampler
+        scheduled = self.with_input(self.behind(sampler, "sigmas"), "steps") or sampler
         chosen = self.behind(sampler, "sampler") or sampler
         seed = self.value(sampler, "noise_seed" if "noise_seed" in inputs else "seed")
         found.number("sampling.seed", seed, "seed", int)
         found.number("sampling.steps", self.value(scheduled, "steps"), "steps", int)
         found.number("sampling.guidance_scale", self.value(sampler, "cfg"), "cfg")
-        name, scheduler = self.value(chosen, "sampler_name"), self.value(scheduled, "scheduler")
+        name = self.value(chosen, "sampler_name") or chosen["class_type"]
+        scheduler = self.value(scheduled, "scheduler") or SCHEDULERS.get(scheduled["class_type"], "")
         found.sampling(str(name), str(scheduler or ""), f"sampler {name}")
         denoise = self.value(scheduled, "denoise")
         if isinstance(denoise, float) and denoise < 1:

@@ -164,24 +164,26 @@ def _names(given: set[str], option: str) -> bool:
 
 
 def _foreign(texts: Iterable[str]) -> ForeignSettings | None:
-    """Of a ComfyUI prompt, or else of an infotext, among some texts."""
-    texts = [text for text in texts if len(text) <= MAX_LENGTH]
+    """Of a ComfyUI prompt, or else of its workflow, or else of an infotext, among some texts."""
+    texts = sorted((text for text in texts if len(text) <= MAX_LENGTH), key=lambda text: '"class_type"' not in text)
     graphs = (read_prompt(graph) for text in texts for graph in _graphs(text))
     return next((found for found in (*graphs, *(read_infotext(text) for text in texts)) if found), None)
 
 
 def _graphs(text: str) -> Iterator[str]:
-    """Where ComfyUI and its video nodes put a prompt: by itself, behind its name, or under it in a JSON object."""
-    text = text.strip().removeprefix("prompt:")
+    """Where ComfyUI and its video nodes put a graph: by itself, behind its name, or under it in a JSON object."""
+    text = re.sub(r"^\s*(prompt|workflow):", "", text).strip()
     if not text.startswith("{"):
         return
     yield text
     try:
-        inner = json.loads(text).get("prompt")
+        whole = json.loads(text)
+        inner = [whole.get(name) for name in ("prompt", "workflow")]
     except (ValueError, RecursionError, AttributeError):
         return
-    if isinstance(inner, (str, dict)):
-        yield inner if isinstance(inner, str) else json.dumps(inner)
+    yield from (
+        graph if isinstance(graph, str) else json.dumps(graph) for graph in inner if isinstance(graph, (str, dict))
+    )
 
 
 def _ours(foreign: ForeignSettings, path: Path, given: set[str]) -> tuple[dict[str, Any], list[str]]:

@@ -173,3 +173,103 @@ def test_large_graphs_take_no_time():
     samplers = {f"s{i}": node("KSampler", **picture()["3"]["inputs"] | {"model": ["100", 0]}) for i in range(200)}
     assert read(picture(**chain, **samplers))
     assert time.process_time() - begun < 5
+
+
+def advanced(guider: dict, **changes) -> dict:
+    """The first graph by SamplerCustomAdvanced and its parts."""
+    parts = {
+        "3": node("SamplerCustomAdvanced", noise=["40", 0], guider=["41", 0], sampler=["42", 0], sigmas=["44", 0],
+                  latent_image=["5", 0]),
+        "40": node("RandomNoise", noise_seed=7),
+        "41": guider,
+        "42": node("KSamplerSelect", sampler_name="euler"),
+        "43": node("BasicScheduler", model=["10", 0], scheduler="sgm_uniform", steps=12, denoise=1.0),
+        "44": node("SplitSigmas", sigmas=["43", 0], step=3),
+    }  # fmt: skip
+    return picture(**parts | changes)
+
+
+def test_a_sampler_in_parts():
+    found = read(advanced(node("CFGGuider", model=["10", 0], positive=["6", 0], negative=["7", 0], cfg=3.5)))
+    by_one_node = read(picture())
+    wanted = {"seed": 7, "steps": 12, "guidance_scale": 3.5, "sampler": "euler", "timestep_spacing": "trailing"}
+    assert found.values == by_one_node.values | {f"sampling.{name}": value for name, value in wanted.items()}
+    assert found.wanted == by_one_node.wanted
+    assert found.without == ["node SplitSigmas"]
+
+
+def test_a_guider_without_a_negative_prompt():
+    found = read(advanced(node("BasicGuider", model=["10", 0], conditioning=["6", 0])))
+    assert found.values["sampling.guidance_scale"] == 1.0
+    assert found.values["prompts.prompt"] == ["a fox, at night"] and found.values["prompts.negative_prompt"] == []
+    assert found.without == ["node SplitSigmas"]
+
+
+def test_parts_that_are_not_known_are_told():
+    karras = node("KarrasScheduler", steps=9, sigma_max=14.6, sigma_min=0.03, rho=7.0)
+    found = read(advanced(node("DualCFGGuider", cond1=["6", 0]), **{"42": node("SamplerLCM"), "43": karras}))
+    assert found.values["sampling.timestep_spacing"] == "karras" and found.values["sampling.steps"] == 9
+    assert {"cfg None", "sampler SamplerLCM", "a prompt that is put together by other nodes", "node DualCFGGuider"} <= {
+        *found.without
+    }
+
+
+def drawn(nodes: dict, bypassed: dict | None = None) -> dict:
+    """A prompt as the workflow that it came from: values in their order, links by numbers."""
+    plain, links = [], []
+    for number, one in _in_order(nodes).items():
+        slots, values = [], []
+        for name, value in one["inputs"].items():
+            if isinstance(value, list):
+                links.append([len(links) + 1, int(value[0]), value[1], int(number), len(slots), "X"])
+                slots.append({"name": name, "type": "X", "link": len(links)})
+            else:
+                values += [value, "randomize"] if name in ("seed", "noise_seed") else [value]
+        kind = one["class_type"]
+        values = dict(one["inputs"]) if kind == "VHS_VideoCombine" else values
+        mode = 4 if number in (bypassed or {}) else 0
+        plain.append({"id": int(number), "type": kind, "mode": mode, "inputs": slots, "widgets_values": values})
+    return {"last_node_id": 99, "nodes": plain, "links": links, "version": 0.4}
+
+
+def test_a_workflow_says_what_its_prompt_says():
+    for nodes in (picture(), clip(), advanced(node("CFGGuider", model=["10", 0], positive=["6", 0], negative=["7", 0],
+                                                   cfg=3.5))):  # fmt: skip
+        by_prompt, by_workflow = read(nodes), read(drawn(nodes))
+        assert (by_workflow.values, by_workflow.wanted) == (by_prompt.values, by_prompt.wanted)
+        assert by_workflow.without == by_prompt.without
+
+
+def _in_order(nodes: dict) -> dict:
+    """With the values of a schedule of prompts in the order in which its node has them."""
+    schedule = nodes["6"]["inputs"] if nodes["6"]["class_type"] == "BatchPromptSchedule" else None
+    if schedule is None:
+        return nodes
+    order = ("text", "clip", "max_frames", "print_output", "pre_text", "app_text")
+    return nodes | {"6": node("BatchPromptSchedule", **{name: schedule.get(name, False) for name in order})}
+
+
+def test_nodes_of_a_workflow_that_do_not_run():
+    workflow = drawn(picture(), bypassed={"10"})
+    assert [wanted.option for wanted in read(workflow).wanted] == ["model.embeddings", "model.base", "model.vae"]
+    loader = {"id": 50, "type": "ControlNetLoader", "inputs": [], "widgets_values": ["pose.pth"]}
+    apply = {"id": 51, "type": "ControlNetApply", "widgets_values": [1.0],
+             "inputs": [{"name": "control_net", "link": 90}, {"name": "conditioning", "link": 91}]}  # fmt: skip
+    workflow["nodes"] += [loader, apply]
+    workflow["links"] += [[90, 50, 0, 51, 0, "X"], [91, 6, 0, 51, 1, "X"]]
+    positive = next(s for n in workflow["nodes"] if n["id"] == 3 for s in n["inputs"] if s["name"] == "positive")
+    workflow["links"].append([92, 51, 0, 3, 1, "X"])
+    positive["link"] = 92
+    found = read(workflow)
+    assert found.values["prompts.prompt"] == ["a fox, at night"]
+    assert {"node ControlNetApply", "node ControlNetLoader"} <= set(found.without)
+
+
+@pytest.mark.parametrize(
+    "workflow",
+    [{"nodes": [], "links": [[1]]}, {"nodes": [{"id": 1, "type": "KSampler"}], "links": {}}, {"nodes": 3, "links": []},
+     {"nodes": [{"id": [], "type": "KSampler", "inputs": [{"link": []}, 3], "widgets_values": [[], {}]}, 1, {}],
+      "links": [[[], 1, 2, 3], [1, 1, 0, 1, 0, "X"]]}],
+)  # fmt: skip
+def test_broken_workflows_are_none(workflow):
+    assert read(workflow) is None

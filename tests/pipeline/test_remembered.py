@@ -21,6 +21,7 @@ from animatediff.utils import UserError
 from scripts.animate import main
 from scripts.doctor import main as doctor
 from tests.config.test_comfy_prompt import clip as comfy_clip
+from tests.config.test_comfy_prompt import drawn as comfy_workflow
 from tests.config.test_infotext import SD15
 from tests.media.foreign_files import as_mp4, as_png, with_exif
 from tests.nano import entry, write_config
@@ -268,16 +269,18 @@ def test_wherever_comfyui_writes(here):
     del graph["14"]["inputs"]["motion_lora"], graph["13"]
     graph["7"]["inputs"]["text"] = "bad"
     text, workflow = json.dumps(graph), json.dumps({"last_node_id": 3, "nodes": []})
-    both = json.dumps({"prompt": text, "workflow": workflow})
+    both, drawn = json.dumps({"prompt": text, "workflow": workflow}), json.dumps(comfy_workflow(graph))
     files = [
         as_png(here / "a.png", prompt=text, workflow=workflow),
         as_png(here / "b.png", prompt=text, parameters=SD15),  # the graph says more
         with_exif(here / "a.webp", make=f"workflow:{workflow}", model=f"prompt:{text}"),
         as_mp4(here / "a.mp4", {"movflags": "use_metadata_tags"}, prompt=text, workflow=workflow),
         as_mp4(here / "b.mp4", comment=both),
+        as_png(here / "d.png", workflow=drawn),
     ]
     (here / "a.json").write_text(text)
-    for path in (*files, here / "a.json"):
+    (here / "b.json").write_text(drawn)
+    for path in (*files, here / "a.json", here / "b.json"):
         (request,) = load_run(path)[0].entries
         assert request.prompts.prompt == ({0: 'best, a fox "sleeps"', 16: "best, a fox wakes"},), path
         assert request.model.base == "models/SD1.5/dreamshaper_8.safetensors"
