@@ -15,7 +15,7 @@ from animatediff.config.settings import FileKind
 from animatediff.config.spellings import Option, all_options, group_classes, usual
 from animatediff.config.values import PICTURES
 
-LORAS, MOTION_LORAS = 4, 3  # that have fields; more of them go into the last one
+LORAS, MOTION_LORAS, NETS, ADAPTERS = 4, 3, 3, 3  # that have fields; more of them go into the last one
 PROMPT, NEGATIVE, TRAVEL, MORE = "prompts.prompt", "prompts.negative_prompt", "travel.keyframes", "more"
 
 
@@ -47,11 +47,13 @@ SECTIONS = (
                                      "pia.image", "pia.motion", "i2v.image", "i2v.drift")),
     Section("Video in", ("inputs.video", "inputs.mask", "inputs.strength", "inputs.video_start", "inputs.video_stride",
                          "inputs.video_fps", "inputs.inversion", "inputs.inversion_prompt", "inputs.extend")),
-    Section("ControlNet", _entry("controlnets.nets", "path", "images", "preprocessor", "scale", "start", "end")),
+    Section("ControlNet", _entry("controlnets.nets", "path", "images", "preprocessor", "scale", "start", "end",
+                                 places=NETS)),
     Section("SparseCtrl", ("sparsectrl.path", "sparsectrl.images", "sparsectrl.frames", "sparsectrl.scale",
                            "sparsectrl.normalize")),
-    Section("IP-Adapter", (*_entry("ip_adapters.adapters", "path", "images", "scale", "layers", "fit"),
-                           "ip_adapters.image_encoder")),
+    Section("IP-Adapter", ("ip_adapters.image_encoder",
+                           *_entry("ip_adapters.adapters", "path", "images", "scale", "layers", "fit",
+                                   places=ADAPTERS))),
     Section("Larger and smoother", ("finish.scale", "finish.upscaler", "finish.strength", "finish.enlarge",
                                     "finish.steps", "finish.tile", "finish.match_colors", "finish.interpolate",
                                     "finish.interpolator")),
@@ -118,7 +120,8 @@ def _field(name: str) -> Field:
         default, choices = "", ("", *choices)
     help = "; ".join(part for part in (help, _range(limits) if takes in ("number", "whole") else "") if part)
     bounds = (float(limits.get("ge", 0)), float(limits.get("le", 1)))
-    label = "File" if own == "path" else _label(option, own)
+    place = re.search(r"\[([1-9])\]", name)
+    label = (f"File {int(place[1]) + 1}" if place else "File") if own == "path" else _label(option, own)
     return Field(name, label, sentence(help), takes, default, choices, *bounds, kind)
 
 

@@ -69,7 +69,8 @@ def read_form(filled: Mapping[str, Any]) -> Request:
     values[PROMPT] = values.pop(TRAVEL, "")
     take(MORE, partial(_assignments, values.pop(MORE, "")))
     more = values.pop(MORE, {})
-    values = _grouped(values)
+    values, gaps = _grouped(values)
+    found |= dict.fromkeys(gaps, "Got none before the next one: choose a file here, or move the next one up")
     if twice := {_dotted(key) for key in more} & values.keys():
         found[MORE] = sentence(f"{min(twice)} has a field of its own: set it there")
     try:
@@ -142,9 +143,12 @@ def _dotted(key: str) -> str:
     return flat_names()[key].dotted if key in flat_names() else key
 
 
-def _grouped(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with entries in lists, those that stand as they were left out; windows only where they are on."""
-    fields, grouped, entries = form_fields(), {}, {}
+def _grouped(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values with entries in lists, those that stand as they were left out; windows only where they are on.
+
+    Also the file's fields of entries that are empty before one that is not.
+    """
+    fields, grouped, entries, gaps = form_fields(), {}, {}, []
     for name, value in values.items():
         if "[" in name:
             place = name.rpartition(".")[0]
@@ -154,9 +158,11 @@ def _grouped(values: dict[str, Any]) -> dict[str, Any]:
         else:
             grouped[name] = value
     for place, entry in entries.items():
+        option, _, number = place.removesuffix("]").partition("[")
         if any(value != fields[f"{place}.{name}"].default for name, value in entry.items()):
-            grouped.setdefault(place.partition("[")[0], []).append(entry)
-    return grouped
+            gaps += [f"{option}[{empty}].path" for empty in range(len(grouped.get(option, ())), int(number))]
+            grouped.setdefault(option, []).append(entry)
+    return grouped, gaps
 
 
 def placed(error: UserError) -> Mistakes:

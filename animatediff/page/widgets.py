@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import gradio as gr
@@ -48,7 +49,10 @@ class Form:
         """All sections, and the field for what has none."""
         for section in SECTIONS:
             with gr.Accordion(section.title, open=False, elem_classes=["section"]) as self.sections[section.title]:
-                self._rows(section.of)
+                for entry, names in groupby(section.of, entry_of):
+                    with gr.Column(visible=self._wanted(entry)) as column:
+                        self._rows(names)
+                    self._reveal(entry, column)
         with gr.Accordion("More options", open=False, elem_classes=["section"]) as self.sections["More options"]:
             self.inputs[MORE] = gr.Textbox(
                 self.start[MORE], label="More options", info=MORE_HELP, lines=2, elem_id="more"
@@ -59,11 +63,9 @@ class Form:
         waiting: list[str] = []
 
         def flush() -> None:
-            with gr.Row(equal_height=False, visible=bool(waiting)) as row:
+            with gr.Row(equal_height=False, visible=bool(waiting)):
                 for name in waiting:
                     self._put(name)
-            if waiting and waiting[0].startswith("model.") and "[" in waiting[0]:
-                self._reveal(waiting[0], row)
             waiting.clear()
 
         for name in names:
@@ -80,13 +82,15 @@ class Form:
         if waiting:
             flush()
 
-    def _reveal(self, path: str, row: gr.Row) -> None:
-        """The next row of a list appears with a file in the one before."""
-        option, place = path.split("[")[0], int(path.split("[")[1].split("]")[0])
-        if place:
-            before = self.inputs[f"{option}[{place - 1}].path"]
-            row.visible = bool(self.start.get(f"{option}[{place - 1}].path"))
-            before.change(lambda value: gr.update(visible=bool(value)), before, row, **QUIET)
+    def _wanted(self, entry: str) -> bool:
+        """Whether an entry of a list is to be seen: the first one, and one whose neighbour before has a file."""
+        return not (before := _before(entry)) or bool(self.start.get(before))
+
+    def _reveal(self, entry: str, column: gr.Column) -> None:
+        """The next entry of a list appears with a file in the one before, and stays while it has one itself."""
+        if before := _before(entry):
+            files = [self.inputs[before], self.inputs[f"{entry}.path"]]
+            files[0].change(lambda *paths: gr.update(visible=any(paths)), files, column, **QUIET)
 
     def _put(self, name: str) -> None:
         if name == TRAVEL:
@@ -182,6 +186,17 @@ class Form:
                 value = text_of(value)
             updates[component] = gr.update(value=value)
         return updates, lost
+
+
+def entry_of(name: str) -> str:
+    """`model.loras[1]` of `model.loras[1].scale`; "" of a field that is of no entry."""
+    return name.rpartition(".")[0] if "[" in name else ""
+
+
+def _before(entry: str) -> str:
+    """The file's field of the entry before this one; "" of the first, or of none."""
+    option, _, place = entry.removesuffix("]").partition("[")
+    return f"{option}[{int(place) - 1}].path" if place and int(place) else ""
 
 
 def text_of(value: Any) -> str:

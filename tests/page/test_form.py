@@ -67,6 +67,17 @@ def test_fields_are_the_config_s():
         ({"inputs.extend": 4}, "inputs.extend", "needs a video"),
         ({"model.loras[0].scale": "0.5"}, "model.loras[0].path", "Choose a file"),
         ({"controlnets.nets[0].preprocessor": "canny"}, "controlnets.nets[0].path", "Choose a file"),
+        (
+            {"controlnets.nets[0].path": "a", "controlnets.nets[1].path": "b", "controlnets.nets[1].scale": "high"},
+            "controlnets.nets[1].scale",
+            "Got 'high', expected a number",
+        ),
+        (
+            {"controlnets.nets[0].path": "a", "controlnets.nets[2].path": "c"},
+            "controlnets.nets[1].path",
+            "Got none before",
+        ),
+        ({"ip_adapters.adapters[1].path": "b"}, "ip_adapters.adapters[0].path", "Got none before the next one"),
         ({"sparsectrl.frames": "0, 4"}, "sparsectrl.frames", "needs a SparseCtrl encoder"),
         ({PROMPT: "  "}, PROMPT, "Say what to show."),
         ({PROMPT: "x" * (MAX_TEXT + 1)}, PROMPT, "Got 20001 characters"),
@@ -103,6 +114,21 @@ def test_entries_that_were_not_touched_are_none(filled):
     request = read_form(filled)
     assert request.controlnets.nets == request.ip_adapters.adapters == request.model.loras == ()
     assert request.windows is None
+
+
+def test_several_controlnets_and_ip_adapters(filled):
+    """As many as have fields come back in them, more by the last one."""
+    nets = [{"path": f"{n}.safetensors", "images": ["a.png"], "scale": 0.5, "preprocessor": "canny"} for n in range(3)]
+    adapters = [{"path": f"{n}.bin", "images": ["b.png", "c.png"], "layers": "style"} for n in range(2)]
+    values = {"prompt": "a", "controlnets.nets": nets, "ip_adapters.adapters": adapters}
+    request = build_request(values | {"ip_adapters.image_encoder": "clip"}, where="", check=False)
+    there = fill_form(request)
+    assert there[MORE] == "" and there["controlnets.nets[2].path"] == "2.safetensors"
+    assert there["ip_adapters.adapters[1].images"] == ["b.png", "c.png"] and not there["ip_adapters.adapters[2].path"]
+    again = read_form(there)
+    assert (again.controlnets, again.ip_adapters) == (request.controlnets, request.ip_adapters)
+    more = build_request(values | {"controlnets.nets": [*nets, nets[0]]}, where="", check=False)
+    assert "controlnets.nets=" in fill_form(more)[MORE]
 
 
 def test_what_has_no_field_comes_back_by_the_last_one():
