@@ -1,4 +1,4 @@
-"""The page in a headless Chromium, for tests: a server of its own, and what people do on it."""
+"""The page for tests: a server of its own, what people do on it in a headless Chromium, and a client that is none."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,10 @@ def require_browser() -> None:
 
 
 class Server:
-    """scripts/app.py in a process of its own."""
+    """scripts/app.py, or another script that serves the page, in a process of its own."""
 
-    def __init__(self, folder: Path, *options: str):
-        self.folder, self.options = folder, options
+    def __init__(self, folder: Path, *options: str, script: str = "scripts/app.py"):
+        self.folder, self.options, self.script = folder, options, script
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -45,7 +46,7 @@ class Server:
         environment.pop("GRADIO_TEMP_DIR", None)
         self.log = (self.folder / "log.txt").open("a")
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts/app.py"), *arguments],
+            [sys.executable, str(ROOT / self.script), *arguments],
             cwd=self.folder, env=environment, stdout=self.log, stderr=self.log,
         )  # fmt: skip
         until(lambda: self._answers() or self.process.poll() is not None, 90)
@@ -78,6 +79,28 @@ def until(condition, seconds: float = 30):
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.05)
     return value
+
+
+class Client:
+    """A program that talks to the page as a browser does, and says what it likes."""
+
+    def __init__(self, server: Server, session: str):
+        self.server, self.session = server, session
+        self.config = json.load(urllib.request.urlopen(server.url + "config", timeout=10))
+        self.parts = {part["id"]: part["props"] for part in self.config["components"]}
+
+    def press(self, button: str, changes: dict[str, object] | None = None) -> str:
+        """Press a button, with these values in fields in place of what stands there; what the page answers."""
+        pressed = next(i for i, props in self.parts.items() if props.get("elem_id") == button)
+        event = next(d for d in self.config["dependencies"] if [pressed, "click"] in d["targets"])
+        names = [(i, self.parts[i].get("elem_id", "")) for i in event["inputs"]]
+        data = [(changes or {}).get(name, self.parts[i].get("value")) for i, name in names]
+        said = {"data": data, "fn_index": event["id"], "session_hash": self.session, "event_data": None}
+        body, head = json.dumps(said).encode(), {"Content-Type": "application/json"}
+        api = self.server.url + "gradio_api/queue/"
+        urllib.request.urlopen(urllib.request.Request(api + "join", body, head), timeout=10).close()
+        with urllib.request.urlopen(f"{api}data?session_hash={self.session}", timeout=60) as lines:
+            return next(text for line in lines if "process_completed" in (text := line.decode()))
 
 
 class Browser:

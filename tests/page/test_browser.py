@@ -1,6 +1,5 @@
 """What people do on the page, in a real browser."""
 
-import json
 import pickle
 import time
 import urllib.error
@@ -12,7 +11,7 @@ import pytest
 
 from animatediff.media.video import read_metadata, save_video
 from animatediff.page.places import ASSETS
-from tests.page.browser import Browser, Server, require_browser, until
+from tests.page.browser import Browser, Client, Server, require_browser, until
 
 pytestmark = pytest.mark.web
 PROMPT = "a small orange cross bouncing on a beige background"
@@ -326,21 +325,6 @@ def test_a_password(tmp_path):
 def test_a_client_that_is_no_browser(server):
     """Whatever is sent in place of a form: no file is read, no clip is made, and the server goes on."""
 
-    def call(changes: dict[str, object], session: str) -> str:
-        config = json.load(urllib.request.urlopen(server.url + "config", timeout=10))
-        parts = {part["id"]: part["props"] for part in config["components"]}
-        button = next(i for i, props in parts.items() if props.get("elem_id") == "animate")
-        event = next(d for d in config["dependencies"] if [button, "click"] in d["targets"])
-        names = [parts[i].get("elem_id", "") for i in event["inputs"]]
-        data = [changes.get(name, parts[i].get("value")) for i, name in zip(event["inputs"], names, strict=True)]
-        body = json.dumps({"data": data, "fn_index": event["id"], "session_hash": session, "event_data": None}).encode()
-        head = {"Content-Type": "application/json"}
-        urllib.request.urlopen(
-            urllib.request.Request(server.url + "gradio_api/queue/join", body, head), timeout=10
-        ).close()
-        with urllib.request.urlopen(f"{server.url}gradio_api/queue/data?session_hash={session}", timeout=30) as lines:
-            return next(text for line in lines if "process_completed" in (text := line.decode()))
-
     secret = str(server.folder / "secret.txt")
     file = {"path": secret, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
     before = server.clips()
@@ -358,12 +342,12 @@ def test_a_client_that_is_no_browser(server):
         {"more": "video=" + secret},
         {"more": "model.base=" + secret},
     )):  # fmt: skip
-        answer = call(changes, f"stranger{number}")
+        answer = Client(server, f"stranger{number}").press("animate", changes)
         assert "root:" not in answer and "top secret" not in answer, changes
         assert '"success":false' in answer or "to be corrected" in answer or '"error"' in answer, (
             changes,
             answer[:2000],
         )
     assert server.clips() == before
-    assert '"success":true' in call({"f-sampling-steps": "1"}, "good")
+    assert '"success":true' in Client(server, "good").press("animate", {"f-sampling-steps": "1"})
     until(lambda: len(server.clips()) == len(before) + 1)
