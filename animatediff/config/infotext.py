@@ -147,7 +147,12 @@ def _second_pass(found: ForeignSettings, fields: dict[str, str]) -> None:
     run = run if run > 0 else found.values.get("sampling.steps", 0)
     if run and strength:
         found.put("finish.steps", max(round(run / strength), 1), "Hires steps")
-    if (upscaler := fields.pop("Hires upscaler", "Lanczos")) != "Lanczos":
+    upscaler = fields.pop("Hires upscaler", "Lanczos")
+    if upscaler.startswith("Latent") and strength:
+        found.put("finish.enlarge", "latents", "Hires upscaler")
+        if upscaler != "Latent (bicubic)":
+            found.miss(f"Hires upscaler {upscaler} (taken: latents, bicubic)")
+    elif upscaler != "Lanczos":
         found.miss(f"Hires upscaler {upscaler} (taken: Lanczos; finish.upscaler names a model)")
 
 

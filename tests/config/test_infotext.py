@@ -113,6 +113,11 @@ def test_hires_fix_is_a_second_pass():
         "finish.steps": 25,
     }
     assert found.without == ["Hires upscaler R-ESRGAN 4x+ (taken: Lanczos; finish.upscaler names a model)"]
+    of_latents = read_infotext(line(**fields, Hires_upscaler="Latent (bicubic)"))
+    assert of_latents.values["finish.enlarge"] == "latents" and of_latents.without == []
+    assert read_infotext(line(**fields, Hires_upscaler="Latent")).without == [
+        "Hires upscaler Latent (taken: latents, bicubic)"
+    ]
     assert read_infotext(line(**fields | {"Hires steps": "0"})).values["finish.steps"] == 50
     picture = read_infotext(line(Denoising_strength="0.4"))
     assert picture.without == ["Denoising strength 0.4"] and "finish.strength" not in picture.values
