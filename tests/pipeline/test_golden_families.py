@@ -18,8 +18,7 @@ from tests import control
 from tests.families import FOLDER, expected
 from tests.features.test_picture_features import CONTEXT, adapter, folder, net  # noqa: F401
 from tests.models.test_golden import GOLDEN, assert_close
-from tests.models.test_lora_algorithms import EXPECTED as LORAS
-from tests.models.test_lora_algorithms import NANO, written
+from tests.models.test_lora_algorithms import EXPECTED, FILES, NANO, written
 from tests.nano import entry, write_config
 
 LATENTS = rearrange(GOLDEN["input.latents"], "b c f h w -> b f c h w")
@@ -27,13 +26,6 @@ LATENTS = rearrange(GOLDEN["input.latents"], "b c f h w -> b f c h w")
 
 def of_families(family: str, name: str) -> Tensor:
     return rearrange(expected(family)[name], "b c f h w -> b f c h w")
-
-
-def lora(name: str):
-    return lambda f: (
-        {"motion_module": "", "lora_model_path": str(written(name, f)), "lora_alpha": 0.7},
-        rearrange(LORAS[f"{name}/unet.sample"], "b c f h w -> b f c h w"),
-    )
 
 
 def with_encoder(f: Path, *adapters: dict) -> dict[str, object]:
@@ -72,27 +64,51 @@ FAMILIES = {  # options, and what the network is to predict for both golden clip
         {"camera": {"path": str(f / "cameractrl.safetensors"), "poses": str(FOLDER / "pose.txt"), "scale": 0.6}},
         of_families("cameractrl", "unet.scale0.6"),
     ),
-    **{f"lora, {name}": lora(name) for name in ("dora", "peft")},
 }
+LORAS = [name for name in FILES if f"{name}/unet.sample" in EXPECTED]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the network predicts for the second golden clip, of every clip of a run that is told one golden text."""
+
+    def asked(context: Tensor, config: Path, output: Path) -> list[Tensor]:
+        seen: list[Tensor] = []
+
+        def ask_once(x: Tensor, steps) -> Tensor:
+            assert x.shape == LATENTS[1:].shape
+            seen.append(steps.denoise(LATENTS[1:], torch.tensor([481])))
+            return x
+
+        monkeypatch.setattr("animatediff.pipeline.sample.find_sampler", lambda *_, **__: ask_once)
+        monkeypatch.setattr("animatediff.pipeline.pipeline.encode_prompts", lambda *_, **__: (context[1:], None))
+        main(["--config", str(config), "--device", "cpu", "--output-dir", str(output)])
+        return seen
+
+    return asked
+
+
+VALUES = {"H": 64, "W": 128, "L": 5, "steps": 6, "guidance_scale": 1.0, "format": "png"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_golden_numbers_through_the_command_line(folder, tmp_path, monkeypatch, family):  # noqa: F811
+def test_golden_numbers_through_the_command_line(folder, tmp_path, monkeypatch, asked, family):  # noqa: F811
     options, video = FAMILIES[family](folder)
-    context = NANO["text.last_hidden_state"] if family.startswith("lora") else CONTEXT
-    seen: list[Tensor] = []
-
-    def ask_once(x: Tensor, steps) -> Tensor:
-        assert x.shape == LATENTS[1:].shape
-        seen.append(steps.denoise(LATENTS[1:], torch.tensor([481])))
-        return x
-
-    monkeypatch.setattr("animatediff.pipeline.sample.find_sampler", lambda *_, **__: ask_once)
-    monkeypatch.setattr("animatediff.pipeline.pipeline.encode_prompts", lambda *_, **__: (context[1:], None))
     monkeypatch.setattr(pia_feature, "picture_latents", lambda *_: expected("pia")["input.image_latents"][0])
     monkeypatch.setattr(i2v_feature, "picture_latents", lambda *_: 0.18215 * GOLDEN["vae.mean"][0])
-    values = {"H": 64, "W": 128, "L": 5, "steps": 6, "guidance_scale": 1.0, "format": "png"}
-    config = write_config(tmp_path / "run.yaml", entry(folder, **(values | options)))
-    main(["--config", str(config), "--device", "cpu", "--output-dir", str(tmp_path / "out")])
-    (got,) = seen
+    config = write_config(tmp_path / "run.yaml", entry(folder, **(VALUES | options)))
+    (got,) = asked(CONTEXT, config, tmp_path / "out")
     assert_close(got, video[1:])
+
+
+@pytest.mark.parametrize("names", [("dora", "peft"), pytest.param(LORAS, marks=pytest.mark.slow)], ids=len)
+def test_golden_numbers_of_loras_through_the_command_line(folder, tmp_path, asked, names):  # noqa: F811
+    """One run, an entry for each algorithm and dialect."""
+    entries = []
+    for name in names:
+        (tmp_path / name).mkdir()
+        lora = {"motion_module": "", "lora_model_path": str(written(name, tmp_path / name)), "lora_alpha": 0.7}
+        entries.append(entry(folder, **(VALUES | lora)))
+    config = write_config(tmp_path / "run.yaml", *entries)
+    for name, got in zip(names, asked(NANO["text.last_hidden_state"], config, tmp_path / "out"), strict=True):
+        assert_close(got, rearrange(EXPECTED[f"{name}/unet.sample"], "b c f h w -> b f c h w")[1:])
