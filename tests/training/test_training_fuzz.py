@@ -1,5 +1,6 @@
 """Seeded mutants of a training's config and of what it reads: a training, or one line; never a traceback or a hang."""
 
+import copy
 import multiprocessing
 import os
 import random
@@ -8,12 +9,14 @@ import shutil
 import signal
 import traceback
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from animatediff.training.lora_stages import Algorithm
 from animatediff.utils import UserError, printable
 from scripts import train
 from tests.nano import write_files
@@ -29,12 +32,16 @@ LOOP = {
     "micro_batches": 2,
 }
 DEEP = "<two thousand brackets>"
+ENCODER = str(Path(__file__).parents[2] / "animatediff/assets/shapes_encoder.safetensors")
 STAGES = (
     {"stage": "image_lora", "rank": 2, "alpha": 2, "algorithm": "lora", "train_text_encoder": True},
     {"stage": "image_finetune", "loss": {"min_snr_gamma": 5.0, "noise_offset": 0.1}, "cache": True},
-    {"stage": "motion_lora", "rank": 2, "version": "v2", "high_noise_fraction": 0.5},
+    {"stage": "motion_lora", "rank": 2, "version": "v2", "algorithm": "lora", "high_noise_fraction": 0.5},
     {"stage": "motion_module", "motion": {"version": "v2", "num_heads": 2, "resolutions": [2]}, "zero_init": False},
+    {"stage": "controlnet", "samples": {"every": 2, "prompt": "a", "L": 1, "controlnet_images": "a.png"}},
+    {"stage": "ip_adapter", "image_encoder": ENCODER, "variant": "base", "tokens": 2},
 )
+ALGORITHMS = get_args(Algorithm)
 ODD = (
     *(None, True, [], {}, "", "x", "\0", "~nosuchuser/x", "\ud800", "a\nb", "${x}", "/proc/self/mem", "1e3", "=1"),
     *(-1, 0, 1, 3, 7, 2**31, 2**63, 2**64, 10**30, 10**400, -0.5, 0.0, 1e-320, 1e300, float("inf"), float("nan")),
@@ -56,8 +63,16 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def base_config(rng: random.Random, inputs: Path, output: Path) -> dict:
-    config = {**rng.choice(STAGES), "output_dir": str(output), "loop": dict(LOOP), "num_workers": 0, "seed": 1}
+    config = {
+        **copy.deepcopy(rng.choice(STAGES)),
+        "output_dir": str(output),
+        "loop": dict(LOOP),
+        "num_workers": 0,
+        "seed": 1,
+    }
     config["pretrained_model_path"] = str(inputs / "nano.safetensors")
+    if "algorithm" in config:
+        config["algorithm"] = rng.choice(ALGORITHMS)
     if config["stage"] == "motion_lora":
         config["motion_module"] = str(inputs / "mm_v2.safetensors")
     if config["stage"].startswith("motion"):
