@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from animatediff.checkpoints.diffusers_json import TEXT_STEMS
 from animatediff.checkpoints.files import StateDict, find_weights, read_json, read_state_dict
 from animatediff.checkpoints.load import load_strictly
+from animatediff.checkpoints.sizes import TEXT_ACTIVATIONS
 from animatediff.checkpoints.small_clip_files import CONFIG_KEY, build_small_clip
 from animatediff.models.small_clip import SmallCLIP
-from animatediff.utils import UserError
+from animatediff.utils import UserError, naming
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 # Heads and activation by width, which no tensor tells: OpenCLIP's H/14 and bigG/14, OpenAI's L/14.
 KNOWN_WIDTHS = {1280: (16, "gelu"), 1664: (16, "gelu"), 1024: (16, "quick_gelu")}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SIZED_BY = {  # weights whose shapes tell the network's -> dimensions
+    "vision_model.embeddings.patch_embedding.weight": 4,
+    "vision_model.embeddings.position_embedding.weight": 2,
+    "vision_model.encoder.layers.0.mlp.fc1.weight": 2,
+    "visual_projection.weight": 2,
+}
 OPEN_CLIP = (  # its names below `visual.` -> transformers'
     (r"^class_embedding", "vision_model.embeddings.class_embedding"),
     (r"^conv1", "vision_model.embeddings.patch_embedding"),
@@ -138,7 +145,8 @@ def load_image_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32) 
             f"got {path}, expected a CLIP vision model with projection (image_encoder/ of h94/IP-Adapter, or "
             "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors): it has no visual_projection"
         )
-    config = vision_config(tensors, weights.with_name("config.json"))
+    with naming(path):
+        config = vision_config(tensors, weights.with_name("config.json"))
     ready = {key: t.to(dtype) for key, t in tensors.items()}
     model = load_strictly(lambda: CLIPVisionModelWithProjection(config), ready, "image encoder", path)
     embeddings = model.vision_model.embeddings
@@ -147,9 +155,16 @@ def load_image_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32) 
 
 
 def vision_config(tensors: StateDict, config_json: Path):
-    """transformers' CLIPVisionConfig of weights in its names. Raises: UserError where the heads cannot be told."""
+    """transformers' CLIPVisionConfig of weights in its names.
+
+    Raises:
+        UserError: a weight that tells a size is missing, or the heads cannot be told.
+    """
     from transformers import CLIPVisionConfig
 
+    for key, dims in SIZED_BY.items():
+        if key not in tensors or tensors[key].dim() != dims:
+            raise UserError(f"got an image encoder without a whole {key}, expected all of it: download it again")
     width, _, patch, _ = tensors["vision_model.embeddings.patch_embedding.weight"].shape
     positions = tensors["vision_model.embeddings.position_embedding.weight"].shape[0]
     known = read_json(config_json) if config_json.is_file() else {}
@@ -160,6 +175,12 @@ def vision_config(tensors: StateDict, config_json: Path):
         raise UserError(
             f"got an image encoder of width {width}, whose heads no tensor tells: put its config.json beside it"
         )
+    activation = known.get("hidden_act", activation)
+    if type(heads) is not int or heads < 1 or width % heads or activation not in TEXT_ACTIVATIONS:
+        raise UserError(
+            f"got {heads!r} heads and hidden_act {activation!r} of an image encoder of width {width}, expected a "
+            f"divisor and one of {', '.join(TEXT_ACTIVATIONS)}: correct its config.json"
+        )
     layers = {m[1] for key in tensors if (m := re.match(r"vision_model\.encoder\.layers\.(\d+)\.", key))}
     return CLIPVisionConfig(
         hidden_size=width,
@@ -167,7 +188,7 @@ def vision_config(tensors: StateDict, config_json: Path):
         projection_dim=tensors["visual_projection.weight"].shape[0],
         num_hidden_layers=len(layers),
         num_attention_heads=heads,
-        hidden_act=known.get("hidden_act", activation),
+        hidden_act=activation,
         patch_size=patch,
         image_size=round((positions - 1) ** 0.5) * patch,
     )

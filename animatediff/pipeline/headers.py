@@ -36,7 +36,9 @@ from animatediff.pipeline.resolve import PICTURE_GROUPS, Facts, resolve
 from animatediff.pipeline.sample import count_steps
 from animatediff.utils import UserError, naming
 
-OF_ONE_FAMILY = ("model.loras[", "controlnets.", "ip_adapters.adapters")  # options whose files fit SD 1.x or SDXL alone
+# Options whose files fit SD 1.x or SDXL alone; and UNets of their own widths alone.
+OF_ONE_FAMILY = ("model.loras[", "model.embeddings[", "controlnets.", "ip_adapters.adapters")
+OF_ONE_UNET = ("model.motion_module", "mixture.modules[", "sparsectrl.path")
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ def _check(request: Request, headers: Headers, complete: bool) -> Checked:
         _check_family(request, headers)
         if headers.motion is not None:
             _check_version(request, headers)
+        _check_versions_beside(request, headers)
         if "sparsectrl.config" in headers.paths:
             kind = headers.infos["sparsectrl.path"].version
             headers = replace(headers, control=load_control_config(headers.paths["sparsectrl.config"], kind=kind))
@@ -231,6 +234,17 @@ def _check_version(request: Request, headers: Headers) -> None:
     headers.inference.check_version(MOTION_VERSIONS[headers.version(request) or motion.version or ""])
 
 
+def _check_versions_beside(request: Request, headers: Headers) -> None:
+    """Whether further motion modules tell their versions, or the request does."""
+    for i, module in enumerate(request.mixture.modules):
+        info = headers.infos.get(f"mixture.modules[{i}].path")
+        if info and info.version is None and not module.version:
+            raise UserError(
+                f"{called(request, 'mixture.modules')}: {info.path}: its version cannot be told ({info.evidence}): add "
+                f"{' or '.join(f'`version: {name}`' for name in info.candidates)} beside its path"
+            )
+
+
 def _of_one_kind(a: str, b: str) -> bool:
     return a.split(" layout")[0] == b.split(" layout")[0]
 
@@ -254,13 +268,13 @@ def _check_family(request: Request, headers: Headers) -> None:
                 f"{file.called}: {info.path}: this is {what}, but {image.path} is of {image.base}: choose another of "
                 "either"
             )
-    for option in ("model.motion_module", "sparsectrl.path"):
+    for option, file in files(request).items():
         other = headers.infos.get(option)
-        if image is None or other is None or other.version is None:  # of a module that does not tell, nor is its base
-            continue
+        if image is None or other is None or not option.startswith(OF_ONE_UNET) or other.version is None:
+            continue  # of a module that does not tell its version, nor is its base
         known = other.base.startswith(families) and image.base.startswith(families)
         if known and not (_of_one_kind(other.base, image.base) and _widths(other.base) <= _widths(image.base)):
             raise UserError(
-                f"{called(request, option)}: {other.path}: this is {other.summary} for {other.base}, but {image.path} "
-                f"is of {image.base}: choose another of either"
+                f"{file.called}: {other.path}: this is {other.summary} for {other.base}, but {image.path} is of "
+                f"{image.base}: choose another of either"
             )

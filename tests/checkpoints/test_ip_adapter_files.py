@@ -1,5 +1,6 @@
 """IP-Adapter and image encoder files: every spelling gives one network, a wrong file is named."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -153,3 +154,23 @@ def test_wrong_image_encoders_are_named(tmp_path):
         load_image_encoder(path)
     with pytest.raises(UserError, match="expected a CLIP vision model with projection .*has no visual_projection"):
         load_image_encoder(write_state_dict(path, motion_tensors("v3")))
+
+
+@pytest.mark.parametrize(
+    ("cut", "config", "message"),
+    [
+        ("vision_model.encoder.layers.0.mlp.fc1.weight", {}, "without a whole vision_model.encoder.layers.0.mlp.fc1"),
+        ("vision_model.embeddings.patch_embedding.weight", {}, "without a whole .*patch_embedding.weight"),
+        ("vision_model.post_layernorm.bias", {}, "1 weights are missing, such as vision_model.post_layernorm.bias"),
+        ("", {"num_attention_heads": "many"}, "got 'many' heads .*expected a divisor.*correct its config.json"),
+        ("", {"hidden_act": "sine"}, "hidden_act 'sine'.*expected a divisor and one of quick_gelu, gelu"),
+    ],
+)
+def test_damaged_image_encoders_are_told_in_one_line(tmp_path, cut, config, message):
+    folder = write_image_encoder(tmp_path)
+    write(folder / "model.safetensors", {key: t for key, t in clip_vision_tensors().items() if key != cut})
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | config))
+    with pytest.raises(UserError, match=message) as error:
+        load_image_encoder(folder)
+    assert "\n" not in str(error.value)

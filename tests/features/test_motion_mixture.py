@@ -9,6 +9,8 @@ from animatediff.features.motion_scale import motion
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.headers import check_requests
 from animatediff.utils import UserError
+from tests import sdxl
+from tests.checkpoints.synthetic import motion_tensors, write
 from tests.features.test_picture_features import CONTEXT, pipeline, predict
 from tests.models.test_golden import assert_close, golden
 from tests.nano import entry, write_config, write_files
@@ -16,7 +18,10 @@ from tests.nano import entry, write_config, write_files
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("nano"))
+    folder = write_files(tmp_path_factory.mktemp("nano"))
+    write(folder / "mm_untold.safetensors", motion_tensors("v3"))
+    write(folder / "mm_sdxl.safetensors", sdxl.motion("sdxl-beta"))
+    return folder
 
 
 def extra(folder, *modules):
@@ -67,6 +72,14 @@ def test_a_chain_runs_the_last_one_first(folder, tmp_path):
         ({"extra_motion_modules": {"path": "nano"}}, "image model in one file, not a motion module without a picture"),
         ({"extra_motion_modules": {"path": "mm_v2", "start": 0.5, "end": 0.2}}, "expected the start before the end"),
         ({"extra_motion_modules": {"path": "mm_v2", "scale": [1, 2]}, "L": 3}, "scale: got 2 numbers for 3 frames"),
+        (
+            {"extra_motion_modules": {"path": "mm_untold"}},
+            "version cannot be told .*add `version: v1` or `version: v3` be",
+        ),
+        (
+            {"extra_motion_modules": {"path": "mm_sdxl"}},
+            "a motion module for SDXL, but .* is of SD 1.x.*: choose another",
+        ),
     ],
 )
 def test_mistakes_are_named(folder, tmp_path, options, message):
