@@ -59,7 +59,7 @@ def load_upscaler(path: Path, device: torch.device | str = "cpu") -> tuple[Upsca
         from spandrel import ImageModelDescriptor, ModelLoader
     except (ImportError, RuntimeError) as error:  # torchvision of another torch fails with the latter
         missing = "which is not installed" if getattr(error, "name", None) == "spandrel" else f"which fails ({error})"
-        raise UserError(f"finish.upscaler needs spandrel, {missing}: {INSTALL}") from None
+        raise UserError(f"an upscaler model needs spandrel, {missing}: {INSTALL}") from None
     try:
         model = ModelLoader(device=torch.device(device)).load_from_file(path)
     except Exception as error:  # whatever a stranger's file makes of the architectures that are tried on it

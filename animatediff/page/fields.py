@@ -13,7 +13,7 @@ from typing import Any, Literal, Union
 
 from animatediff.config.settings import FileKind
 from animatediff.config.spellings import Option, all_options, group_classes, usual
-from animatediff.config.values import PICTURES
+from animatediff.config.values import PICTURES, SOUND
 
 LORAS, MOTION_LORAS, NETS, ADAPTERS = 4, 3, 3, 3  # that have fields; more of them go into the last one
 PROMPT, NEGATIVE, TRAVEL, MORE = "prompts.prompt", "prompts.negative_prompt", "travel.keyframes", "more"
@@ -56,7 +56,7 @@ SECTIONS = (
                                    places=ADAPTERS))),
     Section("Larger and smoother", ("finish.scale", "finish.upscaler", "finish.strength", "finish.enlarge",
                                     "finish.steps", "finish.tile", "finish.match_colors", "finish.interpolate",
-                                    "finish.interpolator")),
+                                    "finish.interpolator", "finish.audio")),
     Section("Output", ("output.format", "output.loop_count")),
     Section("Memory", ("memory.max", "memory.offload", "memory.weights", "memory.vae_tile", "memory.split_guidance")),
 )  # fmt: skip
@@ -163,7 +163,7 @@ def _takes(hint: Any, default: Any, kind: FileKind | None, limits: Mapping[str, 
     inner = next(p for p in typing.get_args(hint) if p is not type(None)) if optional else hint
     while typing.get_origin(inner) is typing.Annotated:
         inner = typing.get_args(inner)[0]
-    if kind is PICTURES:
+    if kind in (PICTURES, SOUND):
         return ("medias" if default == () else "media"), ()
     if kind:
         return "file", ()

@@ -14,7 +14,7 @@ from animatediff.config.spellings import build_request
 from animatediff.media.video import is_complete
 from animatediff.models.tiny_decoder import TinyDecoder
 from animatediff.page.jobs import Job, Journal
-from animatediff.page.preview import LatentPreview, animated
+from animatediff.page.preview import LatentPreview, animated, is_small
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.run import Follower, animate, plan
@@ -81,7 +81,8 @@ class JobFollower(Follower):
 
         vae = pipeline.vae
         self._hooks = [m.register_forward_pre_hook(check) for m in (pipeline.unet, vae.encoder, vae.decoder)]
-        self.preview = LatentPreview(vae, tiny=self._tiny_decoder(pipeline))
+        small = is_small(vae)
+        self.preview = LatentPreview(vae, small=small, tiny=None if small else self._tiny_decoder(pipeline))
         self.job.message = ""
         self.job.sampling_since = time.monotonic()
 

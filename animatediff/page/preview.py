@@ -20,6 +20,11 @@ MOST_FRAMES, SIDE = 32, 256  # of a preview; pixels
 RIDGE = 1e-3  # of the least squares, per latent pixel
 
 
+def is_small(vae: VAE) -> bool:
+    """Whether a VAE's decoder is quick enough to be its own preview."""
+    return sum(p.numel() for p in vae.decoder.parameters()) <= SMALL
+
+
 class LatentPreview:
     """Latents to small pictures: by the VAE's decoder where it is small, by a tiny one of the same latents where the
     user has its file, else by the linear map that is nearest to the VAE's.
@@ -28,14 +33,11 @@ class LatentPreview:
     frames of the clip, as the decoder shows them: of the 1st, 2nd, 4th, 8th … preview.
     """
 
-    def __init__(self, vae: VAE, *, small: bool | None = None, tiny: TinyDecoder | None = None):
-        """`small`: whether the decoder is its own preview; by default where it has at most SMALL parameters.
-
-        `tiny`: what decodes in its place otherwise.
-        """
+    def __init__(self, vae: VAE, *, small: bool, tiny: TinyDecoder | None = None):
+        """`small`: whether the decoder is its own preview; `tiny`: what decodes in its place otherwise."""
         channels = vae.config.latent_channels
         self.vae, self.tiny = vae, tiny
-        self.small = sum(p.numel() for p in vae.decoder.parameters()) <= SMALL if small is None else small
+        self.small = small
         self._count = 0
         self._xx, self._xy = torch.eye(channels + 1) * RIDGE, torch.zeros(channels + 1, 3)
 

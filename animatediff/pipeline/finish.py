@@ -47,7 +47,9 @@ class Finisher:
         self.options, self.downsampling, own = options, downsampling, 1
         self.upscale = self.between = None
         if options.upscaler:
-            self.upscale, own = load_upscaler(file_of(options.upscaler, "finish.upscaler"), device)
+            path = file_of(options.upscaler, "finish.upscaler")
+            with naming("finish.upscaler"):
+                self.upscale, own = load_upscaler(path, device)
         self.scale = options.scale or float(own)
         on_mps = torch.device(device).type == "mps"  # whose grid_sample does not have every mode of the motion's
         self.device = torch.device("cpu" if on_mps else device)

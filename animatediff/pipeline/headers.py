@@ -29,6 +29,7 @@ from animatediff.features.extend import chain_window
 from animatediff.features.inputs import prepare_inputs
 from animatediff.features.picture_checks import check_pictures
 from animatediff.features.sparsectrl import condition_pixels
+from animatediff.media.enlarge import load_upscaler
 from animatediff.media.pictures import read_mask
 from animatediff.media.sound import check_sound
 from animatediff.pipeline.finish import second_pass
@@ -210,6 +211,9 @@ def _check(request: Request, headers: Headers, complete: bool) -> Checked:
         steps = count_steps(request, longest=longest, known=known)
         if request.finish.audio:
             check_sound(headers.paths["finish.audio"])
+        if request.finish.upscaler:
+            with naming(called(request, "finish.upscaler")):
+                load_upscaler(headers.paths["finish.upscaler"])
         if request.finish.interpolator:
             with naming(called(request, "finish.interpolator")):
                 check_interpolator(headers.paths["finish.interpolator"])

@@ -42,7 +42,7 @@ def test_colors_are_the_first_pass_s():
 
 def test_without_spandrel(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "spandrel", None)
-    with pytest.raises(UserError, match=r'finish.upscaler needs spandrel.*: pip install "animatediff\[finish\]"'):
+    with pytest.raises(UserError, match=r'an upscaler model needs spandrel.*: pip install "animatediff\[finish\]"'):
         load_upscaler(tmp_path / "x.pth")
 
 

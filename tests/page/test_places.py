@@ -21,7 +21,7 @@ from animatediff.page.fields import form_fields
 from animatediff.page.jobs import Job
 from animatediff.page.maker import JobFollower
 from animatediff.page.places import ASSETS, EXAMPLES, Places
-from animatediff.page.preview import SIDE, LatentPreview, animated, thumbnail
+from animatediff.page.preview import SIDE, LatentPreview, animated, is_small, thumbnail
 from animatediff.utils import UserError
 
 
@@ -140,8 +140,9 @@ def test_the_linear_map_is_near_what_the_decoder_shows():
     assert (shown - decoded).square().mean() < 0.1 * decoded.var()
 
 
-def test_a_tiny_decoder_is_found_by_name(tmp_path, capsys):
+def test_a_tiny_decoder_is_found_by_name(tmp_path, capsys, monkeypatch):
     """One that does not fit is named, and the clip is made."""
+    monkeypatch.setattr("animatediff.page.preview.SMALL", 0)
     base, file = load_base(ASSETS / "shapes.safetensors"), tmp_path / "taesd_decoder.pth"
     pipeline = SimpleNamespace(unet=base.unet, vae=base.vae, device="cpu")
     for content, found in ((TinyDecoder(), True), (torch.nn.Linear(1, 1), False)):
@@ -155,8 +156,8 @@ def test_a_tiny_decoder_is_found_by_name(tmp_path, capsys):
 def test_a_preview_is_small():
     vae = load_base(ASSETS / "shapes.safetensors").vae
     latents = torch.zeros(1, 70, vae.config.latent_channels, 4, 6)
-    assert LatentPreview(vae).small, "a small decoder is its own preview"
-    assert LatentPreview(vae).frames(latents).shape[:1] == (24,)
+    assert is_small(vae), "it is its own preview"
+    assert LatentPreview(vae, small=True).frames(latents).shape[:1] == (24,)
     wide = torch.zeros(1, 2, 4, 32, 64)
     tiny = LatentPreview(vae, small=False, tiny=TinyDecoder()).frames(wide)
     assert tiny.shape == (2, SIDE // 2, SIDE, 3), "a decoder that was found makes 512 pixels, which are shrunk"

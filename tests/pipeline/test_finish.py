@@ -1,5 +1,6 @@
 """Finished clips: by a run, by scripts/finish.py and by a call, all the same; their settings, loops and refusals."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,6 +246,19 @@ def test_sound_goes_along(tmp_path, monkeypatch):
 def test_refusals(first, options, message):
     with pytest.raises(UserError, match=message):
         finished(first, *options)
+
+
+def test_models_of_finishing_are_looked_at_before_the_run(nano, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "spandrel", None)
+    torch.save({"x": torch.zeros(1)}, tmp_path / "x.pth")
+    for option, message in (
+        ("upscaler", "an upscaler model needs spandrel"),
+        ("interpolator", "expected RIFE's weights"),
+    ):
+        finish = {"interpolate": 2, option: str(tmp_path / "x.pth")}
+        config = load_config(write_config(tmp_path / "a.yaml", entry(nano, finish=finish)))
+        with pytest.raises(UserError, match=f"finish.{option}: .*{message}"):
+            check_requests(config.entries)
 
 
 def test_options_that_do_not_go_with_a_second_pass(nano, tmp_path):
