@@ -244,6 +244,8 @@ def show_value(field: Field, value: Any) -> Any:
         return json.dumps(value, ensure_ascii=False)
     if field.takes == "medias":
         return [str(v) for v in value] if value is not None and len(value) else None
+    if field.takes == "media":
+        return value or None  # no path is no file, and not the current folder
     if field.takes in ("file", "text"):
         return str(value or "")
     return value

@@ -110,6 +110,12 @@ def test_a_table_travels_from_the_prompt(filled):
     assert request.prompts.prompt == ({0: "a", 8: "b", 15: "c"},)
 
 
+def test_no_file_is_none(filled):
+    """Gradio takes an empty path for the current folder."""
+    media = [name for name, field in form_fields().items() if field.takes in ("media", "medias")]
+    assert "finish.audio" in media and {filled[name] for name in media} == {None}
+
+
 def test_entries_that_were_not_touched_are_none(filled):
     request = read_form(filled)
     assert request.controlnets.nets == request.ip_adapters.adapters == request.model.loras == ()
