@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -98,32 +99,35 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor, *, doubled: bool) -> Tens
     kept = type(x) is Tensor and not x.is_meta  # and no stand-in, whose constants have no contents
     transforms = (_transforms if kept else _transforms.__wrapped__)(doubled)
     of_input, of_weight, of_output = (t.to(x.device) for t in transforms)
-    tiles = down * across
-    images = min(n, max(1, INPUT_BYTES // (36 * tiles * c * x.itemsize)))
-    outputs = o if images < n else max(1, min(o, WEIGHT_BYTES // (36 * c * x.itemsize)))
+    fitting = max(1, INPUT_BYTES // (36 * across * c * x.itemsize))  # rows of tiles in a block
+    images, lines = min(n, max(1, fitting // down)), min(down, fitting)  # some whole images, or a part of one
+    at_once = images == n and lines == down
+    outputs = max(1, min(o, WEIGHT_BYTES // (36 * c * x.itemsize))) if at_once else o
     padded = x.new_zeros(images, h + 2, w + 2, c)
     rows = padded.stride()
+    strides = (rows[1], rows[2], rows[0], step * rows[1], step * rows[2], 1)
     out = x.new_empty(n, o, 4 * down, 4 * across)
-    room = [x.new_empty(size) for size in (taps**2 * images * tiles * c, 36 * images * tiles * c, 36 * outputs * c)]
-    room += [x.new_empty(size * images * tiles * outputs) for size in (36, 16)]
-    for i in range(0, n, images):
-        k = min(images, n - i)
-        padded[:k, 1:-1, 1:-1] = x[i : i + k].permute(0, 2, 3, 1)
-        strides = (rows[1], rows[2], rows[0], step * rows[1], step * rows[2], 1)
-        patches = padded.as_strided((taps, taps, k, down, across, c), strides)
-        read = _view(room[0], taps, taps, k, down, across, c).copy_(patches)
-        inputs = _view(room[1], 36, k * tiles, c)
+    tiles = images * lines * across
+    room = [x.new_empty(size) for size in (taps**2 * tiles * c, 36 * tiles * c, 36 * outputs * c)]
+    room += [x.new_empty(size * tiles * outputs) for size in (36, 16)]
+    for i, top in product(range(0, n, images), range(0, down, lines)):
+        k, d = min(images, n - i), min(lines, down - top)
+        if top == 0:
+            padded[:k, 1:-1, 1:-1] = x[i : i + k].permute(0, 2, 3, 1)
+        patches = padded.as_strided((taps, taps, k, d, across, c), strides, top * step * rows[1])
+        read = _view(room[0], taps, taps, k, d, across, c).copy_(patches)
+        inputs = _view(room[1], 36, k * d * across, c)
         torch.mm(of_input, read.view(taps**2, -1), out=inputs.view(36, -1))
         for j in range(0, o, outputs):
             part = slice(j, min(j + outputs, o))
             size = part.stop - j
             weights = _view(room[2], 36, size, c)
-            if i == 0 or outputs < o:
+            if at_once or i == top == 0:
                 torch.mm(of_weight, weight[part].reshape(size * c, 9).t(), out=weights.view(36, -1))
-            products = torch.bmm(inputs, weights.transpose(1, 2), out=_view(room[3], 36, k * tiles, size))
-            sums = _view(room[4], 4, 4, k, down, across, size)
+            products = torch.bmm(inputs, weights.transpose(1, 2), out=_view(room[3], 36, k * d * across, size))
+            sums = _view(room[4], 4, 4, k, d, across, size)
             torch.mm(of_output, products.view(36, -1), out=sums.view(16, -1))
-            target = out[i : i + k, part].unflatten(3, (across, 4)).unflatten(2, (down, 4))
+            target = out[i : i + k, part, 4 * top : 4 * (top + d)].unflatten(3, (across, 4)).unflatten(2, (d, 4))
             torch.add(sums.permute(2, 5, 3, 0, 4, 1), bias[part].view(-1, 1, 1, 1, 1), out=target)
     return out
 
