@@ -227,7 +227,7 @@ ANIMATE_LCM_I2V = Distillation(  # of its authors' demo
     steps=6,
     possible_steps=UP_TO_16,
     guidance_scale=1.0,
-    otherwise=V2,
+    otherwise="",
     beta_end=0.014,
     lcm_timesteps=200,
 )

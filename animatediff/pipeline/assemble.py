@@ -80,7 +80,8 @@ class Assembler:
         for role, path, scale, rule in _loras(request, paths):
             lora = read_lora(path, name=_unused_name(path, loras))
             roles[lora.name] = role
-            reports.append(str(loras.add(lora, scale, alpha_rule=rule)))
+            with naming(path):
+                reports.append(str(loras.add(lora, scale, alpha_rule=rule)))
             reports += load_bundled_embeddings(lora, text_encoder, tokenizer, second=second)
         loras.merge()
         networks: dict[str, nn.Module] = {}

@@ -38,7 +38,7 @@ from animatediff.pipeline.sample import count_steps
 from animatediff.utils import UserError, naming
 
 # Options whose files fit SD 1.x or SDXL alone; and UNets of their own widths alone.
-OF_ONE_FAMILY = ("model.loras[", "model.embeddings[", "controlnets.", "ip_adapters.adapters")
+OF_ONE_FAMILY = ("model.loras[", "model.embeddings[", "controlnets.", "ip_adapters.adapters", "camera.path")
 OF_ONE_UNET = ("model.motion_module", "mixture.modules[", "sparsectrl.path")
 
 
@@ -87,7 +87,7 @@ class Headers:
     def distillation(self, request: Request) -> Distillation | None:
         """What a distilled motion module, image model or LoRA needs; a `version` in the request has the last word."""
         if request.model.version == "animatelcm":
-            return ANIMATE_LCM
+            return (self.motion and self.motion.distillation) or ANIMATE_LCM
         loras = (info for option, info in self.infos.items() if option.startswith("model.loras["))
         known = (self.motion, self.image, *loras)
         return None if request.model.version else next((i.distillation for i in known if i and i.distillation), None)
@@ -260,7 +260,12 @@ def _widths(base: str) -> set[int]:
 
 def _check_family(request: Request, headers: Headers) -> None:
     """Motion modules and SparseCtrl encoders fit UNets of one family and its widths, LoRAs those of one family."""
-    image, families = headers.image, ("SD 1.x", "SDXL")
+    image, base, families = headers.image, headers.infos.get("model.base"), ("SD 1.x", "SDXL")
+    if base and image and base.base == "SDXL" and image.base.startswith("SD 1.x"):
+        raise UserError(
+            f"{called(request, 'model.personalised')}: {image.path}: this is {image.summary}, but the base {base.path} "
+            "is of SDXL: give it as the base, by pretrained_model_path"
+        )
     for option, file in files(request).items():
         info = headers.infos.get(option)
         if image is None or info is None or not option.startswith(OF_ONE_FAMILY):

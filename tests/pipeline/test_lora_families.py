@@ -1,5 +1,6 @@
 """A LoRA belongs to a family of image models: applied where it fits, and named for what it is where it does not."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.identify import identify
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from animatediff.utils import UserError
 from scripts import convert
 from scripts.animate import main
-from tests import nano, sdxl
+from tests import families, nano, sdxl
 from tests.checkpoints.synthetic import write
 from tests.nano import write_config
 
@@ -40,6 +42,36 @@ def run(files: Path, tmp_path: Path, base: str, lora: object, **values: object) 
     entry = {"pretrained_model_path": str(files / f"{base}.safetensors"), "lora_model_path": lora} | SMALL | values
     config = write_config(tmp_path / "run.yaml", entry)
     return main(["--config", str(config), "--device", "cpu", "--output-dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            {"dreambooth_path": "nano"},
+            "dreambooth_path: .*an SD 1.x image model .*the base .* is of SDXL: give it as the",
+        ),
+        ({"camera": {"path": "poses", "move": "zoom_in"}}, "camera.path: .*made for SD 1.x, but .*sdxl.* is of SDXL"),
+        ({"embeddings": ["word"]}, "embeddings.0..path: .*made for SD 1.x, but .*sdxl.* is of SDXL"),
+        ({"extra_motion_modules": {"path": "mm_v3"}}, "extra_motion_modules.0..path: .*for SD 1.x .* is of SDXL"),
+    ],
+)
+def test_what_sdxl_does_not_take_is_named_before_anything_is_loaded(files, tmp_path, monkeypatch, option, message):
+    write(files / "poses.safetensors", families.cameractrl_tensors())
+    write(files / "word.safetensors", {"emb_params": torch.ones(1, 768)})
+    monkeypatch.setattr("animatediff.pipeline.assemble.load_base", lambda path: pytest.fail("loaded"))
+    config = json.dumps(option)
+    for name in ("nano", "poses", "word", "mm_v3"):
+        config = config.replace(f'"{name}"', json.dumps(str(files / f"{name}.safetensors")))
+    motion = {} if "dreambooth_path" in option else {"motion_module": str(files / "sdxl-beta.safetensors")}
+    with pytest.raises(UserError, match=message) as error:
+        run(files, tmp_path, "sdxl", [], W=64, **motion, **json.loads(config))
+    assert "\n" not in str(error.value)
+
+
+def test_a_lora_of_another_size_is_named(files, tmp_path):
+    with pytest.raises(UserError, match="kohya.safetensors: got down .*made for a network of another size"):
+        run(files, tmp_path, "sdxl", str(files / "kohya.safetensors"))
 
 
 @pytest.mark.parametrize(
