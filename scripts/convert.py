@@ -16,11 +16,12 @@ from animatediff.checkpoints.export import (
     write_ldm,
     write_motion_adapter,
     write_official_motion,
+    write_vae,
 )
 from animatediff.checkpoints.files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
 from animatediff.checkpoints.ip_adapter_files import read_ip_adapter_parts, write_ip_adapter
 from animatediff.checkpoints.lora_files import in_dialect, read_lora, write_lora
-from animatediff.checkpoints.parts import read_image_parts, read_motion_parts
+from animatediff.checkpoints.parts import read_image_parts, read_motion_parts, read_vae_parts
 from animatediff.checkpoints.sparsectrl_files import read_sparsectrl_parts, write_sparsectrl
 from animatediff.config.networks import MOTION_VERSIONS
 from animatediff.utils import Parser, UserError, run_main
@@ -57,9 +58,12 @@ def lora(dialect: str) -> Converter:
 
 CONTROLNET = through(read_controlnet_parts, write_controlnet)
 SPARSECTRL = through(read_sparsectrl_parts, write_sparsectrl)
+VAE = through(read_vae_parts, write_vae)
 FORMATS = {
     "ldm": Format("an SD 1.x or SDXL single file", through(read_image_parts, write_ldm)),
     "diffusers": Format("a diffusers folder", through(read_image_parts, write_diffusers), folder=True),
+    "vae": Format("a VAE in LDM keys", VAE),
+    "diffusers-vae": Format("a VAE as a diffusers folder", VAE, folder=True),
     "official-motion": Format("a motion module in official keys", through(read_motion_parts, write_official_motion)),
     "hotshot-motion": Format("Hotshot-XL's module in its own keys", through(read_motion_parts, write_hotshot_motion)),
     "diffusers-motion": Format("a MotionAdapter folder", through(read_motion_parts, write_motion_adapter), folder=True),

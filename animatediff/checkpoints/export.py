@@ -30,7 +30,7 @@ from animatediff.checkpoints.keymaps import (
     vae_table,
 )
 from animatediff.checkpoints.metadata import motion_norm_groups, prediction_type
-from animatediff.checkpoints.parts import VAE_ATTENTION_MATRIX, ImageParts, MotionParts
+from animatediff.checkpoints.parts import VAE_ATTENTION_MATRIX, ImageParts, MotionParts, VAEParts
 from animatediff.checkpoints.sizes import (
     image_metadata_of,
     motion_config,
@@ -101,7 +101,20 @@ def save_vae(
         dtype: to store the weights in, their own by default.
     """
     facts = {**(metadata or {}), **vae_metadata_of(vae.config)}
-    return write_state_dict(path, _vae_to_ldm(_weights(vae, dtype), facts, Path(path)), metadata=facts)
+    return write_vae(VAEParts(Path(path), _weights(vae, dtype), facts), path)
+
+
+def write_vae(parts: VAEParts, path: str | Path) -> Path:
+    """Write a VAE alone in LDM keys without prefix, or as a diffusers folder where `path` has no suffix."""
+    path, config = Path(path), vae_config(parts.tensors, parts.metadata)
+    facts = parts.metadata | vae_metadata_of(config)
+    if path.suffix:
+        named = _vae_to_ldm(parts.tensors, facts, parts.path)
+        bare = {key.removeprefix(LDM_VAE): t for key, t in named.items()}
+        return write_state_dict(path, bare, metadata=facts)
+    with model_folder(path) as folder:
+        write_part(folder, parts.tensors, dj.vae_json(config), metadata=facts)
+    return path
 
 
 def save_motion_module(

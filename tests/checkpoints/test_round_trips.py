@@ -5,7 +5,7 @@ import torch
 
 from animatediff.checkpoints.files import read_json, read_state_dict
 from animatediff.checkpoints.identify import identify
-from animatediff.checkpoints.keymaps import MOTION_MARK, motion_to_hotshot
+from animatediff.checkpoints.keymaps import LDM_VAE, MOTION_MARK, motion_to_hotshot
 from animatediff.checkpoints.sparsectrl_files import save_sparsectrl
 from animatediff.config.networks import MotionConfig
 from animatediff.models.sparsectrl_encoder import build_sparsectrl
@@ -15,6 +15,7 @@ from scripts import convert
 from tests import sdxl
 from tests.checkpoints.synthetic import (
     equal,
+    ldm_tensors,
     lora_tensors,
     motion_tensors,
     sparsectrl_tensors,
@@ -36,6 +37,10 @@ def with_positions(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors | with_positional(motion, 32)
 
 
+def vae() -> dict[str, torch.Tensor]:
+    return {key.removeprefix(LDM_VAE): t for key, t in ldm_tensors().items() if key.startswith(LDM_VAE)}
+
+
 TRIPS = {  # the file, there, a key that has to be there, and back
     "sparsectrl rgb": (
         lambda: with_positions(sparsectrl_tensors("rgb")),
@@ -55,6 +60,7 @@ TRIPS = {  # the file, there, a key that has to be there, and back
         )
         for variant in ("base", "plus", "full")
     },
+    "vae": (vae, ("diffusers-vae", "folder", "encoder.mid_block.attentions.0.to_q.weight"), "vae"),
     "cameractrl": (
         cameractrl_tensors,
         ("cameractrl", "x.ckpt", "pose_encoder_state_dict.encoder_conv_in.weight"),
