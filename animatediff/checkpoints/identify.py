@@ -210,6 +210,10 @@ def _base(kind: str, tensors: StateDict, version: str | None, metadata: Mapping[
         return "SD 2.x"
     if kind in ("unknown", "dit-checkpoint"):
         return "unknown"
+    if kind == "rife":
+        return "none: it sees pictures alone"
+    if kind == "tiny-decoder":
+        return "not told by the file"
     if kind == "ip-adapter":
         keys = next((t for key, t in tensors.items() if key.endswith(".to_k_ip.weight") and t.dim() == 2), None)
         return "SD 1.x" if keys is not None and keys.shape[1] == SD15_CONTEXT else "not told by the file"
