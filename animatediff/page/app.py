@@ -173,7 +173,7 @@ class Page:
         Raises:
             Mistakes: all that is wrong.
         """
-        found = self.places.keep_all(form_fields(), filled)
+        found, names = self.places.keep_all(form_fields(), filled)
         try:
             request = read_form(filled)
             if not found:
@@ -182,7 +182,7 @@ class Page:
                 check_control_images(plain)
                 check_requests([plain])
         except UserError as error:
-            raise Mistakes(placed(error).found | found) from None
+            raise Mistakes(placed(error, names).found | found) from None
         if found:
             raise Mistakes(found)
         return request

@@ -165,8 +165,12 @@ def _grouped(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return grouped, gaps
 
 
-def placed(error: UserError) -> Mistakes:
-    """The lines of an error as sentences beside the fields that they are about."""
+def placed(error: UserError, names: Mapping[str, str] | None = None) -> Mistakes:
+    """The lines of an error as sentences beside the fields that they are about.
+
+    Args:
+        names: what people called files, by the paths that errors know.
+    """
     if isinstance(error, Mistakes):
         return error
     found: dict[str, str] = {}
@@ -174,6 +178,8 @@ def placed(error: UserError) -> Mistakes:
         line = re.sub(r"^(entry [^:]*)?: ", "", line)
         line = line.replace(" is missing, expected a value: add it", ": choose a file, or empty the fields beside it")
         name, rest = _place(line)
+        for path, called in (names or {}).items():
+            rest = rest.replace(path, called)
         found[name] = f"{found[name]} {sentence(rest)}" if name in found else sentence(rest)
     return Mistakes(found)
 

@@ -155,20 +155,25 @@ class Places:
             os.replace(temporary, kept)
         return self.shown(kept)
 
-    def keep_all(self, fields: Mapping[str, Field], filled: dict[str, Any]) -> dict[str, str]:
-        """Put the paths of kept files in place of those of uploads; what is wrong with them, by field."""
-        found = {}
+    def keep_all(self, fields: Mapping[str, Field], filled: dict[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+        """Put the paths of kept files in place of those of uploads; what is wrong with them, by field, and their names.
+
+        A name is what the file was called before it was kept, by the path that it is kept under.
+        """
+        found, names = {}, {}
         for name, field in fields.items():
             value = filled.get(name)
             if field.takes not in ("media", "medias") or not value:
                 continue
             try:
-                kept = [self.keep(upload) for upload in ([value] if isinstance(value, str) else value)]
+                uploads = [value] if isinstance(value, str) else value
+                kept = [self.keep(upload) for upload in uploads]
+                names |= {path: Path(upload).name for path, upload in zip(kept, uploads, strict=True)}
                 filled[name] = kept if field.takes == "medias" else kept[0]
             except UserError as error:
                 found[name] = sentence(str(error))
                 filled[name] = None
-        return found
+        return found, names
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -97,6 +97,10 @@ def test_mistakes_stand_beside_their_fields_until_they_are_corrected(page):
     assert "without controlnet_images" in told["sparsectrl.path"]
     session, told = ask(page, session, inputs__image=str(page.places.models / "Motion_Module/x.safetensors"))
     assert "expected a picture or clip" in told["inputs.image"]
+    short = page.places.output.parent / "mine.gif"
+    save_video(np.zeros((2, 8, 8, 3), np.uint8), short)
+    session, told = ask(page, session, finish__audio=str(short), output__format="mp4")
+    assert "mine.gif" in told["finish.audio"] and "samples" not in told["finish.audio"]
     assert not page.queue.of("a")
 
 
