@@ -1,6 +1,7 @@
 """Prompts to animations.   `python scripts/animate.py --prompt "a red circle moving left on a black background"`
 
-`torchrun --nproc_per_node N scripts/animate.py …` shares the prompts out among N processes.
+`torchrun --nproc_per_node N scripts/animate.py …` shares the prompts out among N processes;
+with `--split-clips` all of them make one clip at a time.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default float16 on CUDA, else float32")
     parser.add_argument("--plan", action="store_true", help="say how much memory and time it will take, and stop")
+    parser.add_argument(
+        "--split-clips",
+        action="store_true",
+        help="of torchrun: share out every clip's windows, or the parts of its guidance, instead of the prompts",
+    )
     parser.add_argument("--without-xformers", action="store_true", help="no effect: xformers is never used")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any option, flat or grouped")
     return parser.parse_intermixed_args(argv)
@@ -137,6 +143,8 @@ def run(argv: list[str] | None, processes: OneProcess) -> None:
         return
     from animatediff.pipeline.run import animate  # here, because it imports torch: mistakes above are told at once
 
+    if args.split_clips:
+        processes = processes.splitting()
     animate(config, output_dir=args.output_dir, device=args.device, dtype=args.dtype, processes=processes)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,6 +28,14 @@ class FrameDenoise(Protocol):
         ...
 
 
+Spread = Callable[[Sequence[Callable[[], Tensor]], Tensor], Iterable[Tensor]]
+
+
+def in_turn(tasks: Sequence[Callable[[], Tensor]], like: Tensor) -> Iterable[Tensor]:
+    """What the tasks of a step make, each of the shape and type of `like`, in their order: here one after the other."""
+    return (task() for task in tasks)
+
+
 @dataclass(frozen=True)
 class Run:
     """What every feature of one run of a sampler may ask for.
@@ -40,6 +48,7 @@ class Run:
         parts: of the batch, in this order: some of "unconditional", "conditional", "perturbed".
         first_frame: the number of the first frame in its clip, where only a part of the clip is sampled.
         cache: lasts as long as the clip, which may take several runs.
+        spread: computes what a step is made of, windows or parts of the batch, here or shared with other processes.
         added: frame numbers (w,) -> what the network is told beside the text: SDXL's `pooled` and `time_ids`.
     """
 
@@ -52,6 +61,7 @@ class Run:
     first_frame: int = 0
     cache: dict[str, Any] = field(default_factory=dict)
     added: Callable[[Tensor], dict[str, Tensor]] = lambda frames: {}
+    spread: Spread = in_turn
 
     def progress(self, t: Tensor) -> float:
         """Where in the sampling t (b,) is: 0 at the first step, 1 at the last."""

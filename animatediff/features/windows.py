@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from animatediff.config.request import Windows
 from animatediff.diffusion.guidance import Denoise
 from animatediff.diffusion.schedule import step_of
-from animatediff.features.feature import FrameDenoise
+from animatediff.features.feature import FrameDenoise, Spread, in_turn
 
 DEFAULT_LENGTH = 16  # frames: what all motion modules were trained on
 
@@ -46,7 +47,7 @@ def full_clip(denoise: FrameDenoise, first: int = 0) -> Denoise:
     return lambda x, t: denoise(x, t, torch.arange(first, first + x.shape[1]))
 
 
-def sliding_windows(denoise: FrameDenoise, windows: Windows, timesteps: Tensor) -> Denoise:
+def sliding_windows(denoise: FrameDenoise, windows: Windows, timesteps: Tensor, *, spread: Spread = in_turn) -> Denoise:
     """A denoiser of whole clips from one of windows; only one window at a time goes through the network.
 
     Every frame's prediction is the mean of those its windows make, weighted by its place in them. It goes around a
@@ -55,6 +56,7 @@ def sliding_windows(denoise: FrameDenoise, windows: Windows, timesteps: Tensor) 
     Args:
         denoise: of w frames at a time, told which they are.
         timesteps: (steps,), those of the sampler: they tell which step it is.
+        spread: computes the windows of a step.
 
     Returns:
         A denoiser of x (b, f, c, h, w), any f, and t (b,).
@@ -63,11 +65,16 @@ def sliding_windows(denoise: FrameDenoise, windows: Windows, timesteps: Tensor) 
     def denoise_clip(x: Tensor, t: Tensor) -> Tensor:
         step = step_of(timesteps, t)
         out, total = torch.zeros_like(x), x.new_zeros(x.shape[1], 1, 1, 1)
-        for window in windows_of_step(windows, step, x.shape[1]):
-            frames = torch.tensor(window)
-            index = frames.to(x.device)
+        every = windows_of_step(windows, step, x.shape[1])
+
+        def predict(window: Window) -> Tensor:
+            return denoise(x[:, list(window)], t, torch.tensor(window))
+
+        predictions = spread([partial(predict, window) for window in every], x[:, list(every[0])])
+        for window, prediction in zip(every, predictions, strict=True):
+            index = torch.tensor(window, device=x.device)
             weight = window_weights(windows, window, x.shape[1]).to(x).reshape(-1, 1, 1, 1)
-            out.index_add_(1, index, weight * denoise(x[:, index], t, frames))
+            out.index_add_(1, index, weight * prediction)
             total.index_add_(0, index, weight)
         return out / total
 

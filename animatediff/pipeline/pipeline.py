@@ -19,7 +19,7 @@ from animatediff.config.request import Prompts, Request
 from animatediff.config.spellings import updated
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.extend import chain_window
-from animatediff.features.feature import Feature
+from animatediff.features.feature import Feature, Spread, in_turn
 from animatediff.features.inputs import prepare_inputs
 from animatediff.features.lora_schedule import loras_scaled
 from animatediff.features.noise import draw_seed, seeded
@@ -295,6 +295,7 @@ class AnimateDiffPipeline:
         estimated: Callable[[Tensor], None] | None = None,
         features: Sequence[Feature] | None = None,
         video_latents: Tensor | None = None,
+        spread: Spread = in_turn,
     ) -> Tensor:
         """Clean latents (b v, f, c, h, w) of a resolved request: b prompts, v videos of each.
 
@@ -306,6 +307,7 @@ class AnimateDiffPipeline:
             estimated: called with every estimate of the clean latents (b v, f, c, h, w), for previews.
             features: in place of the pipeline's.
             video_latents: (b v, f, c, h, w), in place of those that the VAE makes of the inputs' video.
+            spread: computes the windows of a step, or the parts of its guidance, here or with other processes.
         """
         m, size, r = self.model, request.size, request
         apply_memory(m, r.memory)
@@ -327,7 +329,18 @@ class AnimateDiffPipeline:
         generators = generators_of(generator, r, clips, videos)
         features = features or self.features
         sampler = ClipSampler(
-            m, r, context, negative, generators, inputs, shows, callback, estimated, features, video_latents
+            m,
+            r,
+            context,
+            negative,
+            generators,
+            inputs,
+            shows,
+            callback,
+            estimated,
+            features,
+            video_latents,
+            spread=spread,
         )
         if latents is None:
             return sampler.sample(sampler.draw(size.num_frames))

@@ -1,4 +1,4 @@
-"""The processes of a run: one alone, or those that `torchrun` has started, which share a queue of clips."""
+"""The processes of a run: one alone, or those that `torchrun` has started, which share clips or each clip."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TextIO, TypeVar
@@ -16,13 +16,26 @@ from tqdm import tqdm
 from animatediff.utils import UserError, printable
 
 SILENCE = 3600.0  # seconds without a step of any process, after which those that are missed are taken for dead
+WAIT = timedelta(days=1)  # for each other: the first process may read large files, and write long clips
 T = TypeVar("T")
 
 
 class OneProcess:
-    """A run's only process. Of several, the `first` shows progress and writes what belongs to no single clip."""
+    """A run's only process. Of several, the `first` shows progress and writes what belongs to no single clip.
+
+    Attributes:
+        spread: a `features.feature.Spread` where all of them make every clip together.
+    """
 
     first = True
+    spread: Callable[[Sequence[Callable[[], Any]], Any], Iterable[Any]] | None = None
+
+    def splitting(self) -> OneProcess:
+        """The same, making every clip together. Raises: UserError for one process."""
+        raise UserError(
+            "got --split-clips in one process, expected several that share every clip: torchrun --nproc_per_node 2 "
+            "scripts/animate.py …, or leave it out"
+        )
 
     def once(self, make: Callable[[], T]) -> T:
         """What `make` gives in the first process; the others wait for it. Once in a run."""
@@ -63,6 +76,10 @@ class ManyProcesses(OneProcess):
 
     def __init__(self, store: Any, rank: int, number: int):
         self._store, self.first, self._others = store, rank == 0, number - 1
+        self._rank = rank
+
+    def splitting(self) -> OneProcess:
+        return SplitClips(self._store, self._rank, self._others + 1)
 
     def once(self, make: Callable[[], T]) -> T:
         if not self.first:
@@ -126,6 +143,46 @@ class ManyProcesses(OneProcess):
             raise UserError("this process ends, too: another one has ended, which says why") from None
 
 
+class SplitClips(ManyProcesses):
+    """One of several processes that make every clip together: each computes its share of every step's tasks.
+
+    All take every step of the sampler from the same numbers, and sum up in the same order, so that the clip is that of
+    one process, on the CPU bit by bit. The first one writes it.
+    """
+
+    def __init__(self, store: Any, rank: int, number: int):
+        import torch.distributed as dist
+
+        super().__init__(store, rank, number)
+        own = dist.PrefixStore("split", store)
+        dist.init_process_group(store=own, rank=rank, world_size=number, timeout=WAIT)
+
+    def take(self, jobs: Sequence[Any], bar: tqdm) -> Iterator[Any]:
+        yield from jobs
+
+    def stepped(self, bar: tqdm, clips: int = 1) -> int:
+        bar.update(clips)
+        return int(bar.n)
+
+    def tell(self, line: str, file: TextIO | None = None) -> None:
+        if self.first:
+            super().tell(line, file)
+
+    def tell_once(self, line: str, file: TextIO | None = None) -> None:
+        self.tell(line, file)
+
+    def spread(self, tasks: Sequence[Callable[[], Any]], like: Any) -> Iterable[Any]:
+        import torch
+        import torch.distributed as dist
+
+        number = self._others + 1
+        own = {i: tasks[i]().contiguous() for i in range(self._rank, len(tasks), number)}
+        for i in range(len(tasks)):
+            made = own[i] if i in own else torch.empty_like(like, memory_format=torch.contiguous_format)
+            dist.broadcast(made, src=i % number)
+            yield made
+
+
 def _show(bar: tqdm, done: int) -> None:
     bar.update(min(done, bar.total) - bar.n)  # a clip that is made again has its steps a second time
 
@@ -144,6 +201,6 @@ def launched() -> OneProcess:
         store, rank, number = next(dist.rendezvous("env://"))
     except ValueError as error:
         raise UserError(f"got WORLD_SIZE={os.environ['WORLD_SIZE']}, expected torchrun or none: {error}") from None
-    store.set_timeout(timedelta(days=1))  # the first process may read large files before the others begin
+    store.set_timeout(WAIT)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return ManyProcesses(dist.PrefixStore(f"processes {attempt}", store), rank, number)

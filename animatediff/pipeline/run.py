@@ -21,12 +21,13 @@ from animatediff.config.prompt_warnings import prompt_warnings
 from animatediff.config.prompt_yaml import RunConfig
 from animatediff.config.request import Request
 from animatediff.config.spellings import files
+from animatediff.features.feature import in_turn
 from animatediff.features.inputs import input_sha256
 from animatediff.media.video import FrameStream, is_complete, read_video, save_video, tile
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.device import own_device, pick_dtype
 from animatediff.pipeline.finish import Finisher, compare, sound_of
-from animatediff.pipeline.fit import as_begun, fitted, recorded
+from animatediff.pipeline.fit import as_begun, fitted, parts_of, recorded
 from animatediff.pipeline.headers import Checked, check_requests
 from animatediff.pipeline.outputs import as_bytes, decode_frames, decode_pixels, one_line_when_full
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
@@ -114,7 +115,8 @@ def animate(
         dtype: float32, float16 or bfloat16; by default that of an earlier run of the config, or what suits the device.
         assembler: of earlier runs, with what it has read; on its device and in its dtype.
         follower: is told how far the run is.
-        processes: from `launched()`, where torchrun has started several: they share the prompts out among them.
+        processes: from `launched()`, where torchrun has started several: they share the prompts out among them, or,
+            `splitting`, the windows or parts of guidance of every clip.
 
     Returns:
         The folder. In the first process all is done then; another one has made its last clip.
@@ -135,6 +137,8 @@ def animate(
     checked = [fitted(entry, target, weights_dtype, processes.tell_once) for entry in plain]
     entries = (recorded(entry.request, fit.request) for entry, fit in zip(plain, checked, strict=True))
     config = replace(config, entries=tuple(entries))  # nothing is left open in them
+    for entry in checked if processes.spread else ():
+        _check_split(entry.request)
     provenance = made_on(target, weights_dtype) | versions()
     folder, config, batches = processes.once(partial(_begin, config, output_dir, provenance, checked))
     _check_shared(folder)
@@ -241,6 +245,15 @@ def _check_shared(folder: Path) -> None:
         )
 
 
+def _check_split(request: Request) -> None:
+    """Raises: UserError where a step is one task, which processes cannot share."""
+    if not request.windows and parts_of(request) == 1:
+        raise UserError(
+            f"entry {request.output.name}: got --split-clips for clips without windows and guidance, expected one of "
+            "them: set windows=open, or leave --split-clips out"
+        )
+
+
 def _finisher(request: Request, pipeline: AnimateDiffPipeline) -> Finisher | None:
     if not request.finish.changes:
         return None
@@ -268,7 +281,10 @@ def _run(
 
         return {"callback": after_step, "estimated": lambda x: follower.estimated(x[:1])}
 
-    for job, latents in zip(jobs, pipeline.sample(r, **told(len(jobs))).split(1), strict=True):
+    sampled = pipeline.sample(r, spread=processes.spread or in_turn, **told(len(jobs)))
+    if processes.spread and not processes.first:
+        return
+    for job, latents in zip(jobs, sampled.split(1), strict=True):
         if finisher is None:
             clip: FrameStream | Tensor = FrameStream(
                 latents.shape[1], decode_frames(pipeline.vae, latents, chunk=memory.vae_frames)
@@ -281,7 +297,7 @@ def _run(
         metadata = clip_settings(job.request, hashes) | made_on(pipeline.device, pipeline.dtype)
         save_video(clip, job.path, r.written_fps, metadata, loop=r.output.loop_count, sound=sound_of(r))
         processes.tell(str(job.path), sys.stdout)
-    if finisher is None:
+    if finisher is None and not processes.spread:
         remember(r, watch, pipeline.dtype)
 
 

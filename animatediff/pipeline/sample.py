@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from animatediff.diffusion.guidance import Denoise, classifier_free_guidance
 from animatediff.diffusion.samplers import Callback, Steps, find_sampler
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.extend import chain_window, extend_video, extension_windows
-from animatediff.features.feature import Feature, FrameDenoise, Run
+from animatediff.features.feature import Feature, FrameDenoise, Run, Spread, in_turn
 from animatediff.features.freeinit import free_init
 from animatediff.features.inputs import PixelInputs, steps_taken
 from animatediff.features.known_frames import KnownFrames, encode_known
@@ -45,6 +46,7 @@ class ClipSampler:
         features: what reaches into the network.
         video_latents: (b, f, c, h, w), in place of those that the VAE makes of the inputs' video.
         cache: of this clip's features.
+        spread: of `Run`.
     """
 
     model: Model
@@ -59,6 +61,7 @@ class ClipSampler:
     features: Sequence[Feature] = FEATURES
     video_latents: Tensor | None = None
     cache: dict[str, Any] = field(default_factory=dict)
+    spread: Spread = in_turn
 
     def draw(self, frames: int) -> Tensor:
         """Noise (b, f, c, h, w) of each clip's own generator."""
@@ -134,14 +137,15 @@ class ClipSampler:
         if self.request.pag.scale:
             parts["perturbed"] = self.context
         contexts = {name: context for name, context in parts.items() if context is not None}
-        return make_run(self.model, self.request, contexts, schedule, timesteps, first_frame, self.cache)
+        run = make_run(self.model, self.request, contexts, schedule, timesteps, first_frame, self.cache)
+        return replace(run, spread=self.spread)
 
     def _unguided(self, run: Run) -> Denoise:
         """The network's own prediction for the inversion's prompt, with windows and without any feature."""
         assert self.inversion_context is not None
         straight = replace(run.request, loop=replace(run.request.loop, mode=""))
         plain = make_run(self.model, straight, {"conditional": self.inversion_context}, run.schedule, run.timesteps)
-        return over_frames(network(plain), replace(plain, first_frame=run.first_frame))
+        return over_frames(network(plain), replace(plain, first_frame=run.first_frame, spread=self.spread))
 
 
 def make_run(
@@ -165,7 +169,8 @@ def make_run(
 @contextmanager
 def guided_denoiser(run: Run, features: Sequence[Feature] = FEATURES) -> Iterator[Denoise]:
     """The network, features around it, windows of frames around these, guidance around all."""
-    if run.request.memory.split_guidance and len(run.parts) > 1:
+    shared = run.spread is not in_turn and not run.request.windows
+    if (run.request.memory.split_guidance or shared) and len(run.parts) > 1:
         loras, r = run.model.loras, run.request.loras
         scheduled = r.schedule is not None or r.motion_schedule is not None
         with loras.unmerged() if scheduled else nullcontext():  # once, and not at every step
@@ -186,15 +191,20 @@ def steered(run: Run, features: Sequence[Feature]) -> Iterator[FrameDenoise]:
 
 
 def part_by_part(run: Run, features: Sequence[Feature]) -> Denoise:
-    """A denoiser of all parts of the batch, one after the other: each is a batch of its own to network and features."""
+    """A denoiser of all parts of the batch, one after the other: each is a batch of its own to network and features.
+
+    What is shared with other processes is their windows, or, without these, the parts.
+    """
     runs = [_part(run, i) for i in range(len(run.parts))]
+    spread = in_turn if run.request.windows else run.spread
+
+    def predict(part: Run, x: Tensor, t: Tensor) -> Tensor:
+        with steered(part, features) as one:
+            return over_frames(one, part)(x, t)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        predicted = []
-        for part, own, when in zip(runs, x.chunk(len(runs)), t.chunk(len(runs)), strict=True):
-            with steered(part, features) as one:
-                predicted.append(over_frames(one, part)(own, when))
-        return torch.cat(predicted)
+        xs, ts = x.chunk(len(runs)), t.chunk(len(runs))
+        return torch.cat(list(spread([partial(predict, *each) for each in zip(runs, xs, ts, strict=True)], xs[0])))
 
     return denoise
 
@@ -228,7 +238,7 @@ def over_frames(denoise: FrameDenoise, run: Run) -> Denoise:
     if run.request.loop.mode == "rotate":
         return rotate_loop(denoise, run.timesteps)
     if run.request.windows:
-        return sliding_windows(denoise, run.request.windows, run.timesteps)
+        return sliding_windows(denoise, run.request.windows, run.timesteps, spread=run.spread)
     return full_clip(denoise, run.first_frame)
 
 

@@ -16,6 +16,7 @@ from torch.distributed import DistStoreError, HashStore
 from tqdm import tqdm
 
 from animatediff.config.prompt_yaml import load_config
+from animatediff.features.feature import in_turn
 from animatediff.pipeline import processes
 from animatediff.pipeline.device import own_device
 from animatediff.pipeline.processes import ManyProcesses, OneProcess, launched
@@ -200,6 +201,45 @@ def test_a_process_is_killed(run, tmp_path, victim):
     code, _, err = finished(start(2, "--config", config, "--output-dir", out))
     assert code == 0, err
     assert contents(out) == expected
+
+
+@pytest.fixture(scope="module")
+def split(nano, tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """Clips in windows, one of which is a whole step at the end; and clips without, part by part; by one process."""
+    folder = tmp_path_factory.mktemp("split")
+    long = entry(
+        nano, prompt=["a", "b"], L=11, windows="open", window_length=4, window_overlap=1,
+        motion_module=str(nano / "mm_v2.safetensors"), sampler="euler_ancestral",
+    )  # fmt: skip
+    short = entry(nano, prompt=["c", "d"], split_guidance=True, pag_scale=2.0, format="png")
+    config = write_config(folder / "split.yaml", long, short)
+    animate(load_config(config), output_dir=folder / "one", device="cpu")
+    return config, contents(folder / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 3])
+def test_processes_that_make_each_clip_together(split, tmp_path, number):
+    """The files of one process, bit by bit; also of a run that is taken up."""
+    config, expected = split
+    out = tmp_path / "out"
+    for made in (0, 3):
+        code, said, err = finished(start(number, "--config", config, "--output-dir", out, "--split-clips"))
+        assert code == 0 and "Traceback" not in err, err
+        assert contents(out) == expected
+        assert len(said.split()) == 5 - made and err.count("sd1-checkpoint") == (1 if made else 2)
+        next(out.glob("sample/1-*")).unlink()
+        (out / "sample.gif").unlink()
+
+
+def test_what_processes_cannot_share_is_refused(nano, tmp_path):
+    config = load_config(write_config(tmp_path / "one.yaml", entry(nano, guidance_scale=1)))
+    process = OneProcess()
+    with pytest.raises(UserError, match="got --split-clips in one process, expected several"):
+        process.splitting()
+    process.spread = in_turn
+    with pytest.raises(UserError, match="entry 1: got --split-clips for clips without windows and guidance"):
+        animate(config, output_dir=tmp_path / "out", device="cpu", processes=process)
 
 
 @pytest.mark.slow
