@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import re
@@ -28,8 +29,9 @@ WORD = re.compile("L+|N|[^LNZ]+")
 Merge = tuple[str, str]
 
 
+@functools.cache
 def read_bundled_merges() -> list[Merge]:
-    """The 48,894 merges of OpenAI's CLIP, in order of priority."""
+    """The 48,894 merges of OpenAI's CLIP, in order of priority; read once, so not to be changed."""
     text = gzip.decompress(files("animatediff").joinpath("assets/clip_merges.txt.gz").read_bytes()).decode("utf-8")
     return parse_merges(text.splitlines())
 

@@ -58,6 +58,7 @@ def test_inspect_describes_several_files_and_goes_on_after_a_bad_one(tmp_path):
     assert f"motion_module_lora_configs: [{{path: {lora}, alpha: 1.0}}]" in second
 
 
+@pytest.mark.slow
 def test_convert_there_and_back(tmp_path, ldm_file, convert):
     result = run("convert.py", ldm_file, "folder", "--to", "diffusers", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -46,6 +46,7 @@ def test_modules_take_turns(folder, tmp_path, part, own, name):
     assert_close(predict(pipe, motion, motion_mixture), golden(f"unet.{name}.t481"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_chain_runs_the_last_one_first(folder, tmp_path):
     """Up to the model's own module: v3 at half its effect, then v2."""

@@ -172,6 +172,7 @@ def test_frames_without_a_hint_are_left_alone(folder, image):
     assert_close(got[:, [1, 3]], full[:, [1, 3]])
 
 
+@pytest.mark.slow
 def test_residuals_of_sparsectrl_and_controlnets_add_up(folder, tmp_path):
     options = {"controlnet_path": str(folder / "rgb.safetensors"), "controlnet_images": str(folder / "a.png")}
     pipe = pipeline(folder, tmp_path, controlnet=[net(folder, scale=0.8), net(folder, "control_b")], **options)
@@ -438,6 +439,7 @@ def test_an_inpaint_hint_is_marked_where_it_is_painted_anew(folder, tmp_path):
     assert (hints[..., :32] == -1).all() and (hints[..., 33:] >= 0).all()
 
 
+@pytest.mark.slow
 def test_a_call_brings_the_pictures_that_its_config_has_not(folder, tmp_path):
     """Its other values stay the config's; without pictures at all the call is refused."""
     options = {"scale": 0.8, "end": 0.6}

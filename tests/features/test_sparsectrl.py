@@ -238,6 +238,7 @@ def test_images_are_cut_around_the_centre_and_resized(tmp_path):
 # --- runs and mistakes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_of_an_official_config(files, tmp_path):
     """Official keys, both kinds, one after the other; the folder and the clips say what they were made from."""
     folder = "configs/inference/sparsectrl"

@@ -11,7 +11,7 @@ from tests.rounding import exact_and_bounds, worst
 
 DTYPES = pytest.mark.parametrize(
     "dtype",
-    [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16],
+    [torch.float32, *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.float16, torch.bfloat16))],
     ids=lambda t: str(t)[6:],
 )
 

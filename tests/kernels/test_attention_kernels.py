@@ -61,6 +61,7 @@ def test_the_launches_of_a_gpu_compute_the_same(monkeypatch, dim, keys):
     )
 
 
+@pytest.mark.slow
 def test_scores_of_any_size():
     """exp2 of raw scores would overflow here; the running maximum keeps it from that."""
     q, k, v = (torch.randn(1, 600, 16) * size for size in (300, 1, 1))

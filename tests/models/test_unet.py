@@ -199,6 +199,7 @@ def test_compiled_whole_it_copies_nothing_from_the_cpu():
     assert made and all("device = device(type='cpu')" in line for line in made)  # the network's, not the default
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fake_tensors_leave_nothing_behind():
     unet = wake(small_unet())

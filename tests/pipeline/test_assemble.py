@@ -199,6 +199,7 @@ def test_all_files_are_looked_for_before_any_is_opened(nano, make_entry):
         check_requests(entries)
 
 
+@pytest.mark.slow
 def test_version_of_a_stripped_module(nano, make_entry):
     """v1 and v3 without positional encodings are one layout: the entry or its inference config decides."""
     path = str(write(nano / "stripped.safetensors", motion_tensors("v1")))

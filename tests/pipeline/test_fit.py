@@ -127,6 +127,7 @@ def toy_plans(monkeypatch):
     monkeypatch.setattr(fitting, "plan_request", lambda request, **_: toy_plan(request))
 
 
+@pytest.mark.slow
 def test_a_run_within_a_budget(nano, tmp_path, toy_plans, capsys):
     config = load_config(write_config(tmp_path / "run.yaml", entry(nano, max_memory="500MB")))
     folder = animate(config, output_dir=tmp_path / "out", device="cpu")

@@ -205,6 +205,7 @@ def test_too_large_a_clip_is_told_in_one_line(config, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run_is_refused(config, finished, tmp_path):
     out = finished
     first, second = config.entries

@@ -147,6 +147,7 @@ noise_scheduler_kwargs: {num_train_timesteps: 1000, beta_start: 0.00085, beta_en
 """
 
 
+@pytest.mark.slow
 def test_the_official_branchs_files_and_spellings(files, tmp_path):
     """Its prompt YAML is one flat mapping; its inference YAML does not know v1's and v3's norms."""
     inference = tmp_path / "inference.yaml"
@@ -209,7 +210,12 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize("name", FEATURES)
+QUICK = ("windows", "prompt travel", "vid2vid", "FreeInit", "FreeU", "sizes", "euler_ancestral")  # the rest is slow
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in FEATURES if n not in QUICK)]
+)
 def test_everything_of_the_seam_works_on_it(pipelines, plain, name):
     got = sample(pipelines["sdxl-beta"], **FEATURES[name])
     assert got.shape == plain.shape and torch.isfinite(got).all()

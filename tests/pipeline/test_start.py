@@ -52,6 +52,7 @@ def test_strength_1_is_without_a_video(run, sampler):
     assert torch.equal(run(sampler=sampler, video=VIDEO, strength=1.0), run(sampler=sampler))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spacing", ["trailing", "karras"])
 def test_strength_1_with_windows_and_spacings(run, spacing):
     call = {"windows": Windows(length=3, overlap=1), "timestep_spacing": spacing, "eta": 0.5}
@@ -117,6 +118,7 @@ def test_a_batch_is_its_clips(run):
 # ---- inversion ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_inversion(run, encoded):
     """No noise is drawn, what the video shows matters, and so does the prompt that is animated."""
     call = {"video": VIDEO, "inversion": True, "inversion_prompt": FOX, "guidance_scale": 1.0}
@@ -139,6 +141,7 @@ def test_outside_the_mask_the_video_is_kept(run, encoded, sampler):
     assert torch.equal(changed, inside.expand_as(changed))
 
 
+@pytest.mark.slow
 def test_masks_that_are_white_or_black(run, encoded):
     assert torch.equal(run(video=VIDEO, mask=torch.ones(1, 1, 16, 16)), run())
     assert torch.equal(run(video=VIDEO, mask=torch.zeros(1, 1, 16, 16)), encoded(VIDEO))

@@ -52,6 +52,7 @@ def test_freeinit(run):
         run(freeinit=FreeInit(fast=True), num_inference_steps=None, timesteps=[900, 1])
 
 
+@pytest.mark.slow
 def test_noise_type(run):
     """It goes by the windows, and all draws of a run are arranged alike."""
     call = {"windows": Windows(length=3, overlap=1), "num_frames": 6}

@@ -24,6 +24,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(folder / "run.yaml", entry(folder, L=16, H=64, W=64, steps=1, guidance_scale=1.0))
 
 
+@pytest.mark.slow
 def test_a_model_without_motion_module(config, tmp_path, capsys):
     """The golden network draws noise: everything is written, nothing is right."""
     evaluate.main(
@@ -45,6 +46,7 @@ def test_the_config_names_the_motion_module(config, tmp_path):
     assert settings["motion_module"].endswith("mm_v3.safetensors") and settings["steps"] == 1
 
 
+@pytest.mark.slow
 def test_an_entry_and_motions_of_the_camera(config, tmp_path, capsys):
     entries = yaml.safe_load(config.read_text())
     both = write_config(tmp_path / "two.yaml", *entries, entries[0] | {"name": "second", "guidance_scale": 1.5})

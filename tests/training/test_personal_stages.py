@@ -95,6 +95,7 @@ def trained(files, tmp_path_factory) -> dict[str, Path]:
 # ---- what comes out
 
 
+@pytest.mark.slow
 def test_a_finetuned_model_is_a_personalised_model(files, trained):
     base = load_base(files / "nano.safetensors")
     personal = load_personalised(trained["image_finetune"], base)
@@ -149,6 +150,7 @@ def test_a_file_does_what_was_learnt_and_nothing_at_scale_0(files, trained, stag
     assert change > 1e-4 * before.norm() and (after - learnt).norm() < 0.05 * change
 
 
+@pytest.mark.slow
 def test_all_of_them_animate_together(files, trained, tmp_path):
     values = {
         "dreambooth_path": str(trained["image_finetune"]),
@@ -199,6 +201,7 @@ def test_only_the_lora_learns(files):
     assert len(lora.attached.changes) == len(TABLES["domain_adapter"]) // 2
 
 
+@pytest.mark.slow
 def test_samples_during_training(files, trained, tmp_path):
     """They are drawn, and the training does not notice."""
     samples = {"every": 1, "prompt": ["a", "b"], "steps": 1, "L": 2, "H": 16, "W": 16}

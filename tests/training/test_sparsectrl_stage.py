@@ -180,6 +180,7 @@ def test_options(files, trained, tmp_path):
     assert torch.load(tmp_path / "world/clips.pt", weights_only=True)["conditions"].any()
 
 
+@pytest.mark.slow
 def test_samples_during_training(files, trained, tmp_path):
     """They show the encoder that is being trained, which does not notice."""
     samples = {"every": 1, "prompt": "a", "steps": 1, "L": 2, "H": 16, "W": 16}

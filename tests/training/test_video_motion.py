@@ -126,12 +126,14 @@ def test_versions(files, tmp_path, version):
     assert report.version == version and unet.config.motion == MOTION_VERSIONS[version]
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_file(files, trained, tmp_path):
     config(files, tmp_path, init_from=str(trained), loop=UNLEARNT).run(quiet)
     old, new = (read_state_dict(path).tensors for path in (trained, tmp_path / "motion.safetensors"))
     assert old.keys() == new.keys() and all(torch.allclose(old[k], new[k], atol=1e-4) for k in old)
 
 
+@pytest.mark.slow
 def test_the_domain_adapter_is_active_and_not_trained(files, tmp_path):
     """The loss of the first step, at which a fresh module does nothing, is another one."""
     lines = {"": [], str(files / "adapter.safetensors"): []}
