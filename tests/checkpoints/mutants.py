@@ -24,9 +24,17 @@ import torch
 from animatediff.checkpoints.file_kinds import KINDS
 from animatediff.checkpoints.files import read_state_dict, write_state_dict
 from animatediff.utils import UserError
-from tests.checkpoints.synthetic import METADATA, ldm_tensors, lora_tensors, motion_tensors, with_positional, write
+from tests.checkpoints.synthetic import (
+    METADATA,
+    ldm_tensors,
+    lora_tensors,
+    motion_tensors,
+    sparsectrl_tensors,
+    with_positional,
+    write,
+)
 
-FORMATS = ("safetensors", "ckpt", "folder", "tokenizer")
+FORMATS = ("safetensors", "ckpt", "families", "folder", "tokenizer")
 SECONDS, BYTES = 10, 2 << 30  # that one file may take
 OUTCOMES = ("read", "refused")
 
@@ -44,6 +52,30 @@ def good_tensors(rng: random.Random) -> tuple[dict[str, torch.Tensor], dict[str,
     if kind == "embedding":
         return {"emb_params": torch.randn(2, 768)}, {}
     return lora_tensors({"kohya": "kohya_lora"}.get(kind, kind)), {"ss_base_model_version": "sd_v1"}
+
+
+def family_tensors(rng: random.Random) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The file of something beside an image model and a motion module, and its metadata."""
+    from tests import control, families, sdxl
+    from tests.models.test_lora_algorithms import FILES
+    from tests.models.test_lora_algorithms import lora_tensors as algorithm_tensors
+
+    algorithm = rng.choice(list(FILES))
+    made: list[Callable[[], dict[str, torch.Tensor]]] = [
+        control.controlnet_tensors,
+        control.controlnet_diffusers_tensors,
+        lambda: control.ip_adapter_tensors(rng.choice(("base", "plus", "full"))),
+        control.clip_vision_tensors,
+        lambda: sparsectrl_tensors(rng.choice(("rgb", "scribble"))),
+        lambda: families.conditioned_motion_tensors(rng.choice(("pia", "animatelcm_i2v"))),
+        families.cameractrl_tensors,
+        lambda: sdxl.motion(rng.choice(sdxl.MOTION)),
+        sdxl.checkpoint,
+        lambda: algorithm_tensors(algorithm),
+    ]
+    chosen = rng.choice(made)
+    metadata = sdxl.METADATA if chosen is sdxl.checkpoint else FILES[algorithm].get("metadata") or {}
+    return chosen(), metadata
 
 
 ODD_NUMBERS = ("x", "²", "", "-1", "99999999", "9" * 5000, "0", "7", "\x1b[2J", "1e400", "nan", "true", "null")
@@ -82,8 +114,10 @@ def odd_tensor(t: torch.Tensor, rng: random.Random) -> torch.Tensor:
     return rng.choice(changes)()
 
 
-def mutated_tensors(rng: random.Random) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    tensors, metadata = good_tensors(rng)
+def mutated_tensors(
+    rng: random.Random, good: tuple[dict[str, torch.Tensor], dict[str, str]]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors, metadata = good
     tensors, metadata = dict(tensors), dict(metadata)
     for _ in range(rng.choice((0, 1, 1, 2, 5))):
         key = rng.choice(list(tensors))
@@ -162,9 +196,16 @@ def mutated_json(content: object, rng: random.Random) -> object:
 def make_mutant(format: str, seed: int, folder: Path) -> Path:
     """Write the damaged file (or folder) of a seed, and say where."""
     rng = random.Random(f"{format} {seed}")
+    if format == "families":
+        from tests.control import CONFIG
+
+        tensors, metadata = mutated_tensors(rng, family_tensors(rng))
+        beside = mutated_json(CONFIG["clip"], rng) if rng.random() < 0.3 else CONFIG["clip"]
+        (folder / "config.json").write_text(json.dumps(beside), encoding="utf-8")  # which the image encoder needs
+        return write_state_dict(folder / "x.safetensors", tensors, metadata=metadata)
     if format in ("safetensors", "ckpt"):
         path = folder / f"x.{format}"
-        tensors, metadata = mutated_tensors(rng)
+        tensors, metadata = mutated_tensors(rng, good_tensors(rng))
         if format == "ckpt" and rng.random() < 0.3:
             torch.save({"state_dict": tensors, "epoch": 1}, path, _use_new_zipfile_serialization=False)
         else:
@@ -213,16 +254,37 @@ def make_folder(folder: Path, rng: random.Random, *, tokenizer: bool | None) -> 
 
 def load(path: Path) -> None:
     """As a person's run would: say what it is, then load it as that."""
+    from animatediff.checkpoints.cameractrl_files import load_cameractrl
+    from animatediff.checkpoints.controlnet_files import load_controlnet
     from animatediff.checkpoints.identify import identify
+    from animatediff.checkpoints.image_encoder_files import load_image_encoder
+    from animatediff.checkpoints.ip_adapter_files import load_ip_adapter
     from animatediff.checkpoints.load import load_base, load_motion_module
     from animatediff.checkpoints.lora_files import read_lora
+    from animatediff.checkpoints.motion_condition_files import load_motion_condition
+    from animatediff.checkpoints.sparsectrl_files import load_sparsectrl
     from animatediff.models.lora import LoRAStack
     from animatediff.models.tokenizer import Tokenizer
 
     info = identify(path)
     assert info.kind in KINDS and info.config_line
-    if info.kind in ("sd1-checkpoint", "diffusers-folder"):
+    beside = {
+        "controlnet": load_controlnet,
+        "sparsectrl": load_sparsectrl,
+        "ip-adapter": lambda path, unet, vae: load_ip_adapter(path, unet),
+        "cameractrl": lambda path, unet, vae: load_cameractrl(
+            path, load_motion_module(unet, os.environ["MUTANTS_MOTION"])[0]
+        ),
+        "image-encoder": lambda path, unet, vae: load_image_encoder(path),
+    }
+    if info.kind in ("sd1-checkpoint", "diffusers-folder", "sdxl-checkpoint"):
         load_base(path)
+    elif info.kind in beside:
+        base = load_base(os.environ["MUTANTS_BASE"])
+        beside[info.kind](path, base.unet, base.vae)
+    elif info.kind in ("pia", "animatelcm-i2v"):
+        base = load_base(os.environ["MUTANTS_BASE"])
+        load_motion_condition(path, load_motion_module(base.unet, path)[0])
     elif info.kind in ("motion-module", "motion-adapter", "motion-lora", "lora", "domain-adapter"):
         base = load_base(os.environ["MUTANTS_BASE"])
         if "lora" in info.kind or info.kind == "domain-adapter":
@@ -260,6 +322,8 @@ def worker(format: str, first: int, count: int) -> None:
     limit = resource.getrlimit(resource.RLIMIT_AS)[1]
     with tempfile.TemporaryDirectory() as name:
         os.environ["MUTANTS_BASE"] = str(write(Path(name) / "base.safetensors", ldm_tensors(), **METADATA))
+        motion = write(Path(name) / "motion.safetensors", motion_tensors("v3"), version="v3")
+        os.environ["MUTANTS_MOTION"] = str(motion)
         for seed in range(first, first + count):
             with tempfile.TemporaryDirectory(dir=name) as folder:
                 path = make_mutant(format, seed, Path(folder))

@@ -12,7 +12,7 @@ def test_an_undamaged_folder_is_read(tmp_path):
     assert outcome(make_folder(tmp_path / "model", random.Random(0), tokenizer=None)) == "read"
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [f for f in FORMATS if f != "families"])  # which are many to be made
 def test_a_few_mutants(format):
     found = try_mutants(format, 0, 20)
     assert len(found) == 20 and not {seed: result for seed, result in found.items() if result not in OUTCOMES}
