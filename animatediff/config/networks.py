@@ -212,6 +212,7 @@ class Distillation:
     lcm_timesteps: int | None = None  # the same
     prediction_type: str | None = None  # the same
     timesteps: tuple[float, ...] = ()  # for as many steps, where they are not those of the spacing
+    size: tuple[int, int] | None = None  # height and width where nobody says, if not the family's
 
 
 V2 = ", or `version: v2` to sample it as you like"
@@ -245,8 +246,14 @@ def distilled_schedule(schedule: ScheduleConfig, distillation: Distillation | No
     return replace(schedule, **{name: value for name, value in values.items() if value is not None})
 
 
-SDXL_TURBO = Distillation(  # arXiv 2311.17042; an image model for 512 x 512
-    "SDXL-Turbo", "euler_ancestral", "trailing", steps=4, possible_steps=(1, 2, 3, 4), guidance_scale=1.0
+SDXL_TURBO = Distillation(  # arXiv 2311.17042
+    "SDXL-Turbo",
+    "euler_ancestral",
+    "trailing",
+    steps=4,
+    possible_steps=(1, 2, 3, 4),
+    guidance_scale=1.0,
+    size=(512, 512),
 )
 
 
@@ -322,6 +329,11 @@ RECIPES: dict[str, Recipe] = {
 def recipe_of(version: str | None, *, sdxl: bool) -> Recipe:
     """How a model is sampled: as its motion module's authors do, or without one as its family's."""
     return RECIPES.get(version or "") or (RECIPES["sdxl"] if sdxl else SD1_RECIPE)
+
+
+def usual_size(recipe: Recipe, distillation: Distillation | None) -> tuple[int, int]:
+    """Height and width in pixels, where nobody says."""
+    return (distillation and distillation.size) or recipe.size
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,8 @@ class Size:
     """Of every clip."""
 
     num_frames: Int = opt(16, "frames", "L", "num_frames", "video_length", ge=1, le=MAX_FRAMES)
-    height: Side | None = opt(None, "pixels (512; SDXL 1024, Hotshot-XL 384)", "H", "height")
-    width: Side | None = opt(None, "pixels (512; SDXL 1024, Hotshot-XL 672)", "W", "width")
+    height: Side | None = opt(None, "pixels (512; SDXL 1024, Turbo 512, Hotshot-XL 384)", "H", "height")
+    width: Side | None = opt(None, "pixels (512; SDXL 1024, Turbo 512, Hotshot-XL 672)", "W", "width")
 
 
 @options

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from animatediff.checkpoints.textual_inversion import load_textual_inversion
+from animatediff.config.networks import usual_size
 from animatediff.config.request import Prompts, Request
 from animatediff.config.spellings import updated
 from animatediff.diffusion.schedule import NoiseSchedule
@@ -121,7 +122,7 @@ class AnimateDiffPipeline:
     @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels where a call does not say."""
-        height, width = self.model.recipe.size
+        height, width = usual_size(self.model.recipe, self.model.distillation)
         return self.request.size.height or height, self.request.size.width or width
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from animatediff.config.memory_options import Memory
-from animatediff.config.networks import SD1_RECIPE, Distillation, Recipe, ScheduleConfig
+from animatediff.config.networks import SD1_RECIPE, Distillation, Recipe, ScheduleConfig, usual_size
 from animatediff.config.request import Inputs, MicroConditioning, Request, Sampling, Windows
 from animatediff.config.spellings import called
 from animatediff.diffusion.samplers import OWN_SPACING, find_sampler
@@ -96,7 +96,7 @@ def resolve(request: Request, facts: Facts, *, steps: int = STEPS, complete: boo
     Raises:
         UserError: something that the files cannot do.
     """
-    sides = zip(("height", "width"), facts.recipe.size, strict=True)
+    sides = zip(("height", "width"), usual_size(facts.recipe, facts.distillation), strict=True)
     chosen = {name: getattr(request.size, name) or default for name, default in sides}
     request = replace(request, size=replace(request.size, **chosen))
     for name in ("height", "width"):

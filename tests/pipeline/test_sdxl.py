@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 
 from animatediff.checkpoints.keymaps import motion_to_hotshot
-from animatediff.config.networks import recipe_of
+from animatediff.config.networks import SDXL_TURBO, recipe_of
 from animatediff.config.spellings import build_request
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.features.micro_conditioning import time_ids
@@ -248,6 +248,13 @@ def resolved(version: str, *, sdxl: bool = True, refiner: bool = False, **values
     recipe = recipe_of(version, sdxl=sdxl)
     facts = Facts(recipe.schedule, recipe=recipe, sdxl=sdxl, refiner=refiner)
     return resolve(build_request({"prompt": "a", **values}, where="test"), facts)
+
+
+def test_turbo_is_made_for_small_pictures():
+    recipe = recipe_of("sdxl-beta", sdxl=True)
+    turbo = Facts(recipe.schedule, SDXL_TURBO, recipe=recipe, sdxl=True)
+    request = resolve(build_request({"prompt": "a", "W": 64}, where="test"), turbo)
+    assert (request.size.height, request.size.width) == (512, 64)
 
 
 @pytest.mark.parametrize(
