@@ -61,6 +61,11 @@ def printable(text: str, *, longest: int = 8000) -> str:
     return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
+def told(error: Exception) -> str:
+    """A mistake as the console gets it; the system's own name a file, however long its name is."""
+    return printable(str(error), longest=500 if isinstance(error, OSError) else 8000)
+
+
 @contextmanager
 def naming(where: object) -> Iterator[None]:
     """Let a `UserError` of the block start with the file (or the place) that it is about."""
@@ -173,7 +178,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still wants to print at its end
         sys.exit(141)
     except (UserError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

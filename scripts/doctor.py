@@ -17,7 +17,7 @@ from animatediff.config.networks import Distillation
 from animatediff.config.settings import dump_yaml
 from animatediff.config.spellings import NamedFile, as_values, files
 from animatediff.pipeline.remembered import is_clip, place_now, read_remembered
-from animatediff.utils import Parser, UserError, printable, run_main
+from animatediff.utils import Parser, UserError, printable, run_main, told
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             report = describe_clip(path) if is_clip(path) else describe(identify(path), Values.of(path))
         except UserError as error:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+            print(f"error: {told(error)}", file=sys.stderr)
             status = 2
         else:
             print(report)

@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from animatediff.training.lora_stages import Algorithm
-from animatediff.utils import UserError, printable
+from animatediff.utils import UserError, told
 from scripts import train
 from tests.nano import write_files
 
@@ -132,7 +132,7 @@ def attempt(config: Path) -> str:
     except TimeoutError:
         return traceback.format_exc()
     except (UserError, OSError) as error:
-        return f"error: {printable(str(error))}"  # as run_main prints it
+        return f"error: {told(error)}"  # as run_main prints it
     except BaseException:
         return traceback.format_exc()
 
