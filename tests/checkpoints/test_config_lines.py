@@ -13,6 +13,7 @@ from animatediff.checkpoints.files import write_state_dict
 from animatediff.checkpoints.identify import identify
 from animatediff.checkpoints.keymaps import motion_to_diffusers
 from animatediff.config.prompt_yaml import load_config
+from animatediff.models.ifnet import VERSIONS, IFNet
 from animatediff.pipeline.headers import check_requests
 from tests import control, families
 from tests.checkpoints.synthetic import (
@@ -56,6 +57,7 @@ FILES = {
     "cameractrl": families.cameractrl_tensors,
     "pia": lambda: families.conditioned_motion_tensors("pia"),
     "animatelcm-i2v": lambda: families.conditioned_motion_tensors("animatelcm_i2v"),
+    "rife": lambda: IFNet(VERSIONS["4.6"]).state_dict(),
 }
 
 

@@ -234,7 +234,7 @@ def test_diffusers_network_of_the_step_is_ours(monkeypatch):
 @pytest.mark.parametrize("frames", [1, 4])
 def test_networks_of_one_process_take_turns(monkeypatch, frames):
     monkeypatch.setattr(step, "CONFIG", replace(shapes.CONFIG, block_out_channels=(32, 32, 64, 64), context_dim=16))
-    args = Namespace(device="cpu", dtype="float32", size=64, frames=frames)
+    args = Namespace(part="step", device="cpu", dtype="float32", size=64, frames=frames)
     run_one = step.run_here(args, ("ours", "ours-torch"))
     (first, out), (_, again), (_, other) = (run_one(name) for name in ("ours", "ours", "ours-torch"))
     assert out.shape == (2, frames, 4, 8, 8) and torch.equal(out, again) and torch.equal(out, other)

@@ -21,7 +21,7 @@ from animatediff.utils import UserError
 from tests.nano import entry, write_config
 
 FOX = "a red fox"
-CALL = {"num_frames": 4, "height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
+CALL = {"num_frames": 4, "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
 
 
 @pytest.fixture
@@ -221,9 +221,9 @@ def test_mistakes_are_named(make_entry, values, message):
 def test_motion_mask(run, tmp_path):
     """Black everywhere is motion scale 0; of another size than the clip it is refused."""
     black = str(tmp_path / "black.png")
-    Image.new("L", (16, 16)).save(black)
+    Image.new("L", (32, 32)).save(black)
     assert torch.equal(run(motion_mask=black), run(motion_scale=0))
-    with pytest.raises(UserError, match="black.png of 16x16 pixels, expected 24x16"):
+    with pytest.raises(UserError, match="black.png of 32x32 pixels, expected 24x32"):
         run(motion_mask=black, width=24)
 
 
