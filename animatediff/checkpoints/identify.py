@@ -262,16 +262,21 @@ def weight_files(path: str | Path) -> list[Path]:
     raise UserError(f"got the folder {path} with {what}, expected a diffusers model: give a complete folder or a file")
 
 
+def folder_kind(unet: StateDict) -> str:
+    """What a diffusers folder is by the names of its UNet, which may have motion modules in it, as Hotshot-XL's."""
+    return "sdxl-checkpoint" if any(key.startswith("add_embedding.") for key in unet) else "diffusers-folder"
+
+
 def _identify_folder(path: Path) -> FileInfo:
     first, *others = weight_files(path)
-    info = _identify_file(path, read_state_dict(first))
+    file = read_state_dict(first)
+    info = _identify_file(path, file)
     if first.parent == path or info.kind not in ("sd1-unet", "sdxl-checkpoint", *MOTION_KINDS):
         return info
     sizes_of_all = _totals(
         {f"{p.parent.name}/{k}": t for p in (first, *others) for k, t in read_state_dict(p).tensors.items()}
     )
     told = {"schedule": schedule_facts(folder_metadata(path)), **sizes_of_all}
-    if info.kind != "sdxl-checkpoint":
-        return replace(info, kind="diffusers-folder", version=None, **told)
-    has_first = any(p.parent.name == "text_encoder" for p in others)
-    return replace(info, version=None if has_first else "refiner", **told)
+    kind, has_first = folder_kind(file.tensors), any(p.parent.name == "text_encoder" for p in others)
+    version = "refiner" if kind == "sdxl-checkpoint" and not has_first else None
+    return replace(info, kind=kind, version=version, **told)

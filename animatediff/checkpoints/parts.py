@@ -18,7 +18,14 @@ from animatediff.checkpoints.diffusers_json import (
 )
 from animatediff.checkpoints.file_kinds import motion_part
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_state_dict
-from animatediff.checkpoints.identify import CONDITIONED_MOTION, MOTION_KINDS, adapter_config, identify_tensors, refusal
+from animatediff.checkpoints.identify import (
+    CONDITIONED_MOTION,
+    MOTION_KINDS,
+    adapter_config,
+    folder_kind,
+    identify_tensors,
+    refusal,
+)
 from animatediff.checkpoints.keymaps import (
     LDM_BOOKKEEPING,
     LDM_PARTS,
@@ -299,8 +306,9 @@ def _read_diffusers(path: Path) -> ImageParts:
     notes = [f"{file.path.relative_to(path)}: {note}" for file in files.values() for note in file.notes]
     names = [file.path.name for file in files.values()]
     notes += [f"only the fp16 variant {name} is there" for name in names if ".fp16." in name]
-    unused = [key for key in unet_file.tensors if MOTION_MARK in key]
-    if unused:
+    unused = [key for key in unet_file.tensors if MOTION_MARK in motion_to_official(key)]
+    motion = set(unused)
+    if motion:
         notes.append("unet/ holds a motion module too, which is not part of the image model")
     texts: dict[str, StateDict | None] = dict.fromkeys(TEXT_FOLDERS.values())
     for folder, name in TEXT_FOLDERS.items():
@@ -309,8 +317,8 @@ def _read_diffusers(path: Path) -> ImageParts:
             unused += [f"{folder}/{key}" for key in unused_text]
     return ImageParts(
         path=path,
-        kind=info.kind if info.kind == "sdxl-checkpoint" else "diffusers-folder",
-        unet={key: t for key, t in unet_file.tensors.items() if MOTION_MARK not in key},
+        kind=folder_kind(unet_file.tensors),
+        unet={key: t for key, t in unet_file.tensors.items() if key not in motion},
         vae=_vae_from_diffusers(files["vae"].tensors) if "vae" in files else None,
         **texts,
         stated=metadata,

@@ -5,7 +5,7 @@ import torch
 
 from animatediff.checkpoints.files import read_json, read_state_dict
 from animatediff.checkpoints.identify import identify
-from animatediff.checkpoints.keymaps import LDM_VAE, MOTION_MARK, motion_to_hotshot
+from animatediff.checkpoints.keymaps import LDM_VAE, MOTION_MARK
 from animatediff.checkpoints.sparsectrl_files import save_sparsectrl
 from animatediff.config.networks import MotionConfig
 from animatediff.models.sparsectrl_encoder import build_sparsectrl
@@ -26,10 +26,6 @@ from tests.checkpoints.test_ip_adapter_files import accelerate, training_script
 from tests.checkpoints.test_sparsectrl_files import SMALL, diffusers_names
 from tests.control import controlnet_tensors, ip_adapter_tensors
 from tests.families import cameractrl_tensors
-
-
-def hotshot() -> dict[str, torch.Tensor]:
-    return {motion_to_hotshot(key): t for key, t in sdxl.motion("hotshot-xl").items()}
 
 
 def with_positions(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -67,7 +63,7 @@ TRIPS = {  # the file, there, a key that has to be there, and back
         "cameractrl",
     ),
     "hotshot-xl": (
-        hotshot,
+        lambda: sdxl.motion("hotshot-xl"),
         ("official-motion", "x.safetensors", "down_blocks.0.motion_modules.0.temporal_transformer.norm.weight"),
         "hotshot-motion",
     ),

@@ -126,6 +126,28 @@ def test_a_unet_alone_in_diffusers_names_is_a_personalised_model(single_file, fo
     assert personal.unet.config == base.unet.config and personal.text_encoder_2 is base.text_encoder_2
 
 
+def test_hotshots_folder_is_an_image_model_with_a_motion_module_in_it(single_file, folder, tmp_path):
+    hotshot = tmp_path / "Hotshot-XL"
+    (hotshot / "unet").mkdir(parents=True)
+    for part in folder.iterdir():
+        if part.name != "unet":
+            (hotshot / part.name).symlink_to(part)
+    (hotshot / "unet/config.json").write_text((folder / "unet/config.json").read_text())
+    unet = read_state_dict(folder / "unet/diffusion_pytorch_model.safetensors").tensors
+    write(hotshot / "unet/diffusion_pytorch_model.safetensors", unet | motion("hotshot-xl"))
+    info = identify(hotshot)
+    assert (info.kind, info.version, info.base) == ("sdxl-checkpoint", None, "SDXL")
+    parts = read_image_parts(hotshot)
+    assert (
+        equal(parts.unet, unet) and parts.kind == "sdxl-checkpoint" and len(parts.unused) == len(motion("hotshot-xl"))
+    )
+    assert identify(hotshot / "unet").version == "hotshot-xl"
+    assert equal(
+        read_motion_parts(hotshot / "unet").tensors,
+        read_motion_parts(write(tmp_path / "x.pt", motion("hotshot-xl"))).tensors,
+    )
+
+
 @pytest.mark.parametrize("version", MOTION)
 def test_motion_modules_convert_and_come_back(tmp_path, version):
     """Hotshot-XL's spelling becomes the official one; diffusers' adapter has the names of the published one."""

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from animatediff.checkpoints.keymaps import motion_to_hotshot
 from animatediff.config.networks import SDXL_TURBO, recipe_of
 from animatediff.config.spellings import build_request
 from animatediff.diffusion.schedule import NoiseSchedule
@@ -77,13 +76,10 @@ def test_golden_runs(pipelines, name):
     [("sdxl-beta", "beta", "noise", {}), ("hotshot-xl", "hotshot", "hotshot_noise", {"sampler": "euler"})],
 )
 def test_golden_frames_through_the_command_line(files, pipelines, tmp_path, monkeypatch, version, name, noise, options):
-    """Hotshot-XL's file in its own keys, as it is published."""
     noise, latents = (GOLDEN[key].movedim(1, 2) for key in (f"input.{noise}", f"pipeline.{name}.latents"))
-    own = {motion_to_hotshot(key): t for key, t in motion(version).items()} if version == "hotshot-xl" else None
-    path = write(tmp_path / "own.safetensors", own) if own else files / f"{version}.safetensors"
     monkeypatch.setattr("animatediff.pipeline.sample.draw_noise", lambda generators, shape: noise.clone())
     values = {"L": noise.shape[1], "steps": 10, "guidance_scale": 8.0, "n_prompt": NEGATIVE, "format": "png"}
-    config = write_config(tmp_path / "xl.yaml", entry(files, **values, **options, motion_module=str(path)))
+    config = write_config(tmp_path / "xl.yaml", entry(files, version, **values, **options))
     main(["--config", str(config), "--device", "cpu", "--output-dir", str(tmp_path / "out")])
     (clip,) = (tmp_path / "out" / "sample").iterdir()
     with torch.no_grad():
