@@ -181,8 +181,9 @@ def in_dialect(lora: LoRA, dialect: str) -> LoRA:
     entries = []
     for entry in lora.entries:
         if entry.algorithm != "lora" or entry.tensors.keys() - {"down", "up", "mid"}:
+            what = "dora" if "magnitude" in entry.tensors else entry.algorithm
             raise UserError(
-                f"got LoRA {lora.name} whose {path_of(entry.target)} is no plain LoRA ({entry.algorithm}), expected "
+                f"got LoRA {lora.name} whose {path_of(entry.target)} is no plain LoRA ({what}), expected "
                 "linear and convolution LoRAs only: the dialects have no common form of it; use the file as it is"
             )
         network, path, tensors = entry.target.partition(".")[0], path_of(entry.target), dict(entry.tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from animatediff.checkpoints.identify import SD15_WIDTHS, FileInfo, identify, refusal
@@ -88,9 +89,16 @@ class Headers:
         """What a distilled motion module, image model or LoRA needs; a `version` in the request has the last word."""
         if request.model.version == "animatelcm":
             return (self.motion and self.motion.distillation) or ANIMATE_LCM
+        if request.model.version:
+            return None
         loras = (info for option, info in self.infos.items() if option.startswith("model.loras["))
-        known = (self.motion, self.image, *loras)
-        return None if request.model.version else next((i.distillation for i in known if i and i.distillation), None)
+        named = (
+            replace(lora.distillation, name=f"{lora.distillation.name} ({lora.path.name})")
+            for lora in loras
+            if lora.distillation
+        )
+        first = (info.distillation for info in (self.motion, self.image) if info and info.distillation)
+        return next(chain(first, named), None)
 
     def max_frames(self, request: Request) -> int | None:
         """The longest clip that the motion module takes; None without one."""
