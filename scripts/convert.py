@@ -19,6 +19,7 @@ from animatediff.checkpoints.export import (
     write_vae,
 )
 from animatediff.checkpoints.files import PICKLE_SUFFIXES, SAFETENSORS_SUFFIX
+from animatediff.checkpoints.image_encoder_files import read_image_encoder_parts, write_image_encoder
 from animatediff.checkpoints.ip_adapter_files import read_ip_adapter_parts, write_ip_adapter
 from animatediff.checkpoints.lora_files import in_dialect, read_lora, write_lora
 from animatediff.checkpoints.parts import read_image_parts, read_motion_parts, read_vae_parts
@@ -59,6 +60,7 @@ def lora(dialect: str) -> Converter:
 CONTROLNET = through(read_controlnet_parts, write_controlnet)
 SPARSECTRL = through(read_sparsectrl_parts, write_sparsectrl)
 VAE = through(read_vae_parts, write_vae)
+IMAGE_ENCODER = through(read_image_encoder_parts, write_image_encoder)
 FORMATS = {
     "ldm": Format("an SD 1.x or SDXL single file", through(read_image_parts, write_ldm)),
     "diffusers": Format("a diffusers folder", through(read_image_parts, write_diffusers), folder=True),
@@ -75,6 +77,8 @@ FORMATS = {
     "sparsectrl": Format("a SparseCtrl encoder in official keys", SPARSECTRL),
     "diffusers-sparsectrl": Format("a SparseCtrl encoder as a diffusers folder", SPARSECTRL, folder=True),
     "ip-adapter": Format("an IP-Adapter in the released keys", through(read_ip_adapter_parts, write_ip_adapter)),
+    "image-encoder": Format("an image encoder as a transformers folder", IMAGE_ENCODER, folder=True),
+    "open-clip": Format("an image encoder in OpenCLIP's keys", IMAGE_ENCODER),
     "cameractrl": Format("CameraCtrl in one file", through(read_camera_parts, write_cameractrl)),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from animatediff.checkpoints.diffusers_json import TEXT_STEMS
-from animatediff.checkpoints.files import StateDict, find_weights, read_json, read_state_dict
+from animatediff.checkpoints.diffusers_folders import model_folder, write_part
+from animatediff.checkpoints.diffusers_json import TEXT_STEMS, Json, optional_json
+from animatediff.checkpoints.files import StateDict, find_weights, read_state_dict, write_state_dict
 from animatediff.checkpoints.load import load_strictly
 from animatediff.checkpoints.sizes import TEXT_ACTIVATIONS
 from animatediff.checkpoints.small_clip_files import CONFIG_KEY, build_small_clip
@@ -32,18 +34,20 @@ SIZED_BY = {  # weights whose shapes tell the network's -> dimensions
     "vision_model.encoder.layers.0.mlp.fc1.weight": 2,
     "visual_projection.weight": 2,
 }
-OPEN_CLIP = (  # its names below `visual.` -> transformers'
-    (r"^class_embedding", "vision_model.embeddings.class_embedding"),
-    (r"^conv1", "vision_model.embeddings.patch_embedding"),
-    (r"^positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-    (r"^ln_pre", "vision_model.pre_layrnorm"),
-    (r"^ln_post", "vision_model.post_layernorm"),
-    (r"^transformer\.resblocks", "vision_model.encoder.layers"),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+OPEN_CLIP = (  # parts of its names below VISUAL -> transformers'
+    ("class_embedding", "vision_model.embeddings.class_embedding"),
+    ("conv1.", "vision_model.embeddings.patch_embedding."),
+    ("positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    ("ln_pre.", "vision_model.pre_layrnorm."),
+    ("ln_post.", "vision_model.post_layernorm."),
+    ("transformer.resblocks.", "vision_model.encoder.layers."),
+    (".ln_1.", ".layer_norm1."),
+    (".ln_2.", ".layer_norm2."),
+    (".attn.", ".self_attn."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
 )
+VISUAL, PROJECTION, QKV = "visual.", "visual_projection.weight", ("q_proj.", "k_proj.", "v_proj.")
 
 
 class ImageEncoder(nn.Module):
@@ -120,55 +124,99 @@ class SmallImageEncoder(ImageEncoder):
         return self.model.image_tokens(pixels.to(self.model.text_projection.weight))
 
 
+@dataclass(frozen=True)
+class ImageEncoderParts:
+    """A CLIP vision model in transformers' names; `known`: its config.json, empty without one."""
+
+    path: Path
+    tensors: StateDict
+    known: Json
+    metadata: dict[str, str]
+    notes: list[str]
+    unused: list[str]
+
+
 def load_image_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32) -> ImageEncoder:
     """Load a CLIP vision model with projection on the CPU.
 
     Args:
-        path: a transformers folder, its weights alone, an OpenCLIP file, or the toy data set's encoder. The text half
-            of a whole CLIP is left out.
+        path: as of `read_image_encoder_parts`, or the toy data set's encoder.
 
     Raises:
         UserError: it is something else, incomplete, or of a width that needs a config.json to tell its heads.
     """
     path = Path(path)
-    weights = find_weights(path, *TEXT_STEMS) if path.is_dir() else path
-    if weights is None:
-        raise UserError(f"got the folder {path}, expected an image encoder: it has no {TEXT_STEMS[0]}.safetensors")
-    file = read_state_dict(weights)
-    if CONFIG_KEY in file.metadata:
+    if not path.is_dir() and CONFIG_KEY in (file := read_state_dict(path)).metadata:
         return SmallImageEncoder(build_small_clip(file, path).to(dtype))
-    from transformers import CLIPVisionModelWithProjection  # which takes seconds
+    parts = read_image_encoder_parts(path)
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection  # which takes seconds
 
-    tensors = _vision_part(file.tensors)
-    if "visual_projection.weight" not in tensors:
-        raise UserError(
-            f"got {path}, expected a CLIP vision model with projection (image_encoder/ of h94/IP-Adapter, or "
-            "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors): it has no visual_projection"
-        )
     with naming(path):
-        config = vision_config(tensors, weights.with_name("config.json"))
-    ready = {key: t.to(dtype) for key, t in tensors.items()}
+        config = CLIPVisionConfig(**vision_config(parts.tensors, parts.known))
+    ready = {key: t.to(dtype) for key, t in parts.tensors.items()}
     model = load_strictly(lambda: CLIPVisionModelWithProjection(config), ready, "image encoder", path)
     embeddings = model.vision_model.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # computed, in no file
     return ImageEncoder(model)
 
 
-def vision_config(tensors: StateDict, config_json: Path):
-    """transformers' CLIPVisionConfig of weights in its names.
+def read_image_encoder_parts(path: str | Path) -> ImageEncoderParts:
+    """Read a CLIP vision model with projection.
+
+    Args:
+        path: a transformers folder, its weights alone, or an OpenCLIP file. The text half of a whole CLIP is left out.
+
+    Raises:
+        UserError: it is something else.
+    """
+    path = Path(path)
+    weights = find_weights(path, *TEXT_STEMS) if path.is_dir() else path
+    if weights is None:
+        raise UserError(f"got the folder {path}, expected an image encoder: it has no {TEXT_STEMS[0]}.safetensors")
+    file = read_state_dict(weights)
+    starts = (VISUAL,) if any(key.startswith(VISUAL) for key in file.tensors) else ("vision_model.", PROJECTION)
+    kept = {key: t for key, t in file.tensors.items() if key.startswith(starts) and not key.endswith(".position_ids")}
+    tensors = _from_open_clip(kept) if starts == (VISUAL,) else kept
+    if PROJECTION not in tensors:
+        raise UserError(
+            f"got {path}, expected a CLIP vision model with projection (image_encoder/ of h94/IP-Adapter, or "
+            "CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors): it has no visual_projection"
+        )
+    unused = [key for key in file.tensors if key not in kept]
+    known = optional_json(weights.with_name("config.json"))
+    if isinstance(half := known.get("vision_config"), dict):  # of a whole CLIP
+        known = half
+    return ImageEncoderParts(path, tensors, known, file.metadata, list(file.notes), unused)
+
+
+def write_image_encoder(parts: ImageEncoderParts, path: str | Path) -> Path:
+    """Write it as an OpenCLIP file, or as a transformers folder where `path` has no suffix.
+
+    Raises:
+        UserError: it is incomplete, or of a width that needs a config.json to tell its heads.
+    """
+    path = Path(path)
+    with naming(parts.path):
+        config = vision_config(parts.tensors, parts.known)
+    if path.suffix:
+        return write_state_dict(path, _to_open_clip(parts.tensors), metadata=parts.metadata)
+    model = {"architectures": ["CLIPVisionModelWithProjection"], "model_type": "clip_vision_model"}
+    with model_folder(path) as folder:
+        write_part(folder, parts.tensors, {**model, **config}, stem=TEXT_STEMS[0], metadata=parts.metadata)
+    return path
+
+
+def vision_config(tensors: StateDict, known: Json) -> Json:
+    """Values of transformers' CLIPVisionConfig for weights in its names.
 
     Raises:
         UserError: a weight that tells a size is missing, or the heads cannot be told.
     """
-    from transformers import CLIPVisionConfig
-
     for key, dims in SIZED_BY.items():
         if key not in tensors or tensors[key].dim() != dims:
             raise UserError(f"got an image encoder without a whole {key}, expected all of it: download it again")
     width, _, patch, _ = tensors["vision_model.embeddings.patch_embedding.weight"].shape
     positions = tensors["vision_model.embeddings.position_embedding.weight"].shape[0]
-    known = read_json(config_json) if config_json.is_file() else {}
-    known = known.get("vision_config", known)  # a whole CLIP's has two halves
     heads, activation = KNOWN_WIDTHS.get(width, (None, "gelu"))
     heads = known.get("num_attention_heads", heads)
     if heads is None:
@@ -182,16 +230,16 @@ def vision_config(tensors: StateDict, config_json: Path):
             f"divisor and one of {', '.join(TEXT_ACTIVATIONS)}: correct its config.json"
         )
     layers = {m[1] for key in tensors if (m := re.match(r"vision_model\.encoder\.layers\.(\d+)\.", key))}
-    return CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=tensors["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        projection_dim=tensors["visual_projection.weight"].shape[0],
-        num_hidden_layers=len(layers),
-        num_attention_heads=heads,
-        hidden_act=activation,
-        patch_size=patch,
-        image_size=round((positions - 1) ** 0.5) * patch,
-    )
+    return {
+        "hidden_size": width,
+        "intermediate_size": tensors["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "projection_dim": tensors[PROJECTION].shape[0],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": heads,
+        "hidden_act": activation,
+        "patch_size": patch,
+        "image_size": round((positions - 1) ** 0.5) * patch,
+    }
 
 
 def clip_pixels(
@@ -223,25 +271,34 @@ def clip_pixels(
     return normalised.permute(2, 0, 1)[None]
 
 
-def _vision_part(tensors: StateDict) -> StateDict:
-    """In transformers' names, without a text half."""
-    if any(key.startswith("visual.") for key in tensors):
-        visual = {key.removeprefix("visual."): t for key, t in tensors.items() if key.startswith("visual.")}
-        return _from_open_clip(visual)
-    kept = {key: t for key, t in tensors.items() if key.startswith(("vision_model.", "visual_projection."))}
-    return {key: t for key, t in kept.items() if not key.endswith(".position_ids")}
-
-
 def _from_open_clip(tensors: StateDict) -> StateDict:
     renamed: StateDict = {}
     for key, tensor in tensors.items():
+        key = key.removeprefix(VISUAL)
         for theirs, ours in OPEN_CLIP:
-            key = re.sub(theirs, ours, key)
+            key = key.replace(theirs, ours)
         if key == "proj":
-            renamed["visual_projection.weight"] = tensor.T.contiguous()
+            renamed[PROJECTION] = tensor.T.contiguous()
         elif "in_proj_" in key:  # queries, keys and values in one
-            for name, part in zip("qkv", tensor.chunk(3), strict=True):
-                renamed[key.replace("in_proj_", f"{name}_proj.")] = part
+            for name, part in zip(QKV, tensor.chunk(3), strict=True):
+                renamed[key.replace("in_proj_", name)] = part
         else:
             renamed[key] = tensor
+    return renamed
+
+
+def _to_open_clip(tensors: StateDict) -> StateDict:
+    """The inverse of `_from_open_clip`."""
+    renamed: StateDict = {}
+    for key, tensor in tensors.items():
+        if key.endswith(("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")):
+            continue
+        if QKV[0] in key:
+            tensor = torch.cat([tensors[key.replace(QKV[0], name)] for name in QKV])
+            key = key.replace(QKV[0], "in_proj_")
+        elif key == PROJECTION:
+            key, tensor = "proj", tensor.T.contiguous()
+        for theirs, ours in OPEN_CLIP:
+            key = key.replace(ours, theirs)
+        renamed[VISUAL + key] = tensor
     return renamed

@@ -1,5 +1,7 @@
 """scripts/convert.py takes every family that has two spellings to the other one and back, bit by bit."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ from tests.checkpoints.synthetic import (
 )
 from tests.checkpoints.test_ip_adapter_files import accelerate, training_script
 from tests.checkpoints.test_sparsectrl_files import SMALL, diffusers_names
-from tests.control import controlnet_tensors, ip_adapter_tensors
+from tests.control import clip_vision_tensors, controlnet_tensors, ip_adapter_tensors, write_image_encoder
 from tests.families import cameractrl_tensors
 
 
@@ -110,6 +112,18 @@ def test_there_and_back(tmp_path, monkeypatch, name):
     again = converted(monkeypatch, there, tmp_path / "b.safetensors", back)
     assert equal(read_state_dict(again).tensors, tensors)
     assert identify(again).kind == identify(source).kind
+
+
+def test_an_image_encoder_goes_to_open_clip_and_back(tmp_path, monkeypatch):
+    folder = write_image_encoder(tmp_path / "a")
+    one = converted(monkeypatch, folder, tmp_path / "b.safetensors", "open-clip")
+    assert read_state_dict(one).tensors["visual.transformer.resblocks.0.attn.in_proj_weight"].shape == (144, 48)
+    assert identify(one).kind == "image-encoder"
+    shutil.copy(folder / "config.json", tmp_path)  # a width that no published encoder has
+    back = converted(monkeypatch, one, tmp_path / "c", "image-encoder")
+    assert equal(read_state_dict(back / "model.safetensors").tensors, clip_vision_tensors())
+    told, wanted = read_json(back / "config.json"), read_json(folder / "config.json")
+    assert {key: told[key] for key in wanted.keys() & told.keys()} == {key: wanted[key] for key in wanted.keys() & told}
 
 
 @pytest.mark.parametrize("spelling", [training_script, accelerate])
