@@ -21,9 +21,10 @@ from animatediff.checkpoints.diffusers_json import (
     optional_json,
 )
 from animatediff.checkpoints.distilled import MOTION_KINDS, distillation_of
-from animatediff.checkpoints.file_kinds import KINDS, motion_part
+from animatediff.checkpoints.file_kinds import KINDS
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_json, read_state_dict
 from animatediff.checkpoints.keymaps import LDM_UNET, MOTION_MARK, REFINER_TEXT_2
+from animatediff.checkpoints.kind_rules import motion_part
 from animatediff.checkpoints.lora_keys import LORA_STEMS, lora_algorithms, lora_base, unsupported_lora
 from animatediff.checkpoints.metadata import marked, schedule_facts
 from animatediff.config.networks import Distillation

@@ -111,7 +111,7 @@ def parse_lora(
     """
     metadata = metadata or {}
     if what := unsupported_lora(tensors):
-        raise UserError(f"this is {what}, expected a LoRA for SD 1.x: use one that was made for it")
+        raise UserError(f"this is {what}, expected a LoRA for SD 1.x or SDXL: use one that was made for it")
     groups: dict[str, dict[str, str]] = {}  # target -> tensor's name -> key
     algorithms: dict[str, str] = {}  # target -> algorithm
     embeddings: dict[str, dict[str, Tensor]] = {}
@@ -142,8 +142,8 @@ def parse_lora(
             entries.append(_entry(target, algorithm, keys, tensors, config))
     if not entries:
         raise UserError(
-            f"got no LoRA weights for a UNet or text encoder of SD 1.x (keys such as {', '.join(list(tensors)[:2])}), "
-            "expected pairs like lora_down and lora_up: choose another file"
+            f"got no LoRA weights for a UNet or text encoder of SD 1.x or SDXL (keys such as "
+            f"{', '.join(list(tensors)[:2])}), expected pairs like lora_down and lora_up: choose another file"
         )
     base = lora_base(tensors, metadata)
     return LoRA(name, _kind(entries), tuple(entries), metadata, tuple(unread), base=base, embeddings=embeddings)

@@ -16,7 +16,6 @@ from animatediff.checkpoints.diffusers_json import (
     image_metadata,
     optional_json,
 )
-from animatediff.checkpoints.file_kinds import motion_part
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_state_dict
 from animatediff.checkpoints.identify import (
     CONDITIONED_MOTION,
@@ -44,6 +43,7 @@ from animatediff.checkpoints.keymaps import (
     vae_layout,
     vae_table,
 )
+from animatediff.checkpoints.kind_rules import motion_part
 from animatediff.checkpoints.metadata import MARKERS, marked
 from animatediff.checkpoints.sizes import SDXL_METADATA, adapter_length
 from animatediff.utils import UserError

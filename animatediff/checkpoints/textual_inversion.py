@@ -14,9 +14,9 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from animatediff.checkpoints.file_kinds import embedding_vectors
 from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
+from animatediff.checkpoints.kind_rules import embedding_vectors
 from animatediff.checkpoints.load import LoadReport
 from animatediff.checkpoints.weight_checks import check_finite
 from animatediff.models.lora import LoRA

@@ -178,7 +178,7 @@ def _find_all(request: Request) -> dict[str, Path]:
     for option, file in files(request).items():
         path = find_file(file.path)
         if path is None:
-            other = " (or give another SD 1.x model by --pretrained-model-path)" * (option == "model.base")
+            other = " (or give another image model of its family by --pretrained-model-path)" * (option == "model.base")
             raise UserError(f"{_entry(request)}{file.called}: {missing_file(file.path)}{other}")
         paths[option] = path
     return paths

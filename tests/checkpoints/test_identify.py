@@ -48,6 +48,14 @@ def renamed(tensors: dict[str, Tensor], rule) -> dict[str, Tensor]:
     return {rule(key): tensor for key, tensor in tensors.items()}
 
 
+def sdxl_with(name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return sdxl.checkpoint() | {LDM_UNET + name: torch.empty(shape, device="meta")}
+
+
+def without(part: str) -> dict[str, Tensor]:
+    return {key: t for key, t in sdxl.checkpoint().items() if part not in key}
+
+
 PEFT = {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 32)}
 TI = {"string_to_param.*": torch.zeros(2, 768)}
 
@@ -140,9 +148,24 @@ CASES: dict[str, tuple[str, object]] = {
     "sdxl": ("sdxl-checkpoint", lambda: context(2048) | zeros(conditioner__embedders__0__x=(1,))),
     "sd2": ("sd2-checkpoint", lambda: context(1024)),
     "inpainting": (
-        "sd1-inpainting",
+        "inpainting",
         lambda: context(768) | {f"{LDM_UNET}input_blocks.0.0.weight": torch.empty(320, 9, 3, 3, device="meta")},
     ),
+    "sdxl inpainting": ("inpainting", lambda: sdxl_with("input_blocks.0.0.weight", (32, 9, 3, 3))),
+    "playground": ("playground", lambda: sdxl.checkpoint() | zeros(edm_mean=(1, 4, 1, 1))),
+    "koala": ("thinned-sdxl", lambda: without("middle_block.1.")),
+    "ssd-1b": ("thinned-sdxl", lambda: without("output_blocks.0.1.transformer_blocks.2.")),
+    "ssd-1b as a folder's unet": (
+        "thinned-sdxl",
+        lambda: zeros(
+            add_embedding__linear_1__weight=(1, 1),
+            down_blocks__1__attentions__0__transformer_blocks__3__norm1__bias=(4,),
+            mid_block__attentions__0__transformer_blocks__3__norm1__bias=(4,),
+            up_blocks__0__attentions__0__transformer_blocks__9__norm1__bias=(4,),
+        ),
+    ),
+    "whole sdxl": ("sdxl-checkpoint", sdxl.checkpoint),
+    "refiner": ("sdxl-checkpoint", sdxl.refiner),
     "flux": ("dit-checkpoint", lambda: zeros(double_blocks__0__img_attn__qkv__weight=(4, 4))),
     "diffusers unet": ("sd1-unet", lambda: zeros(down_blocks__0__resnets__0__time_emb_proj__weight=(320, 1280))),
     "vae": ("vae", lambda: zeros(decoder__conv_in__weight=(512, 4, 3, 3))),

@@ -136,7 +136,7 @@ def test_mistakes_are_one_line_and_exit_code_2(config, tmp_path, arguments, mess
         (["L=64"], "L: got 64 frames, expected at most 32"),
         (["--dtype", "int8"], "got dtype 'int8', expected one of float32"),
         (["--device", "npu"], "got device 'npu', expected auto, cuda, mps or cpu"),
-        (["--pretrained-model-path", "nowhere"], "give another SD 1.x model by --pretrained-model-path"),
+        (["--pretrained-model-path", "nowhere"], "give another image model of its family by --pretrained-model-path"),
         (["--inference-config", "configs/inference/inference-v1.yaml"], "describes a v1 module"),
     ],
 )
