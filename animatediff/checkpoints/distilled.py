@@ -9,13 +9,14 @@ from pathlib import Path
 
 from animatediff.checkpoints.diffusers_json import TEXT_STEMS, UNET_STEM
 from animatediff.checkpoints.lora_keys import LORA_STEMS
+from animatediff.checkpoints.metadata import consistency_facts
 from animatediff.config.networks import (
     ANIMATE_LCM,
     ANIMATE_LCM_I2V,
-    CONSISTENCY_LORA,
     LCM,
     SDXL_TURBO,
     Distillation,
+    consistency,
     hyper_sd,
     lightning,
 )
@@ -46,8 +47,8 @@ def distillation_of(kind: str, version: str | None, path: Path, metadata: Mappin
 
 def _of_image_model(kind: str, name: str, metadata: Mapping[str, str]) -> Distillation | None:
     """The same of an image model, or of a LoRA that makes one of another."""
-    if "lora" in kind and metadata.get("stage") == "consistency":
-        return CONSISTENCY_LORA
+    if "lora" in kind and (facts := consistency_facts(metadata)):
+        return consistency(*facts)
     if steps := HYPER.search(name):
         needs = hyper_sd(int(steps[1]), guided="cfg" in name)
         return needs if "lora" in kind else replace(needs, possible_steps=(needs.steps,))

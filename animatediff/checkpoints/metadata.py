@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,6 +44,16 @@ def schedule_facts(metadata: Metadata) -> dict[str, Any]:
     if choice(metadata, "rescale_betas_zero_snr", ("true", "false")) == "true":
         facts["rescale_betas_zero_snr"] = True
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def consistency_facts(metadata: Metadata) -> tuple[int, int] | None:
+    """Timesteps and phases that a LoRA of the training stage `consistency` was distilled on; None of any other."""
+    try:
+        told = json.loads(metadata["consistency"])
+        timesteps, phases = int(told["timesteps"]), int(told["phases"])
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError):
+        return None
+    return (timesteps, phases) if 0 < phases <= timesteps <= 1000 else None
 
 
 def choice(metadata: Metadata, name: str, choices: tuple[str, ...]) -> str | None:

@@ -236,7 +236,6 @@ ANIMATE_LCM_I2V = Distillation(  # of its authors' demo
 LCM = Distillation(  # arXiv 2310.04378, as a LoRA 2311.05556
     "a latent consistency model", "lcm", "lcm", steps=4, possible_steps=UP_TO_16, guidance_scale=1.0, lcm_timesteps=50
 )
-CONSISTENCY_LORA = replace(LCM, name="a LoRA of the stage consistency", lcm_timesteps=None)
 
 
 def distilled_schedule(schedule: ScheduleConfig, distillation: Distillation | None) -> ScheduleConfig:
@@ -268,6 +267,14 @@ def lightning(steps: int, family: str = "AnimateDiff") -> Distillation:
         guidance_scale=1.0,
         otherwise=V2 if family == "AnimateDiff" else Distillation.otherwise,
     )
+
+
+def consistency(timesteps: int, phases: int) -> Distillation:
+    """A LoRA of the training stage `consistency`, distilled on so many timesteps in so many phases."""
+    name = "a LoRA of the stage consistency"
+    if phases == 1:
+        return replace(LCM, name=name, lcm_timesteps=timesteps)
+    return Distillation(name, "ddim", "trailing", phases, tuple(range(1, max(16, phases) + 1)), guidance_scale=1.0)
 
 
 def hyper_sd(steps: int, *, guided: bool) -> Distillation:

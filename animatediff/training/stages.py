@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from contextlib import closing
 from dataclasses import replace
@@ -319,7 +320,12 @@ class ConsistencyTraining(ClipTraining):
 
     def trainable(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
         lora = attach_lora("consistency", unet, rank=self.rank)
-        return lora.attached, lambda folder, metadata: lora.save(folder / "consistency_lora.safetensors", metadata)
+        facts = {"consistency": json.dumps({"timesteps": self.timesteps, "phases": self.phases})}
+
+        def save(folder: Path, metadata: dict[str, str]) -> None:
+            lora.save(folder / "consistency_lora.safetensors", metadata | facts)
+
+        return lora.attached, save
 
     def stage_options(self) -> dict[str, Any]:
         return {"guidance": self.guidance_range, "timesteps": self.timesteps, "phases": self.phases}

@@ -1,5 +1,6 @@
 """Every kind of file is named for what it is."""
 
+import json
 import re
 from pathlib import Path
 
@@ -332,5 +333,11 @@ def test_what_else_the_names_of_distilled_models_tell():
     assert (guided.guidance_scale, guided.max_guidance_scale) == (5.0, 8.0)
     assert (one.timesteps, one.possible_steps) == ((800.0,), (1,))
     assert distilled_schedule(ScheduleConfig(), sample).prediction_type == "sample"
-    consistency = identify_tensors(CASES["kohya"][1](), {"stage": "consistency"}, path=PATH).distillation
-    assert distilled_schedule(ScheduleConfig(), consistency).lcm_timesteps == ScheduleConfig.lcm_timesteps
+    for phases, sampling in ((1, ("lcm", "lcm", 4)), (5, ("ddim", "trailing", 5))):
+        told = {"consistency": json.dumps({"timesteps": 20, "phases": phases})}
+        needs = identify_tensors(CASES["kohya"][1](), told, path=PATH).distillation
+        assert (needs.sampler, needs.timestep_spacing, needs.steps) == sampling
+        if phases == 1:
+            assert distilled_schedule(ScheduleConfig(), needs).lcm_timesteps == 20
+    for damaged in ("", "{", "[]", '{"timesteps": 0, "phases": 1}', '{"timesteps": 1e999, "phases": 1}'):
+        assert identify_tensors(CASES["kohya"][1](), {"consistency": damaged}, path=PATH).distillation is None

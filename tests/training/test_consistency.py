@@ -8,8 +8,10 @@ import torch
 import yaml
 
 from animatediff.checkpoints.files import read_state_dict
+from animatediff.checkpoints.identify import identify
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.config.networks import ScheduleConfig
+from animatediff.config.networks import consistency as consistency_needs
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.lab.stage_table import load_train_config
 from animatediff.training import consistency
@@ -105,5 +107,6 @@ def test_a_training_that_is_taken_up(tmp_path, monkeypatch):
     one, two = (read_state_dict(path).tensors for path in (whole, run))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert any(tensor.abs().max() > 0 for key, tensor in one.items() if "lora_up" in key)
+    assert identify(whole).distillation == consistency_needs(100, 1)
     targets = [entry.target for entry in read_lora(whole).entries]
     assert any("motion_modules" in target for target in targets) and any("attn2" in target for target in targets)
