@@ -24,6 +24,7 @@ from animatediff.checkpoints.ip_adapter_files import read_ip_adapter_parts, writ
 from animatediff.checkpoints.lora_files import in_dialect, read_lora, write_lora
 from animatediff.checkpoints.parts import read_image_parts, read_motion_parts, read_vae_parts
 from animatediff.checkpoints.sparsectrl_files import read_sparsectrl_parts, write_sparsectrl
+from animatediff.checkpoints.textual_inversion import write_textual_inversion
 from animatediff.config.networks import MOTION_VERSIONS
 from animatediff.utils import Parser, UserError, run_main
 
@@ -57,6 +58,14 @@ def lora(dialect: str) -> Converter:
     return convert
 
 
+def embedding(*, diffusers: bool) -> Converter:
+    def convert(source: Path, target: Path) -> tuple[Sequence[str], Sequence[str]]:
+        write_textual_inversion(source, target, diffusers=diffusers)
+        return (), ()
+
+    return convert
+
+
 CONTROLNET = through(read_controlnet_parts, write_controlnet)
 SPARSECTRL = through(read_sparsectrl_parts, write_sparsectrl)
 VAE = through(read_vae_parts, write_vae)
@@ -72,6 +81,8 @@ FORMATS = {
     "kohya": Format("a LoRA in kohya's keys", lora("kohya")),
     "diffusers-lora": Format("a LoRA in diffusers' (PEFT) keys", lora("diffusers")),
     "official-lora": Format("a MotionLoRA or domain adapter in official keys", lora("official")),
+    "embedding": Format("a textual inversion in web UIs' key", embedding(diffusers=False)),
+    "diffusers-embedding": Format("a textual inversion under its token", embedding(diffusers=True)),
     "controlnet": Format("a ControlNet in the original keys", CONTROLNET),
     "diffusers-controlnet": Format("a ControlNet as a diffusers folder", CONTROLNET, folder=True),
     "sparsectrl": Format("a SparseCtrl encoder in official keys", SPARSECTRL),

@@ -14,8 +14,8 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict
-from animatediff.checkpoints.identify import identify_tensors, refusal
+from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict, write_state_dict
+from animatediff.checkpoints.identify import FileInfo, identify_tensors, refusal
 from animatediff.checkpoints.kind_rules import embedding_vectors
 from animatediff.checkpoints.load import LoadReport
 from animatediff.checkpoints.weight_checks import check_finite
@@ -48,15 +48,9 @@ def load_textual_inversion(
         UserError: another kind of file, vectors of another width, or a word that is there already.
     """
     path = Path(path)
-    file = read_state_dict(path)
-    info = identify_tensors(file.tensors, file.metadata, path=path)
-    vectors = embedding_vectors(file.tensors)
-    if vectors is None or info.kind not in ("textual-inversion", "sdxl-textual-inversion"):
-        raise refusal(info, "a textual inversion")
-    check_finite(file.tensors, path)
-    own = next(key for key in file.tensors if not key.startswith("string_to_token."))
+    info, tensors, vectors, own = _read(path)
     words = [name or path.stem]
-    if not name and own not in ("emb_params", *SDXL_KEYS, path.stem) and not own.startswith("string_to_param."):
+    if not name and own not in ("", path.stem):
         words.append(own)
     with naming(path):
         if (info.kind == "sdxl-textual-inversion") != (second is not None):
@@ -65,9 +59,35 @@ def load_textual_inversion(
             assert text_encoder is not None
             ids = _add_words(words, vectors, text_encoder, tokenizer)
         else:
-            ids = _add_pairs(words, file.tensors, (text_encoder, tokenizer), second)
+            ids = _add_pairs(words, tensors, (text_encoder, tokenizer), second)
     applied = 1 if second is None else 2
     return LoadReport(path, info.kind, None, file_sha256(path), applied, [_note(words, ids)])
+
+
+def write_textual_inversion(source: Path, target: Path, *, diffusers: bool) -> None:
+    """Vectors for SD 1.x in other keys: diffusers' token, which is the file's own or made of its name, or `emb_params`.
+
+    Raises:
+        UserError: another kind of file, also one for SDXL, which has one spelling.
+    """
+    info, _, vectors, own = _read(source)
+    if info.kind == "sdxl-textual-inversion":
+        raise UserError(f"{source}: got a textual inversion for SDXL, expected one for SD 1.x, which has two spellings")
+    key = (own or f"<{source.stem}>") if diffusers else "emb_params"
+    write_state_dict(target, {key: vectors.reshape(-1, vectors.shape[-1])})
+
+
+def _read(path: Path) -> tuple[FileInfo, StateDict, Tensor, str]:
+    """What a file is, its tensors, the vectors of its (second) text encoder, and the token that it names, if any."""
+    file = read_state_dict(path)
+    info = identify_tensors(file.tensors, file.metadata, path=path)
+    vectors = embedding_vectors(file.tensors)
+    if vectors is None or info.kind not in ("textual-inversion", "sdxl-textual-inversion"):
+        raise refusal(info, "a textual inversion")
+    check_finite(file.tensors, path)
+    own = next(key for key in file.tensors if not key.startswith("string_to_token."))
+    named = own not in ("emb_params", *SDXL_KEYS) and not own.startswith("string_to_param.")
+    return info, file.tensors, vectors, own if named else ""
 
 
 def _refuse_family(made: str) -> NoReturn:

@@ -74,6 +74,11 @@ TRIPS = {  # the file, there, a key that has to be there, and back
         ("diffusers-motion", "folder", "down_blocks.0.motion_modules.0.norm.weight"),
         "official-motion",
     ),
+    "textual inversion": (
+        lambda: {"emb_params": torch.randn(2, 768)},
+        ("diffusers-embedding", "x.safetensors", "<a>"),
+        "embedding",
+    ),
     "motion lora": (
         lambda: lora_tensors("motion_lora"),
         (
@@ -181,6 +186,12 @@ def small_sparsectrl(folder):
             "ip-adapter",
             "x.bin",
             "an IP-Adapter without image_proj",
+        ),
+        (
+            lambda f: write(f / "a.safetensors", {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)}),
+            "embedding",
+            "x.pt",
+            "a textual inversion for SDXL, expected one for SD 1.x, which has two spellings",
         ),
         (
             lambda f: write(f / "a.safetensors", motion_tensors("v2")),
