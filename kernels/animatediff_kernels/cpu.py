@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from animatediff_kernels.dispatch import Choice, requested
 
-FEWEST_CHANNELS = {False: 256, True: 512}  # below, Winograd's transforms take what its products save; True: enlarged
+FEWEST_CHANNELS = {False: 128, True: 256}  # below, Winograd's transforms take what its products save; True: enlarged
 NARROWEST = 128  # network whose products are worth a switch
 FEWEST_TILES = 4  # in an image: 8x8 pixels
-INPUT_BYTES, WEIGHT_BYTES = 24 * 2**20, 16 * 2**20  # of transformed inputs and weights that are worked on at a time
+TILES = 192  # worked on at a time: enough to read the weights seldom, few enough to stay in the cache
+WEIGHT_BYTES = 16 * 2**20  # of transformed weights that are worked on at a time, where there are no more tiles
 WORTH_SWITCHING = 1.3  # oneDNN's speed over MKL's
 
 # Winograd's F(4, 3) with the points 0, ±1, ±2 and infinity (Lavin and Gray 2016, arXiv 1509.09308, sec. 4.3): the
@@ -99,7 +100,7 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor, *, doubled: bool) -> Tens
     kept = type(x) is Tensor and not x.is_meta  # and no stand-in, whose constants have no contents
     transforms = (_transforms if kept else _transforms.__wrapped__)(doubled)
     of_input, of_weight, of_output = (t.to(x.device) for t in transforms)
-    fitting = max(1, INPUT_BYTES // (36 * across * c * x.itemsize))  # rows of tiles in a block
+    fitting = max(1, TILES // across)  # rows of tiles in a block
     images, lines = min(n, max(1, fitting // down)), min(down, fitting)  # some whole images, or a part of one
     at_once = images == n and lines == down
     outputs = max(1, min(o, WEIGHT_BYTES // (36 * c * x.itemsize))) if at_once else o
