@@ -28,6 +28,7 @@ def failed_cleanly(result: subprocess.CompletedProcess[str], *words: str) -> boo
     return all(word in result.stderr for word in words)
 
 
+@pytest.mark.slow
 def test_inspect_describes_several_files_and_goes_on_after_a_bad_one(tmp_path):
     tensors = with_positional(motion_tensors("v3"), 32)
     name = next(iter(tensors))
@@ -150,6 +151,7 @@ def test_convert_refuses(tmp_path, monkeypatch, convert, args, message):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors"]
 
 
+@pytest.mark.slow
 def test_convert_a_lora(tmp_path):
     plain = write(tmp_path / "style.safetensors", lora_tensors("kohya_lora"))
     result = run("convert.py", plain, "peft.safetensors", "--to", "diffusers-lora", cwd=tmp_path)

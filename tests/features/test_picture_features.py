@@ -94,6 +94,7 @@ def adapter(folder: Path, name: str = "base", **values: object) -> dict[str, obj
     return {"path": str(folder / f"{name}.safetensors"), "images": str(folder / "a.png")} | values
 
 
+@pytest.mark.slow
 def test_a_golden_run_with_controlnet_and_ip_adapter(folder, tmp_path):
     pipe = pipeline(
         folder, tmp_path, controlnet=net(folder, scale=0.8, end=0.6), ip_adapter=[adapter(folder, scale=0.6)],
@@ -273,6 +274,7 @@ def test_a_window_has_poses_relative_to_its_first_frame(folder, tmp_path):
     assert torch.allclose(seen[0], seen[1], atol=1e-6) and seen[0].shape == (3, 6, 64, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

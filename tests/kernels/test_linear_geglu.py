@@ -58,6 +58,7 @@ def test_inputs_of_any_layout(layout):
     assert_right(linear_geglu, linear_geglu_reference, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.slow), "sm_90"])
 @pytest.mark.parametrize("width", [320, 648], ids=["whole steps", "a masked step"])
 def test_the_launches_of_a_gpu_compute_the_same(monkeypatch, arch, width):

@@ -64,6 +64,7 @@ def test_separate_inputs_of_any_layout(layout):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [40, 80, 160])
 def test_the_launches_of_a_gpu_compute_the_same(monkeypatch, dim):
     monkeypatch.setattr(launch, "architecture", lambda x: "sm_90")

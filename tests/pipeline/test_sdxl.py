@@ -57,9 +57,8 @@ RUNS = {  # a golden run -> motion module, start noise, how it is called
 }
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("beta", "hotshot") else pytest.param(n, marks=pytest.mark.slow) for n in RUNS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_golden_runs(pipelines, name):
     """What a call leaves open is the family's own: sampler, betas, guidance 5 of images, Hotshot-XL's sizes."""
     version, noise, options = RUNS[name]

@@ -140,6 +140,7 @@ def test_loops(run):
     assert not torch.allclose(run(num_frames=5, loop="rotate"), clip, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_lora_schedules(nano, make_entry):
     """With one step, a schedule that is a number there is that scale; afterwards all is as before."""
     loras = {

@@ -150,6 +150,7 @@ def test_the_file_steers(files, trained, tmp_path, kind):
     assert not torch.equal(steered, frames("plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rgb", pytest.param("scribble", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_weights(files, trained, tmp_path, kind, monkeypatch):
     loss = DiffusionStage.loss
