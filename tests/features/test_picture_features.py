@@ -291,6 +291,7 @@ def test_pia(folder, tmp_path, monkeypatch, name, options):
     assert_close(predict(pipe, pia_feature.pia), rearrange(expected("pia")[f"unet.{name}"], "b c f h w -> b f c h w"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift", [0.0, 0.8])
 def test_image_to_video(folder, tmp_path, monkeypatch, drift):
     monkeypatch.setattr(i2v_feature, "picture_latents", lambda *_: 0.18215 * GOLDEN["vae.mean"][0])

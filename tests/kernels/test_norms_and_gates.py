@@ -140,6 +140,7 @@ def weights(width):
     return [torch.randn(width, requires_grad=True) for _ in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_registration(name):
     x = torch.randn(2, 4, 3, 6, requires_grad=True)

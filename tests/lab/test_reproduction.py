@@ -79,6 +79,7 @@ def test_a_table(plan_values, tmp_path, capsys, monkeypatch):
         reproduce.main(["--config", config, "--quick", "--device", "cpu"])
 
 
+@pytest.mark.slow
 def test_every_task_comes_after_what_it_needs(plan_values, tmp_path):
     plan = load_reproduction(write(tmp_path / "plan.yaml", plan_values))
     names = ordered(plan_tasks(plan))

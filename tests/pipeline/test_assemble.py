@@ -72,6 +72,7 @@ def test_reports_and_scales(make_entry, loras):
     assert components.loras.merged and not same(weights_of(components), merged)
 
 
+@pytest.mark.slow
 def test_the_official_rule_ignores_the_alpha_of_a_lora_file(nano, make_entry):
     """A file with alpha = rank / 2, at full scale and without its alpha at half of it, changes the weights equally."""
     halved = {

@@ -164,6 +164,7 @@ def test_a_batch_is_its_clips(sample, name):
     assert (both[1:] - alone).abs().max() < 1e-4 * alone.abs().max()
 
 
+@pytest.mark.slow
 def test_samplers_differ_where_they_should(sample):
     clips = {name: sample(sampler=name) for name in SAMPLERS}
     assert torch.allclose(clips["euler"], clips["ddim"])

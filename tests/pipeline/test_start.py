@@ -177,6 +177,7 @@ def test_the_ramp_between_two_pictures():
     assert start.known_mask.flatten().tolist() == [True, True, False, False, False, False, True]
 
 
+@pytest.mark.slow
 def test_pil_pictures_are_fitted(run):
     pictures = [Image.new("RGB", (40, 20), color) for color in ("red", "blue")]
     red = torch.tensor([1.0, -1, -1]).reshape(3, 1, 1).expand(3, 16, 16)

@@ -65,7 +65,7 @@ CASES = {
         "windows": Windows("open", 4, 1), "sampler": "dpmpp_2m",
     },
 }  # fmt: skip
-QUICK = ("plain", "eta", "windows", "travel", "two prompts", "pag", "guidance schedule", "vid2vid", "image")
+QUICK = ("plain", "windows", "travel", "pag", "vid2vid", "image")
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ def test_a_model_without_motion_module(config, tmp_path, capsys):
     assert "generated shuffled rendered" in " ".join(out.split()) and out.splitlines()[-1] == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_config_names_the_motion_module(config, tmp_path):
     evaluate.main(["--config", str(config), "--captions", "1", "--device", "cpu", "--output-dir", str(tmp_path)])
     settings = json.loads((tmp_path / "summary.json").read_text())["settings"]

@@ -1,5 +1,7 @@
 """Stage `sparsectrl`: which frames are given, what learns, and that the file steers."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from tests.media.videos import write
 from tests.nano import entry, write_config, write_files
 
 LOOP = {"steps": 2, "batch_size": 2, "learning_rate": 1e-2, "warmup_steps": 1, "checkpoint_every": 1, "log_every": 1}
-KINDS = ("rgb", "scribble")
+KINDS = ("rgb", pytest.param("scribble", marks=pytest.mark.slow))
 
 
 def quiet(line: str) -> None:
@@ -61,8 +63,8 @@ def run(files: Path, folder: Path, kind: str, **values) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(files, tmp_path_factory) -> dict[str, Path]:
-    return {kind: run(files, tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+def trained(files, tmp_path_factory) -> Callable[[str], Path]:
+    return functools.cache(lambda kind: run(files, tmp_path_factory.mktemp(kind), kind))
 
 
 # ---- which frames are given
@@ -128,13 +130,13 @@ def test_what_the_encoder_sees_and_what_learns(files, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_is_official_and_only_the_encoder_learnt(files, trained, kind):
     base = load_base(files / "nano.safetensors")
-    encoder, report = load_sparsectrl(trained[kind], base.unet, base.vae)
+    encoder, report = load_sparsectrl(trained(kind), base.unet, base.vae)
     official = {key for key in sparsectrl_tensors(kind) if not key.endswith("pos_encoder.pe")}
-    assert encoder.config.kind == kind and read_state_dict(trained[kind]).tensors.keys() == official
+    assert encoder.config.kind == kind and read_state_dict(trained(kind)).tensors.keys() == official
     assert torch.allclose(encoder.conv_in.weight, base.unet.conv_in.weight, atol=1e-3)  # stored as float16
     fresh = build_sparsectrl(base.unet, kind, downsampling=base.vae.config.downsampling).state_dict()
     assert all((encoder.state_dict()[key] - fresh[key]).abs().max() > 1e-5 for key in fresh if "controlnet_" in key)
-    saved = torch.load(trained[kind].parent / "state.pt", weights_only=True)["model"]
+    saved = torch.load(trained(kind).parent / "state.pt", weights_only=True)["model"]
     assert saved.keys() == dict(encoder.named_parameters()).keys() - {"conv_in.weight"}
 
 
@@ -146,12 +148,12 @@ def test_the_file_steers(files, trained, tmp_path, kind):
         folder = animate(load_config(config), output_dir=tmp_path / name, device="cpu")
         return read_video(next((folder / "sample").iterdir()))[0]
 
-    steered = frames("steered", controlnet_path=str(trained[kind]), controlnet_images=[str(files / "frame.png")])
+    steered = frames("steered", controlnet_path=str(trained(kind)), controlnet_images=[str(files / "frame.png")])
     assert not torch.equal(steered, frames("plain"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rgb", pytest.param("scribble", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_goes_on_to_the_same_weights(files, trained, tmp_path, kind, monkeypatch):
     loss = DiffusionStage.loss
 
@@ -164,14 +166,14 @@ def test_a_killed_run_goes_on_to_the_same_weights(files, trained, tmp_path, kind
         patched.setattr(DiffusionStage, "loss", dies)
         run(files, tmp_path, kind)
     again = run(files, tmp_path, kind)
-    assert equal(*(read_state_dict(path).tensors for path in (trained[kind], again)))
+    assert equal(*(read_state_dict(path).tensors for path in (trained(kind), again)))
 
 
 @pytest.mark.slow
 def test_options(files, trained, tmp_path):
     """Checkpointed layers give the same; a start from a file, an adapter, kept clips and the world do train."""
     same = run(files, tmp_path / "checkpointed", "scribble", gradient_checkpointing=True)
-    ours, theirs = (read_state_dict(path).tensors for path in (same, trained["scribble"]))
+    ours, theirs = (read_state_dict(path).tensors for path in (same, trained("scribble")))
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-3) for key in theirs)
     adapter = str(files / "adapter.safetensors")
     run(files, tmp_path / "start", "scribble", init_from=str(same), adapter_lora_path=adapter, cache=True)
@@ -189,7 +191,7 @@ def test_samples_during_training(files, trained, tmp_path):
     same = run(files, tmp_path, "rgb", samples=samples)
     first, last = (read_video(tmp_path / f"samples/00000{step}-0.gif")[0] for step in (1, 2))
     assert not torch.equal(first, last)
-    assert equal(*(read_state_dict(path).tensors for path in (trained["rgb"], same)))
+    assert equal(*(read_state_dict(path).tensors for path in (trained("rgb"), same)))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +203,6 @@ def test_samples_during_training(files, trained, tmp_path):
     ],
 )
 def test_mistakes(files, trained, tmp_path, values, message):
-    paths = {"adapter": str(files / "adapter.safetensors"), "rgb": str(trained["rgb"])}
+    paths = {"adapter": str(files / "adapter.safetensors"), "rgb": str(trained("rgb"))}
     with pytest.raises(UserError, match=message):
         run(files, tmp_path, "scribble", **{key: paths.get(str(value), value) for key, value in values.items()})
