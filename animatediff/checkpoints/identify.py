@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from animatediff.checkpoints import sizes
 from animatediff.checkpoints.diffusers_json import (
@@ -141,7 +144,7 @@ def identify_tensors(
         length: frames of the positional encoding, where something other than the tensors tells.
     """
     metadata = dict(metadata or {})
-    kind = next(name for name, row in KINDS.items() if row.fits(tensors))
+    kind = _kind(tuple((key, t.shape) for key, t in tensors.items()))
     length = length or sizes.positional_length(tensors)
     with naming(path):
         version, evidence = _version(kind, tensors, metadata, length)
@@ -159,6 +162,13 @@ def identify_tensors(
         evidence=evidence,
         schedule=schedule,
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _kind(shapes: tuple[tuple[str, torch.Size], ...]) -> str:
+    """The first of KINDS that fits. Names and shapes decide, so a file is told once, when checked and when loaded."""
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes}
+    return next(name for name, row in KINDS.items() if row.fits(tensors))
 
 
 def _totals(tensors: StateDict) -> dict[str, Any]:

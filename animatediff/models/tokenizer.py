@@ -87,11 +87,12 @@ class Tokenizer:
         added_tokens: dict[str, int] | None = None,
         pad_token: str = END,
     ) -> None:
-        merges = read_bundled_merges() if merges is None else merges
-        vocabulary = build_vocabulary(merges) if vocabulary is None else vocabulary
-        _check_merges(merges, vocabulary)
+        if merges is None and vocabulary is None:
+            vocabulary, self._ranks = _bundled_tables()
+        else:
+            merges = read_bundled_merges() if merges is None else merges
+            vocabulary, self._ranks = _tables(merges, vocabulary)
         self._vocabulary = vocabulary | _continued(vocabulary, added_tokens or {})
-        self._ranks = {merge: rank for rank, merge in enumerate(merges)}
         self._special = _one_of(token for token in (START, END) if token in self._vocabulary)
         self._added = {_normalized(token): token for token in added_tokens or {} if token not in (START, END)}
         self._is_added = _one_of(self._added)
@@ -255,6 +256,19 @@ class Tokenizer:
                     next(rest)
             parts = joined
         return [self._vocabulary.get(part, self.end_id) for part in parts]
+
+
+@functools.cache
+def _bundled_tables() -> tuple[dict[str, int], dict[Merge, int]]:
+    """`_tables` of OpenAI's merges: made once, for all tokenizers, so not to be changed."""
+    return _tables(read_bundled_merges(), None)
+
+
+def _tables(merges: list[Merge], vocabulary: dict[str, int] | None) -> tuple[dict[str, int], dict[Merge, int]]:
+    """The vocabulary, derived from the merges where not given, and each merge's rank."""
+    vocabulary = build_vocabulary(merges) if vocabulary is None else vocabulary
+    _check_merges(merges, vocabulary)
+    return vocabulary, {merge: rank for rank, merge in enumerate(merges)}
 
 
 def _check_merges(merges: list[Merge], vocabulary: dict[str, int]) -> None:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPModel
 
 from animatediff.metrics.clip_metrics import domain_similarity, frame_consistency, measure_clip, text_alignment
 from animatediff.metrics.encoders import MEAN, STD, LocalCLIP
@@ -69,6 +68,8 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_local_clip_is_what_transformers_computes(clip_folder):
+    from transformers import CLIPModel
+
     encoder = load_encoder(str(clip_folder))
     model = CLIPModel.from_pretrained(clip_folder, local_files_only=True).eval()
     images, texts = torch.rand(3, 3, 32, 32).mul(255).round(), ["a fox", "a longer text about an owl"]

@@ -73,6 +73,16 @@ def test_twins_share_storage_but_not_changes():
     assert all(torch.equal(tensor, before[key]) for key, tensor in original.state_dict().items())
 
 
+def test_what_a_network_holds_twice_its_twin_holds_twice():
+    layer, tied = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+    tied.weight = layer.weight
+    twin = share_weights(nn.Sequential(layer, nn.Sequential(layer, tied)))
+    assert twin[0] is twin[1][0] is not layer and twin[1][1].weight is twin[0].weight is not layer.weight
+    assert twin[1][1].bias is None
+    twin[0].register_forward_hook(lambda *_: torch.zeros(2))
+    assert twin(torch.ones(2)).eq(0).all() and not layer._forward_hooks
+
+
 class Recorder(nn.Module):
     """A network whose prediction is the mean of its context; it notes what it was called with."""
 
