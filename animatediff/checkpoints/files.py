@@ -8,7 +8,9 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ DTYPE_NAMES = {  # of the safetensors format
 LONGEST_INDEX = 1000  # parts of a model
 LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 INDEX_SUFFIX = ".json"  # of a sharded model: "x.safetensors.index.json", "x.bin.index.json"
+_contents = ContextVar("contents", default=True)  # whether weights are read, see `without_contents`
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,19 @@ class LoadedFile:
     tensors: StateDict
     metadata: dict[str, str]
     notes: tuple[str, ...] = ()
+
+
+@contextmanager
+def without_contents() -> Iterator[None]:
+    """Within, files give names, types and shapes alone: tensors are on the meta device, and hashes are empty.
+
+    Single numbers, such as a LoRA's alpha, and whole numbers, such as indices, are read: checks depend on them.
+    """
+    token = _contents.set(False)
+    try:
+        yield
+    finally:
+        _contents.reset(token)
 
 
 def read_state_dict(path: str | Path) -> LoadedFile:
@@ -81,6 +97,8 @@ def read_state_dict(path: str | Path) -> LoadedFile:
     with naming(path):
         check_keys(tensors)
         check_tensors(tensors, path.stat().st_size)
+        if not _contents.get():
+            tensors = {k: t.to("meta") if t.is_floating_point() and t.numel() > 1 else t for k, t in tensors.items()}
         tensors, scaled = dequantised(tensors)
     tensors, stripped = _strip_wrapper_prefixes(tensors)
     return LoadedFile(path, tensors, metadata, (*notes, *scaled, *stripped))
@@ -167,6 +185,8 @@ def _written_apart(tensors: Mapping[str, Tensor]) -> StateDict:
 def file_sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file; of a folder, the hash of its weight files' names and hashes. Remembered (`hashes`)."""
     path = Path(path)
+    if not _contents.get():
+        return ""
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
         lines = "".join(f"{file_sha256(p)}  {p.relative_to(path).as_posix()}\n" for p in files)

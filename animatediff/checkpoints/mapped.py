@@ -19,11 +19,11 @@ DONT_NEED = 4  # of madvise: pages of a file come back from it when they are rea
 def converted(tensors: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors on a device in a type; those that are so already stay mapped, pages of others are given back at once.
 
-    tensors: nobody has written to them.
+    tensors: nobody has written to them. Those without contents, on the meta device, stay there.
     """
     made, files = {}, None
     for key, tensor in tensors.items():
-        made[key] = tensor.to(device, dtype)
+        made[key] = tensor.to("meta" if tensor.is_meta else device, dtype)
         if made[key] is not tensor and tensor.device.type == "cpu":
             files = files or MappedFiles()
             files.give_back(tensor)

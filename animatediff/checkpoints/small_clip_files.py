@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from animatediff.checkpoints.files import LoadedFile, write_state_dict
+from animatediff.checkpoints.load import load_strictly
 from animatediff.config.networks import SmallCLIPConfig
 from animatediff.config.settings import build
 from animatediff.models.small_clip import SmallCLIP
@@ -33,7 +33,7 @@ def build_small_clip(file: LoadedFile, path: Path) -> SmallCLIP:
         config = build(SmallCLIPConfig, sizes, where=str(path))
         if sizes.keys() != asdict(config).keys():
             raise ValueError(f"sizes of {', '.join(sorted(sizes))}"[:100])
-        return _with_weights(config, file.tensors).eval()
+        return _with_weights(config, file.tensors, path)
     except UserError:
         raise
     except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, AssertionError) as error:
@@ -47,19 +47,11 @@ def save_small_clip(model: SmallCLIP, path: Path, metadata: Mapping[str, str]) -
     write_state_dict(path, tensors, metadata={CONFIG_KEY: json.dumps(asdict(model.config)), **metadata})
 
 
-def _with_weights(config: SmallCLIPConfig, tensors: Mapping[str, Tensor]) -> SmallCLIP:
+def _with_weights(config: SmallCLIPConfig, tensors: Mapping[str, Tensor], path: Path) -> SmallCLIP:
     """Raises: ValueError and the like where the tensors are no weights of these sizes."""
     if config.text_layers + len(config.channels) > len(tensors):
         raise ValueError("more layers than tensors")
     if not config.patch <= config.size <= MAX_SIZE:
         raise ValueError(f"pictures of {config.size} pixels")
-    with torch.device("meta"):  # sizes of a file are a stranger's: nothing is made that is not there
-        shapes = {key: t.shape for key, t in SmallCLIP(config, tensors["tokens"]).state_dict().items()}
-    found = {key: t.shape for key, t in tensors.items()}
-    if wrong := sorted(key for key in shapes.keys() | found if shapes.get(key) != found.get(key)):
-        raise ValueError(f"{wrong[0]} is missing, unknown or of another shape")
-    if bad := next((key for key, t in tensors.items() if not t.isfinite().all()), None):
-        raise ValueError(f"{bad} is not finite")
-    model = SmallCLIP(config, tensors["tokens"])
-    model.load_state_dict({key: t.float() for key, t in tensors.items()})
-    return model
+    ready = {key: t.float() for key, t in tensors.items()} | {"tokens": tensors["tokens"].long()}
+    return load_strictly(lambda: SmallCLIP(config, ready["tokens"]), ready, "encoder of Shapes", path)

@@ -97,7 +97,8 @@ def dequantised(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str
     gone = {scales[key] for key in of_8_bits}
     plain = {key: t for key, t in tensors.items() if key not in gone and not re.search(INPUT_SCALE, key)}
     for key in of_8_bits:
-        weight, scale = tensors[key].float(), tensors[scales[key]].float()
+        weight = tensors[key].float()
+        scale = tensors[scales[key]].to(weight)
         if scale.numel() not in (1, len(weight)):
             raise UserError(f"got {scale.numel()} scales for {key}, expected 1 or {len(weight)}: the file is damaged")
         plain[key] = weight * scale.reshape(-1, *(1 for _ in weight.shape[1:]))

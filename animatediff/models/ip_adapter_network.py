@@ -91,7 +91,7 @@ class Resampler(nn.Module):
     def __init__(self, config: IPAdapterConfig):
         super().__init__()
         width = config.width
-        self.latents = nn.Parameter(torch.randn(1, config.tokens, width) / width**0.5)
+        self.latents = nn.Parameter(nn.init.normal_(torch.empty(1, config.tokens, width), std=width**-0.5))
         self.proj_in = nn.Linear(config.encoder_width, width)
         self.proj_out = nn.Linear(width, config.context_dim)
         self.norm_out = nn.LayerNorm(config.context_dim)

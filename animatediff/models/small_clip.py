@@ -36,7 +36,7 @@ class SmallCLIP(nn.Module):
         self.register_buffer("tokens", tokens.long())
         self.image_encoder = _image_encoder(config)
         self.token_embedding = nn.Embedding(len(tokens) + 1, width)
-        self.position_embedding = nn.Parameter(0.1 * torch.randn(config.max_length, width))
+        self.position_embedding = nn.Parameter(nn.init.normal_(torch.empty(config.max_length, width), std=0.1))
         layer = nn.TransformerEncoderLayer(
             width, config.text_heads, 2 * width, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True
         )

@@ -129,7 +129,8 @@ class TextEncoder(nn.Module):
         """Learn further tokens, by their vectors (k, d); returns their ids."""
         embeddings, known = self.text_model.embeddings, self.config.vocab_size
         table = embeddings.token_embedding.weight
-        longer = torch.cat([table.detach(), vectors.to(table)])
+        longer = table.new_empty(known + len(vectors), self.config.width)
+        longer[:known], longer[known:] = table.detach(), vectors.to(table)
         embeddings.token_embedding = nn.Embedding.from_pretrained(longer, freeze=not table.requires_grad)
         self.config = replace(self.config, vocab_size=known + len(vectors))
         return list(range(known, known + len(vectors)))

@@ -30,6 +30,7 @@ from animatediff.page.presets import EXAMPLE_CLIPS, one_prompt, read_settings
 from animatediff.page.widgets import QUIET, Form, text_of
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.prompts import first_text
+from animatediff.pipeline.rehearse import rehearse
 from animatediff.pipeline.run import check_control_images
 from animatediff.pipeline.tagged_loras import with_tagged_loras
 from animatediff.utils import UserError
@@ -180,7 +181,7 @@ class Page:
                 (plain,) = with_tagged_loras([request])
                 self.places.check(plain)
                 check_control_images(plain)
-                check_requests([plain])
+                rehearse(check_requests([plain]))
         except UserError as error:
             raise Mistakes(placed(error, names).found | found) from None
         if found:

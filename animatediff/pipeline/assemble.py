@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,8 +50,23 @@ class Assembler:
         Raises:
             UserError: a file is incomplete, does not fit the others, or contradicts the inference config.
         """
+        memory = checked.request.memory
+        check_memory(memory, self.device)
+        model = self.load(checked)
+        model.loras.merge()
+        if memory.weights == "float8":
+            model.loras.fixed = FIXED
+        for network in model.modules():
+            place(network, memory, self.device, self.dtype)
+        return model
+
+    def load(self, checked: Checked) -> Model:
+        """The networks of a request, its LoRAs beside them, where their files are read. Raises: as `assemble`."""
+        with naming(f"entry {checked.request.output.name}"):
+            return self._load(checked)
+
+    def _load(self, checked: Checked) -> Model:
         request, headers = checked.request, checked.headers
-        check_memory(request.memory, self.device)
         paths = headers.paths
         m = request.model
         adds = m.loras or m.motion_loras or m.adapter or m.embeddings
@@ -83,7 +97,6 @@ class Assembler:
             with naming(path):
                 reports.append(str(loras.add(lora, scale, alpha_rule=rule)))
             reports += load_bundled_embeddings(lora, text_encoder, tokenizer, second=second)
-        loras.merge()
         networks: dict[str, nn.Module] = {}
         for group, load in NETWORKS.items():
             if (loaded := load(request, headers, image, unet)) is not None:
@@ -93,23 +106,20 @@ class Assembler:
             path = paths[f"model.embeddings[{i}].path"]
             report = load_textual_inversion(path, text_encoder, tokenizer, second=second, name=embedding.name)
             reports.append(str(report))
-        if request.memory.weights == "float8":
-            loras.fixed = FIXED
         schedule = headers.inference.build_schedule(image.schedule, betas=headers.recipe(request).schedule)
         schedule = distilled_schedule(schedule, headers.distillation(request))
-        placed = partial(place, memory=request.memory, device=self.device, dtype=self.dtype)
         return Model(
-            unet=placed(unet),
-            vae=placed(share_weights(image.vae)),
-            text_encoder=text_encoder and placed(text_encoder),
+            unet=unet,
+            vae=share_weights(image.vae),
+            text_encoder=text_encoder,
             tokenizer=tokenizer,
             schedule=schedule,
             loras=loras,
             lora_roles=roles,
-            networks={group: placed(network) for group, network in networks.items()},
+            networks=networks,
             distillation=headers.distillation(request),
             reports=tuple(reports),
-            text_encoder_2=text_encoder_2 and placed(text_encoder_2),
+            text_encoder_2=text_encoder_2,
             tokenizer_2=tokenizer_2,
             memory=request.memory,
         )
@@ -161,16 +171,14 @@ def _check_image_model(
             f"got {image.report.path} without a VAE, expected one in it or in the base model: "
             "give a base with a VAE by --pretrained-model-path, or a VAE by vae_path"
         )
-    where = f"entry {request.output.name}"
     for name in ("height", "width"):
         if (side := getattr(request.size, name)) % (multiple := image.vae.config.downsampling):
             option = called(request, f"size.{name}")
-            raise UserError(f"{where}: {option}: got a side of {side} pixels, expected multiples of {multiple}")
+            raise UserError(f"{option}: got a side of {side} pixels, expected multiples of {multiple}")
     for encoder, tokenizer in encoders:
         if encoder is None:
             continue
-        with naming(where):
-            encoder.check_clip_skip(request.prompts.clip_skip)
+        encoder.check_clip_skip(request.prompts.clip_skip)
         if tokenizer.vocab_size > (known := encoder.config.vocab_size):
             raise UserError(
                 f"got {image.report.path} whose text encoder knows {known} tokens, expected the tokenizer's "

@@ -27,6 +27,7 @@ from animatediff.pipeline.finish import Finisher, compare, file_of, second_pass,
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.outputs import one_line_when_full
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from animatediff.pipeline.rehearse import rehearse
 from animatediff.pipeline.remembered import found_again, read_remembered
 from animatediff.pipeline.run_folder import is_ours, recorded_dtype, settings_request
 from animatediff.utils import UserError
@@ -139,6 +140,7 @@ def _resampled(video: Tensor, request: Request, path: Path, *, device: str, dtyp
     config, moved = found_again(RunConfig("", (request,)), known.hashes, path.parent, {})
     (request,) = config.entries
     (checked,) = check_requests([second_pass(request, video[None])])
+    rehearse([checked])
     dtype = dtype or recorded_dtype(known.made_on, target)
     model = Assembler(target, pick_dtype(dtype, target)).assemble(checked)
     for line in [*moved, *model.reports]:

@@ -46,6 +46,7 @@ from animatediff.pipeline.memory import apply_memory
 from animatediff.pipeline.model import Model
 from animatediff.pipeline.outputs import as_bytes, as_output, decode, decode_frames, decode_pixels
 from animatediff.pipeline.prompts import encode_prompts, with_pooled
+from animatediff.pipeline.rehearse import rehearse
 from animatediff.pipeline.remembered import load_run
 from animatediff.pipeline.resolve import facts_of, resolve
 from animatediff.pipeline.run_folder import recorded_dtype
@@ -107,6 +108,7 @@ class AnimateDiffPipeline:
             raise UserError(f"got entry {entry}, but {path} has {len(entries)}: count from 0")
         target = pick_device(device)
         (checked,) = check_requests([entries[entry]], complete=False)
+        rehearse([checked])
         weights_dtype = pick_dtype(dtype or recorded_dtype(config.provenance, target), target)
         checked = fitted(checked, target, weights_dtype, lambda line: None)
         model = Assembler(target, weights_dtype).assemble(checked)

@@ -9,6 +9,7 @@ from animatediff.config.request import Request
 from animatediff.pipeline.device import pick_device, pick_dtype
 from animatediff.pipeline.fit import Fit, budget_of, fit, plan_request, sizes_of
 from animatediff.pipeline.headers import Checked, check_requests
+from animatediff.pipeline.rehearse import rehearse
 from animatediff.pipeline.run_folder import recorded_dtype
 from animatediff.pipeline.tagged_loras import with_tagged_loras
 from animatediff.pipeline.timings import estimate
@@ -22,7 +23,9 @@ def plan_lines(config: RunConfig, *, device: str = "auto", dtype: str | None = N
     """
     target = pick_device(device)
     weights_dtype = pick_dtype(dtype or recorded_dtype(config.provenance, target), target)
-    return [_paragraph(checked, target, weights_dtype) for checked in check_requests(with_tagged_loras(config.entries))]
+    checked = check_requests(with_tagged_loras(config.entries))
+    rehearse(checked)
+    return [_paragraph(entry, target, weights_dtype) for entry in checked]
 
 
 def _paragraph(checked: Checked, device: torch.device, dtype: torch.dtype) -> str:

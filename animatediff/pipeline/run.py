@@ -33,6 +33,7 @@ from animatediff.pipeline.outputs import as_bytes, decode_frames, decode_pixels,
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.pipeline.processes import OneProcess
 from animatediff.pipeline.prompts import first_text
+from animatediff.pipeline.rehearse import rehearse
 from animatediff.pipeline.run_folder import (
     clip_settings,
     made_on,
@@ -134,6 +135,7 @@ def animate(
         for line in prompt_warnings(entry.prompts):
             processes.tell_once(f"entry {entry.output.name}: {line}")
     plain = check_requests(with_tagged_loras(config.entries))
+    rehearse(plain)
     checked = [fitted(entry, target, weights_dtype, processes.tell_once) for entry in plain]
     entries = (recorded(entry.request, fit.request) for entry, fit in zip(plain, checked, strict=True))
     config = replace(config, entries=tuple(entries))  # nothing is left open in them
