@@ -104,7 +104,7 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor, *, doubled: bool) -> Tens
     images, lines = min(n, max(1, fitting // down)), min(down, fitting)  # some whole images, or a part of one
     at_once = images == n and lines == down
     outputs = max(1, min(o, WEIGHT_BYTES // (36 * c * x.itemsize))) if at_once else o
-    padded = x.new_zeros(images, h + 2, w + 2, c)
+    padded = x.new_zeros(images, step * lines + 2, w + 2, c)  # what a block reads
     rows = padded.stride()
     strides = (rows[1], rows[2], rows[0], step * rows[1], step * rows[2], 1)
     out = x.new_empty(n, o, 4 * down, 4 * across)
@@ -113,9 +113,8 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor, *, doubled: bool) -> Tens
     room += [x.new_empty(size * tiles * outputs) for size in (36, 16)]
     for i, top in product(range(0, n, images), range(0, down, lines)):
         k, d = min(images, n - i), min(lines, down - top)
-        if top == 0:
-            padded[:k, 1:-1, 1:-1] = x[i : i + k].permute(0, 2, 3, 1)
-        patches = padded.as_strided((taps, taps, k, d, across, c), strides, top * step * rows[1])
+        _fill(padded[:k, :, 1:-1], x[i : i + k].permute(0, 2, 3, 1), top * step)
+        patches = padded.as_strided((taps, taps, k, d, across, c), strides)
         read = _view(room[0], taps, taps, k, d, across, c).copy_(patches)
         inputs = _view(room[1], 36, k * d * across, c)
         torch.mm(of_input, read.view(taps**2, -1), out=inputs.view(36, -1))
@@ -131,6 +130,16 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor, *, doubled: bool) -> Tens
             target = out[i : i + k, part, 4 * top : 4 * (top + d)].unflatten(3, (across, 4)).unflatten(2, (d, 4))
             torch.add(sums.permute(2, 5, 3, 0, 4, 1), bias[part].view(-1, 1, 1, 1, 1), out=target)
     return out
+
+
+def _fill(padded: Tensor, x: Tensor, top: int) -> None:
+    """Rows `top` - 1 and on of x (n, h, w, c), as many as fit, and zeros beyond its edges."""
+    first, last = max(top - 1, 0), min(top - 1 + padded.shape[1], x.shape[1])
+    filled = last - (top - 1)
+    padded[:, first - (top - 1) : filled] = x[:, first:last]
+    padded[:, filled:] = 0
+    if top == 0:
+        padded[:, 0] = 0
 
 
 def _view(buffer: Tensor, *shape: int) -> Tensor:
