@@ -8,8 +8,9 @@ import json
 import os
 import stat
 import struct
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +193,17 @@ def file_sha256(path: str | Path) -> str:
         lines = "".join(f"{file_sha256(p)}  {p.relative_to(path).as_posix()}\n" for p in files)
         return hashlib.sha256(lines.encode()).hexdigest()
     return file_hashes(path).sha256
+
+
+def begin_hashing(path: str | Path) -> None:
+    """Let a thread compute what `file_sha256` will be asked for: a file that is read meanwhile leaves the disk once."""
+
+    def hash_file() -> None:
+        with suppress(OSError):  # who asks will be told
+            file_sha256(path)
+
+    if _contents.get():
+        threading.Thread(target=hash_file, daemon=True).start()
 
 
 def read_safetensors_metadata(path: Path) -> dict[str, str]:

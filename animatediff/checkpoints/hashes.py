@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import threading
 import time
 from dataclasses import astuple, dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ LARGE = 2**24  # bytes: what is smaller is hashed at once
 LARGEST_LORA = 2**31  # bytes: of larger files nobody asks for the hash of a LoRA
 REMEMBERED, MOST_REMEMBERED = "hashes.json", 10_000  # files
 CLOCK_TICK = 2 * 10**9  # nanoseconds: a file that was written just now may change once more and keep its time
+_one_at_a_time = threading.Lock()  # whoever wants a hash that is being computed waits for it
 SAMPLE_START, SAMPLE_LENGTH = 0x100000, 0x10000  # of the 8-digit hashes
 
 
@@ -51,7 +53,8 @@ def file_hashes(path: Path) -> Hashes:
     """
     path = path.resolve()
     stat = path.stat()
-    return _hashes(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    with _one_at_a_time:
+        return _hashes(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from animatediff.checkpoints.files import StateDict, file_sha256
+from animatediff.checkpoints.files import StateDict, begin_hashing, file_sha256
 from animatediff.checkpoints.keymaps import MOTION_MARK
 from animatediff.checkpoints.mapped import converted
 from animatediff.checkpoints.metadata import motion_norm_groups, schedule_facts
@@ -87,6 +87,7 @@ def load_base(path: str | Path, *, dtype: torch.dtype = torch.float32) -> ImageM
     Raises:
         UserError: the file is something else or incomplete. A missing VAE alone is no error: `vae` is None.
     """
+    begin_hashing(path)
     parts = read_image_parts(path)
     if parts.text is None and parts.text_2 is None:
         raise UserError(f"got {path} without a text encoder, expected a whole image model: choose a complete file")
@@ -102,6 +103,7 @@ def load_personalised(path: str | Path, base: ImageModel) -> ImageModel:
     Raises:
         UserError: the file is something else, incomplete, or of other sizes than the base.
     """
+    begin_hashing(path)
     parts = read_image_parts(path)
     sample = next(base.unet.parameters())
     known = image_metadata_of(

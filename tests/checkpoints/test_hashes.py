@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from animatediff.checkpoints import hashes
-from animatediff.checkpoints.files import file_sha256
+from animatediff.checkpoints.files import begin_hashing, file_sha256
 from animatediff.checkpoints.hashes import Hashes, file_hashes
 from animatediff.utils import cache_folder
 
@@ -101,3 +101,11 @@ def test_the_oldest_are_forgotten(tmp_path, remembering, monkeypatch):
     for name in "abc":
         file_hashes(old(tmp_path / f"{name}.ckpt", name.encode()))
     assert [path[-6] for path in json.loads((cache_folder() / "hashes.json").read_text())] == ["b", "c"]
+
+
+def test_a_hash_that_was_begun_is_not_computed_again(tmp_path, remembering):
+    """Neither is a file that is not there any trouble for the thread."""
+    path = old(tmp_path / "a.ckpt", b"one")
+    begin_hashing(tmp_path / "gone.ckpt")
+    begin_hashing(path)
+    assert file_sha256(path) == hashlib.sha256(b"one").hexdigest() and remembering == ["a.ckpt"]
