@@ -117,7 +117,8 @@ class ShapesDecoder(StageConfig):
         stage = DecoderStage(
             base, data_seed=self.seed, version=self.version, styles=self.styles, watermarks=self.watermarks
         )
-        stage.modules().to(device)
+        for network in (stage.modules(), base.unet, base.text_encoder):
+            network.to(device)
         train(stage, self.loop, folder, log=log, stage_config=self)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from animatediff.checkpoints.export import save_image_model, save_vae
 from animatediff.checkpoints.load import ImageModel
-from animatediff.config.networks import VAEConfig
+from animatediff.config.networks import ScheduleConfig, VAEConfig
+from animatediff.diffusion.schedule import NoiseSchedule
+from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.vae import VAE
 from animatediff.training.loop import Stage
 from animatediff.training.output_folder import write_tensors
@@ -20,6 +22,7 @@ from animatediff.world.shapes import FRAMES, make_scene, render
 from animatediff.world.styles import STYLES, stamp
 
 VAE_FILE = "vae.pt"
+PREDICTED_BELOW = 300  # timesteps from which a decoder's latents are predicted: what is left to add is detail
 NOISE_LOG_VARIANCE = -6.0  # of the posterior; fixed, so that no channel can drown in its own noise
 
 
@@ -69,11 +72,16 @@ class AutoencoderStage(Stage):
         image = image.to(self.vae.quant_conv.weight.device)
         mean, logvar = self.vae.encode(image)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
-        output = self.vae.decode(mean + (0.5 * logvar.detach()).exp() * noise)
+        latents = mean + (0.5 * logvar.detach()).exp() * noise
+        output = self.vae.decode(self.given(latents, [scene.caption for scene in scenes], generator))
         mse = F.mse_loss(output, image)
         edges = sum(F.l1_loss(output.diff(dim=d), image.diff(dim=d)) for d in (2, 3))
         loss = 4 * mse + 0.5 * F.l1_loss(output, image) + 0.25 * edges + 1e-4 * mean.square().mean()
         return loss, {"psnr": float(10 * torch.log10(4 / mse.detach()))}
+
+    def given(self, latents: Tensor, captions: Sequence[str], generator: torch.Generator) -> Tensor:
+        """What the decoder is given for these latents (n, c, h, w), unscaled."""
+        return latents
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
         """Write vae.pt, its latents normalised."""
@@ -82,7 +90,8 @@ class AutoencoderStage(Stage):
 
 
 class DecoderStage(AutoencoderStage):
-    """The decoder of an image model's VAE learns more looks; the encoder, and so all that was trained on its latents,
+    """The decoder of an image model's VAE learns more looks, and clean edges where the UNet is not sure of them: half
+    of its latents are the UNet's predictions from noisy ones. The encoder, and so all that was trained on its latents,
     stays as it is.
     """
 
@@ -98,6 +107,19 @@ class DecoderStage(AutoencoderStage):
         self.vae.requires_grad_(False)
         self.vae.decoder.requires_grad_(True)
         self.vae.post_quant_conv.requires_grad_(True)
+        self.schedule, self.tokenizer = NoiseSchedule(model.schedule or ScheduleConfig()), Tokenizer()
+
+    @torch.no_grad()
+    def given(self, latents: Tensor, captions: Sequence[str], generator: torch.Generator) -> Tensor:
+        """Half of them as the UNet predicts them at a timestep below `PREDICTED_BELOW`."""
+        n, scale = len(latents), self.vae.config.scaling_factor
+        t = torch.randint(PREDICTED_BELOW, (n,), generator=generator)
+        noise = torch.randn((n, 1, *latents.shape[1:]), generator=generator).to(latents)
+        predicted = torch.rand((n, 1, 1, 1), generator=generator).to(latents) < 0.5
+        x, t = self.schedule.add_noise(latents[:, None] * scale, noise, t), t.to(latents.device)
+        context = self.model.text_encoder(self.tokenizer(list(captions))[:, 0].to(latents.device))
+        clean, _ = self.schedule.clean_and_noise(self.model.unet(x, t, context), x, t)
+        return torch.where(predicted, clean[:, 0] / scale, latents)
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
         """Write image.safetensors, the image model with its new VAE, and vae.safetensors, that VAE alone."""
