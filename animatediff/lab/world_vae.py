@@ -18,7 +18,7 @@ from animatediff.models.tokenizer import Tokenizer
 from animatediff.models.vae import VAE
 from animatediff.training.loop import Stage
 from animatediff.training.output_folder import write_tensors
-from animatediff.world.shapes import FRAMES, make_scene, render
+from animatediff.world.shapes import FRAMES, SIZE, make_scene, render
 from animatediff.world.styles import STYLES, stamp
 
 VAE_FILE = "vae.pt"
@@ -59,28 +59,29 @@ class AutoencoderStage(Stage):
     def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         first = index * batch_size
         scenes = [make_scene(first + i, seed=self.data_seed, version=self.version) for i in range(batch_size)]
-        which = torch.randint(FRAMES, (batch_size, 1), generator=generator).numpy()
-        parts = [slice(i, None, len(self.styles)) for i in range(min(len(self.styles), batch_size))]
-        image = torch.cat(
-            [
-                render(scenes[part], only_frames=which[part], style=STYLES[style])
-                for part, style in zip(parts, self.styles, strict=False)
-            ]
-        )[:, 0].contiguous(memory_format=torch.channels_last)
+        which = torch.randint(FRAMES, (batch_size, 1), generator=generator)
+        style = torch.arange(batch_size) % len(self.styles)
+        image = torch.empty(batch_size, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
+        for i, name in enumerate(self.styles):
+            own = [scene for scene, number in zip(scenes, style.tolist(), strict=True) if number == i]
+            if own:
+                image[style == i] = render(own, only_frames=which[style == i].numpy(), style=STYLES[name])[:, 0]
+        stamped = (torch.arange(batch_size) // len(self.styles) % 2 == 0) & self.watermarks
         if self.watermarks:
-            image[::2] = stamp(image[::2])
+            image[stamped] = stamp(image[stamped])
         image = image.to(self.vae.quant_conv.weight.device)
         mean, logvar = self.vae.encode(image)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         latents = mean + (0.5 * logvar.detach()).exp() * noise
-        output = self.vae.decode(self.given(latents, [scene.caption for scene in scenes], generator))
+        plain = torch.tensor([self.styles[i] == "plain" for i in style]) & ~stamped
+        output = self.vae.decode(self.given(latents, [scene.caption for scene in scenes], plain, generator))
         mse = F.mse_loss(output, image)
         edges = sum(F.l1_loss(output.diff(dim=d), image.diff(dim=d)) for d in (2, 3))
         loss = 4 * mse + 0.5 * F.l1_loss(output, image) + 0.25 * edges + 1e-4 * mean.square().mean()
         return loss, {"psnr": float(10 * torch.log10(4 / mse.detach()))}
 
-    def given(self, latents: Tensor, captions: Sequence[str], generator: torch.Generator) -> Tensor:
-        """What the decoder is given for these latents (n, c, h, w), unscaled."""
+    def given(self, latents: Tensor, captions: Sequence[str], plain: Tensor, generator: torch.Generator) -> Tensor:
+        """What the decoder is given for these latents (n, c, h, w), unscaled; plain: (n,), which look as the UNet's."""
         return latents
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
@@ -91,8 +92,8 @@ class AutoencoderStage(Stage):
 
 class DecoderStage(AutoencoderStage):
     """The decoder of an image model's VAE learns more looks, and clean edges where the UNet is not sure of them: half
-    of its latents are the UNet's predictions from noisy ones. The encoder, and so all that was trained on its latents,
-    stays as it is.
+    of the plain latents are the UNet's predictions from noisy ones. The encoder stays as it is, and with it all that
+    was trained on its latents.
     """
 
     name = "decoder"
@@ -110,16 +111,16 @@ class DecoderStage(AutoencoderStage):
         self.schedule, self.tokenizer = NoiseSchedule(model.schedule or ScheduleConfig()), Tokenizer()
 
     @torch.no_grad()
-    def given(self, latents: Tensor, captions: Sequence[str], generator: torch.Generator) -> Tensor:
-        """Half of them as the UNet predicts them at a timestep below `PREDICTED_BELOW`."""
+    def given(self, latents: Tensor, captions: Sequence[str], plain: Tensor, generator: torch.Generator) -> Tensor:
+        """Half of the plain ones as the UNet predicts them at a timestep below `PREDICTED_BELOW`."""
         n, scale = len(latents), self.vae.config.scaling_factor
         t = torch.randint(PREDICTED_BELOW, (n,), generator=generator)
         noise = torch.randn((n, 1, *latents.shape[1:]), generator=generator).to(latents)
-        predicted = torch.rand((n, 1, 1, 1), generator=generator).to(latents) < 0.5
+        predicted = (plain & (torch.rand(n, generator=generator) < 0.5)).to(latents.device)
         x, t = self.schedule.add_noise(latents[:, None] * scale, noise, t), t.to(latents.device)
         context = self.model.text_encoder(self.tokenizer(list(captions))[:, 0].to(latents.device))
         clean, _ = self.schedule.clean_and_noise(self.model.unet(x, t, context), x, t)
-        return torch.where(predicted, clean[:, 0] / scale, latents)
+        return torch.where(predicted[:, None, None, None], clean[:, 0] / scale, latents)
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
         """Write image.safetensors, the image model with its new VAE, and vae.safetensors, that VAE alone."""
