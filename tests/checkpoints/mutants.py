@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import os
 import random
 import resource
+import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ from tests.checkpoints.synthetic import (
 FORMATS = ("safetensors", "ckpt", "families", "folder", "tokenizer")
 SECONDS, BYTES = 10, 2 << 30  # that one file may take
 OUTCOMES = ("read", "refused")
+Mutant = tuple[str, int]  # a format and a seed
 
 
 # --- good files ------------------------------------------------------------------------------------------------------
@@ -213,43 +216,63 @@ def make_mutant(format: str, seed: int, folder: Path) -> Path:
         if rng.random() < 0.6:
             path.write_bytes(mutated_bytes(path.read_bytes(), rng))
         return path
-    return make_folder(folder / "model", rng, tokenizer=format == "tokenizer")
+    if format == "tokenizer":
+        return write_texts(folder / "tokenizer", TOKENIZER, rng)
+    return make_folder(folder / "model", rng)
 
 
-def make_folder(folder: Path, rng: random.Random, *, tokenizer: bool | None) -> Path:
-    """A diffusers folder of which one text file is damaged: of the tokenizer, another, or None, none."""
+TOKENIZER: dict[str, object] = {
+    "vocab.json": {"a": 0, "b</w>": 1, "ab</w>": 2, "<|startoftext|>": 3, "<|endoftext|>": 4},
+    "tokenizer_config.json": {"model_max_length": 77, "bos_token": "<|startoftext|>"},
+    "special_tokens_map.json": {"pad_token": "<|endoftext|>"},
+    "merges.txt": "#version: 0.2\na b</w>\n",
+}
+
+
+def write_texts(folder: Path, texts: dict[str, object], rng: random.Random | None) -> Path:
+    """Write JSON and other texts, one of them damaged; without `rng` none is."""
+    victim = rng and rng.choice(list(texts))
+    for name, content in texts.items():
+        data = (content if isinstance(content, str) else json.dumps(content)).encode()
+        if rng and name == victim:
+            broken = not isinstance(content, str) and rng.random() < 0.7
+            data = json.dumps(mutated_json(content, rng)).encode() if broken else mutated_bytes(data, rng)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def make_folder(folder: Path, rng: random.Random | None) -> Path:
+    """A diffusers folder of which one config is damaged; without `rng` none is."""
+    weights, configs = good_folder()
+    shutil.copytree(weights.name, folder, copy_function=os.link)
+    return write_texts(folder, configs, rng)
+
+
+@functools.cache
+def good_folder() -> tuple[tempfile.TemporaryDirectory, dict[str, object]]:
+    """A diffusers folder without its configs, and these."""
     from animatediff.checkpoints import diffusers_json as dj
     from animatediff.checkpoints.parts import read_image_parts
     from animatediff.checkpoints.sizes import text_config, unet_config, vae_config
     from animatediff.config.networks import ScheduleConfig
 
-    parts = read_image_parts(write(folder.parent / "good.safetensors", ldm_tensors(), **METADATA))
-    configs = {
+    folder = tempfile.TemporaryDirectory()
+    path = write(Path(folder.name) / "good.safetensors", ldm_tensors(), **METADATA)
+    parts = read_image_parts(path)
+    path.unlink()
+    stem = {"text_encoder": dj.TEXT_STEMS[0]}
+    for name, tensors in (("unet", parts.unet), ("vae", parts.vae), ("text_encoder", parts.text)):
+        (path.parent / name).mkdir()
+        write_state_dict(path.parent / name / f"{stem.get(name, dj.UNET_STEM)}.safetensors", tensors or {})
+    write_texts(path.parent / "tokenizer", TOKENIZER, None)
+    return folder, {
         "unet/config.json": dj.unet_json(unet_config(parts.unet, parts.metadata)),
         "vae/config.json": dj.vae_json(vae_config(parts.vae or {}, parts.metadata)),
         "text_encoder/config.json": dj.text_json(text_config(parts.text or {}, parts.metadata)),
         "scheduler/scheduler_config.json": dj.scheduler_json(ScheduleConfig()),
         "model_index.json": dj.model_index_json(),
-        "tokenizer/vocab.json": {"a": 0, "b</w>": 1, "ab</w>": 2, "<|startoftext|>": 3, "<|endoftext|>": 4},
-        "tokenizer/tokenizer_config.json": {"model_max_length": 77, "bos_token": "<|startoftext|>"},
-        "tokenizer/special_tokens_map.json": {"pad_token": "<|endoftext|>"},
     }
-    texts = {name: json.dumps(content) for name, content in configs.items()}
-    texts["tokenizer/merges.txt"] = "#version: 0.2\na b</w>\n"
-    stem = {"text_encoder": dj.TEXT_STEMS[0]}
-    for name, tensors in (("unet", parts.unet), ("vae", parts.vae), ("text_encoder", parts.text)):
-        (folder / name).mkdir(parents=True)
-        write_state_dict(folder / name / f"{stem.get(name, dj.UNET_STEM)}.safetensors", tensors or {})
-    victim = rng.choice([name for name in texts if name.startswith("tokenizer/") == tokenizer] or [""])
-    for name, text in texts.items():
-        data = text.encode()
-        if name == victim and name in configs and rng.random() < 0.7:
-            data = json.dumps(mutated_json(configs[name], rng)).encode()
-        elif name == victim:
-            data = mutated_bytes(data, rng)
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
 
 
 def load(path: Path) -> None:
@@ -266,6 +289,9 @@ def load(path: Path) -> None:
     from animatediff.models.lora import LoRAStack
     from animatediff.models.tokenizer import Tokenizer
 
+    if path.name == "tokenizer":
+        Tokenizer.from_folder(path)(["a b ab"])
+        return
     info = identify(path)
     assert info.kind in KINDS and info.config_line
     beside = {
@@ -314,8 +340,8 @@ def outcome(path: Path) -> str:
     return "read"
 
 
-def worker(format: str, first: int, count: int) -> None:
-    """Try the mutants of some seeds, each within SECONDS and BYTES; a line of JSON for each."""
+def worker(mutants: list[Mutant]) -> None:
+    """Try some mutants, each within SECONDS and BYTES; a line of JSON for each."""
     import signal
 
     torch.set_num_threads(1)
@@ -324,12 +350,12 @@ def worker(format: str, first: int, count: int) -> None:
         os.environ["MUTANTS_BASE"] = str(write(Path(name) / "base.safetensors", ldm_tensors(), **METADATA))
         motion = write(Path(name) / "motion.safetensors", motion_tensors("v3"), version="v3")
         os.environ["MUTANTS_MOTION"] = str(motion)
-        for seed in range(first, first + count):
+        for format, seed in mutants:
             with tempfile.TemporaryDirectory(dir=name) as folder:
                 path = make_mutant(format, seed, Path(folder))
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, limit))
-                print(json.dumps({"seed": seed, "outcome": "started"}), flush=True)
+                print(json.dumps([format, seed, "started"]), flush=True)
                 signal.setitimer(
                     signal.ITIMER_PROF, SECONDS + 1
                 )  # of the processor; ends the process, a hang in foreign code too
@@ -341,29 +367,28 @@ def worker(format: str, first: int, count: int) -> None:
                 signal.alarm(0)
                 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
                 result = f"took {spent:.0f} s" if spent > SECONDS else result
-                print(json.dumps({"seed": seed, "outcome": result}), flush=True)
+                print(json.dumps([format, seed, result]), flush=True)
 
 
-def try_mutants(format: str, first: int, count: int) -> dict[int, str]:
-    """Seed -> outcome, from processes that may crash."""
-    found: dict[int, str] = {}
-    end, seed = first + count, first
-    while seed < end:
-        command = [sys.executable, "-m", "tests.checkpoints.mutants", "--worker", format, str(seed), str(end - seed)]
-        root = Path(__file__).parents[2]
+def try_mutants(formats: Sequence[str], first: int, count: int) -> dict[Mutant, str]:
+    """What came of `count` mutants of each format, in processes that may crash: the next goes on where one did."""
+    found: dict[Mutant, str] = {}
+    while left := [(f, seed) for f in formats for seed in range(first, first + count) if (f, seed) not in found]:
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            [sys.executable, "-m", "tests.checkpoints.mutants", "--worker"],
+            input=json.dumps(left),
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        for line in done.stdout.splitlines():
-            row = json.loads(line)
-            found[row["seed"]] = row["outcome"]
-        if done.returncode == 0:
-            break
-        if not found or found[max(found)] != "started":
-            raise AssertionError(f"the worker failed: {done.stderr[-2000:]}")
-        seed = max(found)
-        found[seed] = f"the process ended with {done.returncode} (-27: more than {SECONDS} s): {done.stderr[-300:]}"
-        seed += 1
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        found |= {(format, seed): outcome for format, seed, outcome in rows}
+        if done.returncode:
+            if not rows or rows[-1][2] != "started":
+                raise AssertionError(f"the worker failed: {done.stderr[-2000:]}")
+            ended = f"the process ended with {done.returncode} (-27: more than {SECONDS} s): {done.stderr[-300:]}"
+            found[tuple(rows[-1][:2])] = ended
     return found
 
 
@@ -371,13 +396,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Read damaged weight files and say what came of it.")
     parser.add_argument("--count", type=int, default=500, help="mutants of every format")
     parser.add_argument("--seed", type=int, default=0, help="of the first")
-    parser.add_argument("--worker", nargs=3, metavar=("FORMAT", "FIRST", "COUNT"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # which mutants, comes on stdin
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker[0], int(args.worker[1]), int(args.worker[2]))
+        return worker(json.load(sys.stdin))
     for format in FORMATS:
-        found = try_mutants(format, args.seed, args.count)
-        bad = {seed: result for seed, result in found.items() if result not in OUTCOMES}
+        found = try_mutants([format], args.seed, args.count)
+        bad = {seed: result for (_, seed), result in found.items() if result not in OUTCOMES}
         print(format, dict(collections.Counter(r if r in OUTCOMES else "WRONG" for r in found.values())), flush=True)
         for seed, result in bad.items():
             print(f"  {format} {seed}: {result}", flush=True)
