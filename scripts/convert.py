@@ -94,8 +94,8 @@ FORMATS = {
 }
 
 
-def main() -> None:
-    args = parse_arguments()
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
     to = FORMATS[args.to]
     check_output(args.input, args.output, to, overwrite=args.overwrite)
     if args.version and not args.to.endswith("motion"):
@@ -111,7 +111,7 @@ def main() -> None:
         print(f"  left out {len(unused)} entries: {', '.join(unused[:5])}{' …' * (len(unused) > 5)}")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Convert weights between file formats.")
     parser.add_argument("input", type=Path, metavar="IN", help="file or folder of any format")
     parser.add_argument("output", type=Path, metavar="OUT", help="file (.safetensors, .ckpt, …) or folder to write")
@@ -119,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--to", required=True, choices=FORMATS, help=formats)
     parser.add_argument("--version", choices=MOTION_VERSIONS, help="of a motion module whose file does not tell")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def check_output(source: Path, target: Path, to: Format, *, overwrite: bool) -> None:

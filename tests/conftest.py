@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,21 @@ def pipeline(nano: Path):
     from tests.nano import entry, write_config
 
     return AnimateDiffPipeline.from_config(write_config(nano / "run.yaml", entry(nano)), device="cpu")
+
+
+@pytest.fixture
+def mistake(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a script prints, and nothing else, for a mistake on its command line; one line, with exit code 2."""
+    from animatediff.utils import run_main
+
+    def told(main: Callable[[list[str]], int | None], *arguments: object) -> str:
+        with pytest.raises(SystemExit) as exit:
+            run_main(lambda: main([str(argument) for argument in arguments]))
+        out, err = capsys.readouterr()
+        assert exit.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+        return err
+
+    return told
 
 
 @pytest.fixture

@@ -74,22 +74,17 @@ def test_a_mistyped_option_is_told_in_one_line(tmp_path, name):
     assert failed_cleanly(run(name, "a", "b", "--too", cwd=tmp_path), "--help")
 
 
-def test_convert_refuses_the_wrong_kind_in_one_line(tmp_path):
+def test_convert_refuses_the_wrong_kind_in_one_line(tmp_path, mistake):
     motion = write(tmp_path / "mm.safetensors", motion_tensors("v2"))
-    result = run("convert.py", motion, "out.safetensors", "--to", "ldm", cwd=tmp_path)
-    assert failed_cleanly(result, "this is a motion module, not an image model")
+    told = mistake(convert_script.main, motion, tmp_path / "out.safetensors", "--to", "ldm")
+    assert "this is a motion module, not an image model" in told
     assert not (tmp_path / "out.safetensors").exists()
 
 
 @pytest.fixture
-def convert(monkeypatch):
-    """scripts/convert.py's main in this process."""
-
-    def call(*args: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, args)])
-        convert_script.main()
-
-    return call
+def convert():
+    """scripts/convert.py in this process."""
+    return lambda *args: convert_script.main([str(argument) for argument in args])
 
 
 def test_convert_stamps_the_version_of_a_motion_module(tmp_path, convert):

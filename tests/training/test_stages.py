@@ -1,9 +1,6 @@
 """Both stages on a network of a few thousand weights: they learn, stop, go on, freeze and export as they should."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +20,8 @@ from animatediff.world.series import World
 from animatediff.world.shapes import make_scene
 from scripts.train import run
 from tests.training.line import Rows
-from tests.training.two_processes import HALVES
+from tests.training.two_processes import HALVES, train_looked_at, two_processes
 
-ROOT = Path(__file__).parents[2]
 LOOP = {"steps": 3, "batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 1}
 IMAGE = {
     "stage": "shapes_image",
@@ -108,21 +104,21 @@ def test_a_decoder_learns_other_looks_and_the_latents_stay(trained, tmp_path):
 
 
 def test_the_number_of_processes_does_not_change_the_result(trained, tmp_path):
-    """Two micro-batches a step, one after the other here or shared out by torchrun; what both have to say, one says."""
+    """Two micro-batches a step, one after the other or shared by two processes; what both have to say, one says."""
     twice = LOOP | {"micro_batches": 2}
     given = {"pretrained_model_path": str(trained / "image/image.safetensors"), "loop": twice}
     load_train_config(write(tmp_path / "a.yaml", MOTION | given | {"output_dir": str(tmp_path / "one")})).run(print)
     config = write(tmp_path / "b.yaml", MOTION | given | {"output_dir": str(tmp_path / "two")})
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "tests.training.two_processes", str(tmp_path), str(config)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    two_processes(lambda: train_looked_at(tmp_path, config), tmp_path)
     one, two = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("one", "two"))
     assert one["step"] == two["step"] == 3
     assert all(torch.allclose(one["model"][k], two["model"][k], atol=1e-5) for k in one["model"])
-    lines = done.stdout.splitlines()
+    lines, errors = [
+        "".join((tmp_path / f"{name}{rank}.txt").read_text() for rank in (0, 1)).splitlines()
+        for name in ("output", "errors")
+    ]
     assert lines.count("both say so") == sum("motion_module 3/3" in line for line in lines) == 1
-    assert done.stderr.count("b.yaml: seed: got 'one'") == 1
+    assert sum("b.yaml: seed: got 'one'" in line for line in errors) == 1
     messages = [(tmp_path / f"message{rank}.txt").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1] and "got loss nan at step 0 of line (the batch: row4, row5" in messages[0]
     whole, halves = Rows(), Rows()
