@@ -9,7 +9,7 @@ from pathlib import Path
 from animatediff.checkpoints.files import PICKLE_SUFFIXES, StateDict, file_sha256, read_state_dict, write_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
 from animatediff.checkpoints.keymaps import POSITIONAL_ENDINGS
-from animatediff.checkpoints.load import LoadReport, load_strictly
+from animatediff.checkpoints.load import LoadReport, blank, load_strictly
 from animatediff.checkpoints.mapped import converted
 from animatediff.config.networks import CameraConfig
 from animatediff.models.camera_network import RAY_CHANNELS, CameraCtrl, merged_attentions
@@ -83,7 +83,7 @@ def load_cameractrl(path: str | Path, unet: UNet) -> tuple[CameraCtrl, LoadRepor
         )
     sample = next(unet.parameters())
     ready = converted(tensors, sample.device, sample.dtype)
-    camera = load_strictly(lambda: CameraCtrl(config), ready, "CameraCtrl", path)
+    camera = load_strictly(blank(CameraCtrl, config), ready, "CameraCtrl", path)
     report = LoadReport(path, "cameractrl", None, file_sha256(path), applied=len(ready), notes=parts.notes)
     return camera, report
 

@@ -20,7 +20,7 @@ from animatediff.checkpoints.files import (
 )
 from animatediff.checkpoints.identify import identify_tensors, refusal
 from animatediff.checkpoints.keymaps import Table, inverted, translate, unet_layout, unet_table
-from animatediff.checkpoints.load import LoadReport, load_strictly
+from animatediff.checkpoints.load import LoadReport, blank, load_strictly
 from animatediff.checkpoints.mapped import converted
 from animatediff.checkpoints.sizes import encoder_config
 from animatediff.config.networks import ControlNetConfig, UNetConfig
@@ -116,7 +116,7 @@ def load_controlnet(path: str | Path, unet: UNet, vae: VAE) -> tuple[ControlNet,
     _check_fits(config, unet, vae, path)
     sample = next(unet.parameters())
     ready = converted(tensors, sample.device, sample.dtype)
-    network = load_strictly(lambda: ControlNet(config), ready, "ControlNet", path)
+    network = load_strictly(blank(ControlNet, config), ready, "ControlNet", path)
     report = LoadReport(
         path, "controlnet", None, file_sha256(path), applied=len(ready), notes=parts.notes, unused=parts.unused
     )

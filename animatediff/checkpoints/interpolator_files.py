@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animatediff.checkpoints.files import StateDict, read_state_dict
-from animatediff.checkpoints.load import load_strictly, without_initialization
+from animatediff.checkpoints.load import blank, load_strictly
 from animatediff.checkpoints.pickles import is_torchscript
 from animatediff.media.interpolate import Between
 from animatediff.models.ifnet import VERSIONS, IFNet
@@ -33,7 +33,7 @@ def load_interpolator(path: Path, device: torch.device | str = "cpu") -> Between
     if is_torchscript(path):
         return _between(path, _program(path, device), SCRIPT_MULTIPLE)
     version, tensors = read_rife(path)
-    model = load_strictly(lambda: IFNet(VERSIONS[version]), tensors, f"RIFE {version}", path).to(device)
+    model = load_strictly(blank(IFNet, VERSIONS[version]), tensors, f"RIFE {version}", path).to(device)
     return _between(path, model, model.config.multiple)
 
 
@@ -63,9 +63,8 @@ def rife_version(tensors: StateDict) -> str | None:
     """The row of VERSIONS whose names and shapes these are, all of them; None for others."""
     shapes = {key: t.shape for key, t in tensors.items()}
     for version, config in VERSIONS.items():
-        with torch.device("meta"), without_initialization():
-            if shapes == {key: t.shape for key, t in IFNet(config).state_dict().items()}:
-                return version
+        if shapes == {key: t.shape for key, t in blank(IFNet, config).state_dict().items()}:
+            return version
     return None
 
 

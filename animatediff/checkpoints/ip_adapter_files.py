@@ -11,7 +11,7 @@ import torch
 
 from animatediff.checkpoints.files import StateDict, file_sha256, read_state_dict, write_state_dict
 from animatediff.checkpoints.identify import identify_tensors, refusal
-from animatediff.checkpoints.load import LoadReport, load_strictly
+from animatediff.checkpoints.load import LoadReport, blank, load_strictly
 from animatediff.checkpoints.mapped import converted
 from animatediff.config.networks import IPAdapterConfig
 from animatediff.models.ip_adapter_network import HEAD_WIDTH, IPAdapter, cross_attentions
@@ -83,7 +83,7 @@ def load_ip_adapter(path: str | Path, unet: UNet) -> tuple[IPAdapter, LoadReport
         )
     sample = next(unet.parameters())
     ready = converted(parts.tensors, sample.device, sample.dtype)
-    adapter = load_strictly(lambda: IPAdapter(config), ready, "IP-Adapter", path)
+    adapter = load_strictly(blank(IPAdapter, config), ready, "IP-Adapter", path)
     report = LoadReport(
         path,
         parts.kind,

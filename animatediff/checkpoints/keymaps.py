@@ -85,6 +85,7 @@ _MOTION = {
     ".ff_norm.": ".norm3.",
 }
 MOTION_MARK = "motion_modules."
+HOTSHOT_MARK = "temporal_attentions."
 # How the positional encodings of a motion module's file end: official, diffusers', Hotshot-XL's.
 POSITIONAL_ENDINGS = (".pos_encoder.pe", ".pos_embed.pe", ".pos_encoder.positional_encoding")
 
@@ -260,11 +261,14 @@ def motion_to_diffusers(key: str) -> str:
     return key
 
 
+def is_motion(key: str) -> bool:
+    """Whether an entry is a motion module's, in any spelling."""
+    return MOTION_MARK in key or HOTSHOT_MARK in key
+
+
 def motion_to_official(key: str) -> str:
     """A name of diffusers' MotionAdapter or of Hotshot-XL (or one of a LoRA's) as the official files spell it."""
-    key = key.replace("temporal_attentions.", MOTION_MARK, 1).replace(
-        "pos_encoder.positional_encoding", "pos_encoder.pe"
-    )
+    key = key.replace(HOTSHOT_MARK, MOTION_MARK, 1).replace("pos_encoder.positional_encoding", "pos_encoder.pe")
     for official, diffusers in _MOTION.items():
         key = key.replace(diffusers, official, 1)
     return re.sub(r"(motion_modules\.\d+\.)(?!temporal_transformer\.)", r"\1temporal_transformer.", key, count=1)
@@ -272,7 +276,7 @@ def motion_to_official(key: str) -> str:
 
 def motion_to_hotshot(key: str) -> str:
     """An official motion-module name as Hotshot-XL's own files spell it."""
-    key = key.replace(MOTION_MARK, "temporal_attentions.", 1).replace(".temporal_transformer.", ".", 1)
+    key = key.replace(MOTION_MARK, HOTSHOT_MARK, 1).replace(".temporal_transformer.", ".", 1)
     return key.replace("pos_encoder.pe", "pos_encoder.positional_encoding")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from animatediff.checkpoints.files import StateDict
-from animatediff.checkpoints.keymaps import MOTION_MARK, motion_to_official
+from animatediff.checkpoints.keymaps import is_motion, motion_to_official
 from animatediff.checkpoints.lora_keys import lora_targets
 
 Rule = Callable[[StateDict], bool]
@@ -42,8 +42,7 @@ def sized(pattern: str, axis: int, wanted: Callable[[int], bool]) -> Rule:
 
 def motion_part(tensors: StateDict) -> StateDict:
     """The motion modules' entries in official names."""
-    official = {motion_to_official(key.removeprefix("unet.")): tensor for key, tensor in tensors.items()}
-    return {key: tensor for key, tensor in official.items() if MOTION_MARK in key}
+    return {motion_to_official(key.removeprefix("unet.")): tensor for key, tensor in tensors.items() if is_motion(key)}
 
 
 def embedding_vectors(tensors: StateDict) -> Tensor | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ from animatediff.checkpoints.sizes import (
 from animatediff.checkpoints.weight_checks import check_finite
 from animatediff.config.networks import ScheduleConfig, VAEConfig
 from animatediff.models.text import TextEncoder
+from animatediff.models.twins import share_weights
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
 from animatediff.utils import UserError, naming
@@ -136,7 +137,7 @@ def load_vae(path: str | Path, image: ImageModel) -> tuple[VAE, LoadReport]:
     _check_vae_fits(config, image, parts.path)
     sample = next(image.unet.parameters())
     tensors = converted(parts.tensors, sample.device, sample.dtype)
-    vae = load_strictly(lambda: VAE(config), tensors, "VAE", parts.path)
+    vae = load_strictly(blank(VAE, config), tensors, "VAE", parts.path)
     notes = list(parts.notes)
     if image.vae and config.scaling_factor != (factor := image.vae.config.scaling_factor):
         notes.append(f"its scaling factor is {config.scaling_factor:g}, the image model's {factor:g}")
@@ -183,7 +184,8 @@ def load_motion_module(
         )
     image = {key: tensor for key, tensor in unet.state_dict().items() if MOTION_MARK not in key}
     motion = converted(parts.tensors, sample.device, sample.dtype)
-    merged = load_strictly(lambda: UNet(unet.config.with_motion(config)), image | motion, "motion module", parts.path)
+    network = blank(UNet, unet.config.with_motion(config))
+    merged = load_strictly(network, image | motion, "motion module", parts.path)
     report = LoadReport(
         path=parts.path,
         kind=parts.kind,
@@ -204,7 +206,7 @@ def _build_image_model(
     def build(module: Callable[..., Any], sizes: Callable[..., object], tensors: StateDict, what: str) -> Any:
         with naming(parts.path):
             config = sizes(tensors, metadata)
-        return load_strictly(lambda: module(config), converted(tensors, device, dtype), what, parts.path)
+        return load_strictly(blank(module, config), converted(tensors, device, dtype), what, parts.path)
 
     vae, texts = None, {"text": None, "text_2": None}
     if base:
@@ -244,11 +246,21 @@ class without_initialization(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: Path) -> M:
-    """Build on the meta device and assign the tensors themselves as weights: nothing is initialised or copied."""
+@lru_cache(maxsize=32)
+def blank(network: Callable[..., M], *sizes: Hashable) -> M:
+    """A network on the meta device; made once for all files of these sizes, so not to be changed."""
     with torch.device("meta"), without_initialization():
-        module = build()
-    expected = {key: tuple(t.shape) for key, t in module.state_dict().items()}
+        return network(*sizes).eval()
+
+
+def load_strictly(network: M, tensors: StateDict, what: str, path: Path) -> M:
+    """A network like this `blank` one on the tensors themselves: nothing is initialised or copied.
+
+    Raises:
+        UserError: they are not the network's weights, all of them and nothing else, or not finite.
+    """
+    places = network.state_dict(keep_vars=True)
+    expected = {key: tuple(t.shape) for key, t in places.items()}
     got = {key: tuple(t.shape) for key, t in tensors.items()}
     problems = []
     if missing := sorted(expected.keys() - got.keys()):
@@ -264,8 +276,7 @@ def load_strictly(build: Callable[[], M], tensors: StateDict, what: str, path: P
             "`python scripts/doctor.py` says what the file is"
         )
     check_finite(tensors, path)
-    module.load_state_dict(tensors, assign=True)
-    return module.eval()
+    return share_weights(network, {id(place): tensors[key] for key, place in places.items()})
 
 
 def _check_motion_fits(parts: MotionParts, unet: UNet) -> None:

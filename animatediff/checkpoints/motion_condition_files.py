@@ -9,7 +9,7 @@ import torch
 from animatediff.checkpoints.diffusers_json import UNET_STEM
 from animatediff.checkpoints.files import StateDict, file_sha256, find_weights, read_state_dict
 from animatediff.checkpoints.identify import CONDITIONED_MOTION, identify_tensors
-from animatediff.checkpoints.load import LoadReport, load_strictly
+from animatediff.checkpoints.load import LoadReport, blank, load_strictly
 from animatediff.checkpoints.mapped import converted
 from animatediff.models.image_to_video_network import PictureEncoder
 from animatediff.models.pia_network import PIACondition
@@ -37,13 +37,13 @@ def load_motion_condition(path: str | Path, unet: UNet) -> tuple[PIACondition | 
     if info.kind not in CONDITIONED_MOTION:
         return None
     if info.kind == "pia":
-        tensors, build = _pia(file.tensors, unet, path), lambda: PIACondition(unet.config.in_channels, _width(unet))
+        tensors, network = _pia(file.tensors, unet, path), blank(PIACondition, unet.config.in_channels, _width(unet))
     else:
         encoder = {k.removeprefix(IMG_ENCODER): t for k, t in file.tensors.items() if k.startswith(IMG_ENCODER)}
-        tensors, build = encoder, lambda: PictureEncoder(unet.config)
+        tensors, network = encoder, blank(PictureEncoder, unet.config)
     sample = next(unet.parameters())
     ready = converted(tensors, sample.device, sample.dtype)
-    network = load_strictly(build, ready, f"{info.kind} network for pictures", path)
+    network = load_strictly(network, ready, f"{info.kind} network for pictures", path)
     report = LoadReport(path, info.kind, CONDITIONED_MOTION[info.kind], file_sha256(path), applied=len(ready))
     return network, report
 

@@ -30,11 +30,10 @@ from animatediff.checkpoints.keymaps import (
     LDM_PARTS,
     LDM_UNET,
     LDM_VAE,
-    MOTION_MARK,
     POSITIONAL_ENDINGS,
     UNUSED_TEXT,
     inverted,
-    motion_to_official,
+    is_motion,
     text_from_open_clip,
     translate,
     unet_layout,
@@ -183,7 +182,7 @@ def read_motion_parts(path: str | Path) -> MotionParts:
     notes, motion = list(file.notes), motion_part(file.tensors)
     tensors = {key: t for key, t in motion.items() if not key.endswith(POSITIONAL_ENDINGS)}
     positional = {key: t for key, t in motion.items() if key not in tensors}
-    unused = [key for key in file.tensors if MOTION_MARK not in motion_to_official(key)]
+    unused = [key for key in file.tensors if not is_motion(key)]
     if unused and info.kind in MOTION_KINDS:
         notes.append(f"the file holds more than a motion module: {len(unused)} other entries not used")
     if positional:
@@ -306,7 +305,7 @@ def _read_diffusers(path: Path) -> ImageParts:
     notes = [f"{file.path.relative_to(path)}: {note}" for file in files.values() for note in file.notes]
     names = [file.path.name for file in files.values()]
     notes += [f"only the fp16 variant {name} is there" for name in names if ".fp16." in name]
-    unused = [key for key in unet_file.tensors if MOTION_MARK in motion_to_official(key)]
+    unused = [key for key in unet_file.tensors if is_motion(key)]
     motion = set(unused)
     if motion:
         notes.append("unet/ holds a motion module too, which is not part of the image model")

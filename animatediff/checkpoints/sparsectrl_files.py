@@ -27,7 +27,7 @@ from animatediff.checkpoints.keymaps import (
     positions_to_diffusers,
     positions_to_official,
 )
-from animatediff.checkpoints.load import LoadReport, load_strictly
+from animatediff.checkpoints.load import LoadReport, blank, load_strictly
 from animatediff.checkpoints.mapped import converted
 from animatediff.checkpoints.sizes import sparsectrl_config, sparsectrl_metadata_of
 from animatediff.config.networks import SparseCtrlConfig
@@ -99,7 +99,7 @@ def load_sparsectrl(
     check_fits(config, unet, vae, path)
     sample = next(unet.parameters())
     ready = converted(parts.tensors, sample.device, sample.dtype)
-    encoder = load_strictly(lambda: SparseCtrl(config), ready, "SparseCtrl encoder", path)
+    encoder = load_strictly(blank(SparseCtrl, config), ready, "SparseCtrl encoder", path)
     report = LoadReport(path, "sparsectrl", parts.version, file_sha256(path), applied=len(ready), notes=parts.notes)
     return encoder, report
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from animatediff.checkpoints.diffusers_json import VAE_STEM
 from animatediff.checkpoints.files import find_weights, read_state_dict
-from animatediff.checkpoints.load import load_strictly
+from animatediff.checkpoints.load import blank, load_strictly
 from animatediff.models.tiny_decoder import TinyDecoder
 from animatediff.utils import UserError
 
@@ -35,4 +35,4 @@ def load_tiny_decoder(path: Path) -> TinyDecoder:
         plain = {key.removeprefix("decoder."): t for key, t in tensors.items() if key.startswith("decoder.")}
     else:  # the author's list begins with the tanh, a layer without weights
         plain = {re.sub(r"^(\d+)", lambda m: f"layers.{int(m[1]) - 1}", key): t for key, t in tensors.items()}
-    return load_strictly(TinyDecoder, {key: t.float() for key, t in plain.items()}, "TAESD decoder", file)
+    return load_strictly(blank(TinyDecoder), {key: t.float() for key, t in plain.items()}, "TAESD decoder", file)

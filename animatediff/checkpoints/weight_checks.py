@@ -31,16 +31,22 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         UserError: there is a NaN or an infinity.
     """
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.is_meta:
-            continue
-        values = tensor.float() if tensor.itemsize == 1 else tensor
-        # One pass without a temporary: a sum of finite numbers is finite, but for sums beyond float32.
-        if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():
+    floats = {key: t for key, t in tensors.items() if t.is_floating_point() and not t.is_meta}
+    if not floats:
+        return
+    # One pass without a temporary: a sum of finite numbers is finite, but for sums beyond float32.
+    sums = torch.stack([_plain(tensor).sum(dtype=torch.float32) for tensor in floats.values()])
+    for (key, tensor), finite in zip(floats.items(), sums.isfinite().tolist(), strict=True):
+        if not finite and not _plain(tensor).isfinite().all():
             raise UserError(
                 f"got {path} with numbers in {key} that are not finite in {str(tensor.dtype).removeprefix('torch.')}, "
                 "expected weights: the file is damaged, download it again (or load it in float32)"
             )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Floats that torch computes with."""
+    return tensor.float() if tensor.itemsize == 1 else tensor
 
 
 def check_keys(tensors: Mapping[str, Tensor]) -> None:

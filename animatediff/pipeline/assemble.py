@@ -20,8 +20,8 @@ from animatediff.models.lora import LoRAStack
 from animatediff.models.lora_layers import AlphaRule
 from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import END, Tokenizer
+from animatediff.models.twins import share_weights
 from animatediff.models.unet import UNet
-from animatediff.pipeline.device import share_weights
 from animatediff.pipeline.headers import Checked, Headers
 from animatediff.pipeline.memory import FIXED, check_memory, place
 from animatediff.pipeline.model import Model
@@ -84,11 +84,12 @@ class Assembler:
             encoders.append((image.text_encoder_2, tokenizer_2))
         _check_image_model(image, request, encoders)
         assert image.vae is not None
-        unet = share_weights(image.unet)
         text_encoder, text_encoder_2 = (e and share_weights(e) for e in (image.text_encoder, image.text_encoder_2))
         if "model.motion_module" in paths:
-            unet, report = self._with_motion(request, headers, unet)
+            unet, report = self._with_motion(request, headers, image.unet)
             reports.append(report)
+        else:
+            unet = share_weights(image.unet)
         second = text_encoder_2 and (text_encoder_2, tokenizer_2)
         loras, roles = LoRAStack(unet, text_encoder, text_encoder_2), {}
         for role, path, scale, rule in _loras(request, paths):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -75,21 +75,3 @@ def to_device(module: M, device: torch.device, dtype: torch.dtype) -> M:
     """
     module = module.to(device, dtype)
     return module.to(memory_format=torch.channels_last) if device.type == "cuda" else module
-
-
-def share_weights(module: M) -> M:
-    """A second module on the same storage: moving it, or giving it other weights, leaves the first as it was.
-
-    What else a module remembers is the same in both, unless it is a list, a dict or a set: of these each has its own.
-    """
-    modules = list(module.modules())
-    twins: dict[int, Any] = {id(m): object.__new__(type(m)) for m in modules}
-    for m in modules:
-        twins |= {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in m._parameters.values() if p is not None}
-        twins |= {id(b): b.detach() for b in m._buffers.values() if b is not None}
-    for m in modules:
-        own = vars(twins[id(m)])
-        own |= {k: v.copy() if isinstance(v, (dict, list, set)) else v for k, v in vars(m).items()}
-        for held in ("_parameters", "_buffers", "_modules"):
-            own[held] = {name: twins.get(id(value)) for name, value in own[held].items()}
-    return twins[id(module)]

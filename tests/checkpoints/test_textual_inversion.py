@@ -11,7 +11,7 @@ from animatediff.config.networks import TextConfig
 from animatediff.models.prompt_weighting import parse_prompt
 from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import END, Tokenizer
-from animatediff.pipeline.device import share_weights
+from animatediff.models.twins import share_weights
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import ldm_tensors, write
 

@@ -12,7 +12,8 @@ from animatediff.diffusion.guidance import classifier_free_guidance, guide
 from animatediff.features.feature import Run
 from animatediff.features.noise import draw_noise, draw_seed, make_noise, seeded
 from animatediff.features.prompt_travel import text_of_frames
-from animatediff.pipeline.device import pick_device, pick_dtype, share_weights, to_device
+from animatediff.models.twins import share_weights
+from animatediff.pipeline.device import pick_device, pick_dtype, to_device
 from animatediff.pipeline.sample import guided_denoiser
 from animatediff.utils import UserError
 

@@ -11,8 +11,8 @@ from animatediff.config.memory_options import parse_size
 from animatediff.models.chunks import in_parts, set_chunk
 from animatediff.models.resting_weights import FLOAT8, PlainCopier, RestingWeights, find_blocks, quantised, weights_of
 from animatediff.models.tiles import ramp, starts, tiled
+from animatediff.models.twins import share_weights
 from animatediff.pipeline import memory as memory_module
-from animatediff.pipeline.device import share_weights
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.utils import UserError
 from animatediff.world.series import World
