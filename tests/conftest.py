@@ -1,6 +1,7 @@
 """For all tests: a process per core, one seed, the mark of numeric tests, and the golden network as files."""
 
 import atexit
+import gc
 import os
 import random
 import shutil
@@ -18,6 +19,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, and for the
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="animatediff-tests-")  # no test reads or writes the user's own
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
+gc.disable()  # What is imported stays: that it is looked through again and again is a tenth of the time.
+
 COMPUTES = ("diffusion", "features", "metrics", "models")
 
 
@@ -26,6 +29,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(item.path).relative_to(Path(__file__).parent).parts[0] in COMPUTES:
             item.add_marker(pytest.mark.numeric)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(700, 10, 100)
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # so that libraries can tidy up at the end
 
 
 @pytest.fixture(autouse=True)
