@@ -1,8 +1,10 @@
 """The golden network as files of every kind, and configs that use them."""
 
+from functools import cache
 from pathlib import Path
 
 import yaml
+from torch import Tensor
 
 from animatediff.config.spellings import all_options, group_classes, usual
 from tests.checkpoints.synthetic import METADATA, TABLES, ldm_tensors, motion_tensors, tensors_of, write
@@ -15,17 +17,18 @@ def write_files(folder: Path) -> Path:
     write(folder / "nano.safetensors", ldm_tensors(), **METADATA)
     for version in ("v1", "v2", "v3"):
         write(folder / f"mm_{version}.safetensors", motion_tensors(version), version=version)
-    for name, salt, table in (
-        ("motion_lora", "nano-motion-lora", "motion_lora"),
-        ("adapter", "nano-adapter", "domain_adapter"),
-        ("kohya", "nano-kohya", "kohya_lora"),
-    ):
-        tensors = tensors_of(salt, TABLES[table])
-        for key in tensors:
-            if key.endswith(".alpha"):
-                tensors[key].fill_(4.0)  # the rank
-        write(folder / f"{name}.safetensors", tensors)
+    for name, table in (("motion_lora", "motion_lora"), ("adapter", "domain_adapter"), ("kohya", "kohya_lora")):
+        write(folder / f"{name}.safetensors", _lora(f"nano-{name.replace('_', '-')}", table))
     return folder
+
+
+@cache
+def _lora(salt: str, table: str) -> dict[str, Tensor]:
+    tensors = tensors_of(salt, TABLES[table])
+    for key in tensors:
+        if key.endswith(".alpha"):
+            tensors[key].fill_(4.0)  # the rank
+    return tensors
 
 
 def entry(folder: Path, **values: object) -> dict[str, object]:
