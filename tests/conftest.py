@@ -46,8 +46,8 @@ def seeded() -> None:
     """Every draw without a generator of its own is the same in every run, alone or among others."""
     random.seed(0)
     np.random.seed(0)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+    if torch := sys.modules.get("torch"):  # without a GPU `manual_seed` notes down, slowly, what it would do with one
+        (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(0)
 
 
 @pytest.fixture(scope="session")
