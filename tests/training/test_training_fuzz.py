@@ -52,6 +52,8 @@ ODD = (
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     """The golden network's files, two pictures with captions, and lists of videos that are not there."""
+    import torch._dynamo  # noqa: F401 (optimisers do: once here instead of in every fork)
+
     folder = write_files(tmp_path_factory.mktemp("fuzz"))
     rng = np.random.default_rng(0)
     for name in "ab":
