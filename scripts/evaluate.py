@@ -27,7 +27,6 @@ WORLD = {  # options that make the clips of Shapes, the toy data set, and their 
     "captions": 200,
     "batch": 8,
     "style": "plain",
-    "data_version": 1,
     "motions": None,
     "prompt": None,
     "steps": None,
@@ -64,7 +63,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--captions", type=int, help="clips to make and score (200)")
     parser.add_argument("--batch", type=int, help="clips made at a time (8)")
     parser.add_argument("--style", help="that the model paints in: plain, neon, hatched or pixelated (plain)")
-    parser.add_argument("--data-version", type=int, help="of the captions: that of the training data; 1 or 2 (1)")
     parser.add_argument(
         "--motions", nargs="+", metavar="MOTION", help="asked for in turn; also zoom_in, zoom_out, orbit"
     )
@@ -164,7 +162,7 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
     from animatediff.world.shapes import MOTIONS
 
     motions = args.motions or list(MOTIONS)
-    world = World(args.captions, args.style, motions=tuple(motions), seed=args.seed, version=args.data_version)
+    world = World(args.captions, args.style, motions=tuple(motions), seed=args.seed)
     check_entry(entry)
     pipeline = AnimateDiffPipeline.from_config(
         args.config, entry=args.entry, device=args.device, dtype=args.dtype, **overrides
@@ -190,7 +188,6 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
         seed=args.seed,
         batch=args.batch,
         style=args.style,
-        version=args.data_version,
         motions=motions,
         output_dir=folder,
         settings=settings,

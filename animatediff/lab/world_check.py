@@ -1,6 +1,6 @@
 """Checks an image model of Shapes, the toy data set, before a motion module is trained on it.
 
-`python -m animatediff.lab.world_check IMAGE_MODEL --data-version 2`
+`python -m animatediff.lab.world_check IMAGE_MODEL`
 
 A motion module moves what the frozen image model draws, so the direction of a motion has to be in single frames, and
 in the network's features at high noise, where the motion is decided. Both are measured here.
@@ -35,7 +35,6 @@ PROBED_TIMESTEP = 960  # where 25 steps of DDIM begin
 def hint_accuracy(
     model: ImageModel,
     *,
-    version: int,
     captions: int = 100,
     motions: Sequence[str] = tuple(MOTIONS),
     steps: int = 25,
@@ -46,10 +45,10 @@ def hint_accuracy(
     Returns:
         For each of `motions`, and `all`.
     """
-    world = World(captions, motions=tuple(motions), seed=HELD_OUT_SEED, version=version)
+    world = World(captions, motions=tuple(motions), seed=HELD_OUT_SEED)
     scenes = [world.scene(i) for i in range(captions)]
     frames = draw_frames(model, [scene.caption for scene in scenes], steps=steps, guidance_scale=guidance_scale)
-    right = [read_hint(frame, version=version) == scene.motion for frame, scene in zip(frames, scenes, strict=True)]
+    right = [read_hint(frame) == scene.motion for frame, scene in zip(frames, scenes, strict=True)]
     found = {"all": right} | {
         motion: [r for r, s in zip(right, scenes, strict=True) if s.motion == motion] for motion in motions
     }
@@ -71,9 +70,7 @@ def draw_frames(model: ImageModel, captions: Sequence[str], *, steps: int, guida
 
 
 @torch.no_grad()
-def direction_in_features(
-    model: ImageModel, *, version: int, clips: int = 64, frames: int = 8, captioned: bool = True
-) -> float:
+def direction_in_features(model: ImageModel, *, clips: int = 64, frames: int = 8, captioned: bool = True) -> float:
     """Percent of held-out noisy spins whose direction a linear probe reads from the features of the network's middle.
 
     The features, averaged over the frames, are those of clips noised to `PROBED_TIMESTEP`. The probe is the difference
@@ -83,8 +80,7 @@ def direction_in_features(
         captioned: tell the network the caption; otherwise it has to see the direction.
     """
     (probe, probe_way), (held_out, way) = (
-        _features(model, World(clips, motions=SPINS, seed=seed, version=version), frames, captioned)
-        for seed in (0, HELD_OUT_SEED)
+        _features(model, World(clips, motions=SPINS, seed=seed), frames, captioned) for seed in (0, HELD_OUT_SEED)
     )
     difference = probe[probe_way > 0].mean(dim=0) - probe[probe_way < 0].mean(dim=0)
     middle = (probe[probe_way > 0].mean(dim=0) + probe[probe_way < 0].mean(dim=0)) / 2
@@ -112,15 +108,14 @@ def _features(model: ImageModel, world: World, frames: int, captioned: bool) -> 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("model", help="an image model of Shapes")
-    parser.add_argument("--data-version", type=int, default=1, help="of the data set that it was trained on (1)")
     parser.add_argument("--captions", type=int, default=100, help="single frames to draw (100)")
     parser.add_argument("--motions", nargs="+", default=list(MOTIONS), help="that the captions ask for in turn")
     args = parser.parse_args()
-    model, version = load_base(args.model), args.data_version
+    model = load_base(args.model)
     found = {
-        "hints": hint_accuracy(model, version=version, captions=args.captions, motions=args.motions),
-        "direction in features": direction_in_features(model, version=version),
-        "direction in features, no caption": direction_in_features(model, version=version, captioned=False),
+        "hints": hint_accuracy(model, captions=args.captions, motions=args.motions),
+        "direction in features": direction_in_features(model),
+        "direction in features, no caption": direction_in_features(model, captioned=False),
     }
     print(json.dumps(found, indent=2))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from animatediff.checkpoints.small_clip_files import save_small_clip
 from animatediff.config.networks import SmallCLIPConfig
-from animatediff.config.settings import Int, opt, options
+from animatediff.config.settings import opt, options
 from animatediff.models.small_clip import SmallCLIP
 from animatediff.models.tokenizer import Tokenizer
 from animatediff.training.distributed import rank_and_world_size
@@ -37,17 +37,15 @@ class ContrastiveStage(Stage):
 
     name = "encoder"
 
-    def __init__(self, model: SmallCLIP, *, data_seed: int = 0, version: int = 1):
-        self.model, self.data_seed, self.version = model, data_seed, version
+    def __init__(self, model: SmallCLIP, *, data_seed: int = 0):
+        self.model, self.data_seed = model, data_seed
         self._tokenizer = Tokenizer()
 
     def modules(self) -> nn.Module:
         return self.model
 
     def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        scenes = [
-            make_scene(index * batch_size + i, seed=self.data_seed, version=self.version) for i in range(batch_size)
-        ]
+        scenes = [make_scene(index * batch_size + i, seed=self.data_seed) for i in range(batch_size)]
         tokens = tokenize(self._tokenizer, [s.caption for s in scenes], self.model.config.max_length)
         device = self.model.tokens.device
         texts = self.model.encode_tokens(tokens.to(device))
@@ -70,13 +68,12 @@ class ShapesEncoder(StageConfig):
 
     loop: LoopConfig = opt(..., "steps, batches and rates")
     encoder: SmallCLIPConfig = opt(SmallCLIPConfig(), "its sizes")
-    version: Int = opt(1, "of the data set", ge=1, le=2)
 
     def train(self, folder: Path, log: Log, device: torch.device) -> None:
         """As `StageConfig.run`."""
         torch.manual_seed(self.seed)
-        stage = ContrastiveStage(new_small_clip(self.encoder).to(device), data_seed=self.seed, version=self.version)
+        stage = ContrastiveStage(new_small_clip(self.encoder).to(device), data_seed=self.seed)
         train(stage, self.loop, folder, log=log, stage_config=self)
         if rank_and_world_size()[0] == 0:
-            found = retrieval(WorldEncoder.from_file(folder / FILE), version=self.version)
+            found = retrieval(WorldEncoder.from_file(folder / FILE))
             log("held-out scenes, percent right: " + ", ".join(f"{name} {value}" for name, value in found.items()))

@@ -40,14 +40,13 @@ class ShapesImage(StageConfig):
     text: TextConfig = opt(..., "and of the text encoder")
     autoencoder: LoopConfig = opt(..., "the VAE's training,")
     image: LoopConfig = opt(..., "and that of the other two")
-    version: Int = opt(1, "of the data set", ge=1, le=2)
     oversampled: Many[str] = opt((), "motions to draw more often than others")
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = opt("epsilon", "what the UNet predicts")
     init_from: str = opt("", "an image model to start from, of these sizes; its VAE is kept")
 
     def train(self, folder: Path, log: Log, device: torch.device) -> None:
         """As `StageConfig.run`. Raises: UserError where `init_from` has no VAE or other sizes than the config."""
-        world = World(self.clips, oversampled=self.oversampled, seed=self.seed, version=self.version)
+        world = World(self.clips, oversampled=self.oversampled, seed=self.seed)
         base = load_image_model(self.init_from) if self.init_from else None
         vae = base.vae if base else self._autoencoder(folder / "vae", log, device)
         assert vae is not None
@@ -84,7 +83,7 @@ class ShapesImage(StageConfig):
         path = folder / VAE_FILE
         if not path.exists():
             torch.manual_seed(self.seed)
-            stage = AutoencoderStage(self.vae, data_seed=self.seed, version=self.version)
+            stage = AutoencoderStage(self.vae, data_seed=self.seed)
             stage.modules().to(device)
             train(stage, self.autoencoder, folder, log=log, stage_config=self)
         vae = VAE(self.vae)
@@ -109,14 +108,11 @@ class ShapesDecoder(StageConfig):
     loop: LoopConfig = opt(..., "steps, batches and rates")
     styles: Many[Literal[tuple(STYLES)]] = opt(tuple(STYLES), "that it draws")
     watermarks: bool = opt(True, "stamp half of the frames")
-    version: Int = opt(1, "of the data set", ge=1, le=2)
 
     def train(self, folder: Path, log: Log, device: torch.device) -> None:
         """As `StageConfig.run`. Raises: UserError where the model has no VAE."""
         base = load_image_model(self.pretrained_model_path)
-        stage = DecoderStage(
-            base, data_seed=self.seed, version=self.version, styles=self.styles, watermarks=self.watermarks
-        )
+        stage = DecoderStage(base, data_seed=self.seed, styles=self.styles, watermarks=self.watermarks)
         for network in (stage.modules(), base.unet, base.text_encoder):
             network.to(device)
         train(stage, self.loop, folder, log=log, stage_config=self)

@@ -31,7 +31,7 @@ class AutoencoderStage(Stage):
 
     Args:
         config: of the VAE.
-        data_seed, version: of the series of scenes.
+        data_seed: of the series of scenes.
         styles: looks that the frames have in turn.
         watermarks: stamp half of the frames.
     """
@@ -43,12 +43,11 @@ class AutoencoderStage(Stage):
         config: VAEConfig,
         *,
         data_seed: int = 0,
-        version: int = 1,
         styles: Sequence[str] = ("plain",),
         watermarks: bool = False,
     ):
         self.vae = VAE(config).to(memory_format=torch.channels_last)
-        self.data_seed, self.version, self.styles, self.watermarks = data_seed, version, styles, watermarks
+        self.data_seed, self.styles, self.watermarks = data_seed, styles, watermarks
         with torch.no_grad():
             self.vae.quant_conv.weight[config.latent_channels :] = 0
             self.vae.quant_conv.bias[config.latent_channels :] = NOISE_LOG_VARIANCE
@@ -58,7 +57,7 @@ class AutoencoderStage(Stage):
 
     def loss(self, index: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         first = index * batch_size
-        scenes = [make_scene(first + i, seed=self.data_seed, version=self.version) for i in range(batch_size)]
+        scenes = [make_scene(first + i, seed=self.data_seed) for i in range(batch_size)]
         which = torch.randint(FRAMES, (batch_size, 1), generator=generator)
         style = torch.arange(batch_size) % len(self.styles)
         image = torch.empty(batch_size, 3, SIZE, SIZE).to(memory_format=torch.channels_last)
@@ -86,7 +85,7 @@ class AutoencoderStage(Stage):
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
         """Write vae.pt, its latents normalised."""
-        normalise_latents(self.vae, data_seed=self.data_seed, version=self.version)
+        normalise_latents(self.vae, data_seed=self.data_seed)
         write_tensors(folder / VAE_FILE, self.vae.cpu().state_dict())
 
 
@@ -98,11 +97,9 @@ class DecoderStage(AutoencoderStage):
 
     name = "decoder"
 
-    def __init__(
-        self, model: ImageModel, *, data_seed: int = 0, version: int = 1, styles: Sequence[str], watermarks: bool
-    ):
+    def __init__(self, model: ImageModel, *, data_seed: int = 0, styles: Sequence[str], watermarks: bool):
         assert model.vae is not None
-        super().__init__(model.vae.config, data_seed=data_seed, version=version, styles=styles, watermarks=watermarks)
+        super().__init__(model.vae.config, data_seed=data_seed, styles=styles, watermarks=watermarks)
         self.model = replace(model, vae=self.vae)
         self.vae.load_state_dict(model.vae.state_dict())
         self.vae.requires_grad_(False)
@@ -129,9 +126,9 @@ class DecoderStage(AutoencoderStage):
 
 
 @torch.no_grad()
-def normalise_latents(vae: VAE, *, samples: int = 512, data_seed: int = 0, version: int = 1) -> None:
+def normalise_latents(vae: VAE, *, samples: int = 512, data_seed: int = 0) -> None:
     """Fold a shift and scale per channel into the 1x1 convolutions, so that scaled latents have mean 0, deviation 1."""
-    scenes = [make_scene(i, seed=data_seed, version=version) for i in range(samples)]
+    scenes = [make_scene(i, seed=data_seed) for i in range(samples)]
     which = torch.randint(FRAMES, (samples, 1), generator=torch.Generator().manual_seed(0)).numpy()
     images = render(scenes, only_frames=which)[:, 0].contiguous(memory_format=torch.channels_last)
     device = vae.quant_conv.weight.device

@@ -16,14 +16,14 @@ CAMERA: dict[str, tuple[str, ...]] = {
 FROM_MIDDLE = {"zoom_in": (8.0, 10.0), "zoom_out": (8.0, 10.0), "orbit": (0.0, 8.0)}  # pixels to the shape, on average
 
 
-def make_camera_scene(index: int, motion: str, *, seed: int = 0, version: int = 1) -> Scene:
+def make_camera_scene(index: int, motion: str, *, seed: int = 0) -> Scene:
     """Scene `index` of the series `seed`, whose shape stands still while the camera moves over the whole picture.
 
     Args:
         motion: a key of CAMERA. A zoom doubles or halves everything, also the way to the picture's middle; an orbit
             moves the picture once around a small circle, without turning it.
     """
-    scene = make_scene(index, seed=seed, version=version, motion="still")
+    scene = make_scene(index, seed=seed, motion="still")
     rng = np.random.Generator(np.random.PCG64([seed, index, 1]))
     said = next(words for words in MOTIONS["still"] if words in scene.caption)
     words = CAMERA[motion][int(rng.integers(len(CAMERA[motion])))]

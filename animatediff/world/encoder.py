@@ -26,10 +26,8 @@ from animatediff.world.shapes import (
     SHAPES,
     SIZES,
     TEMPLATES,
-    TURNS,
     Scene,
     make_scene,
-    motion_phrases,
     render,
 )
 
@@ -88,9 +86,9 @@ class WorldEncoder:
 
 
 def new_small_clip(config: SmallCLIPConfig) -> SmallCLIP:
-    """Fresh weights, with rows for every token that captions of any version can have."""
+    """Fresh weights, with rows for every token that captions can have."""
     words = [word for table in (COLORS, SHAPES, BACKGROUNDS, SIZES) for word in table]
-    phrases = [phrase for motion in MOTIONS for version in TURNS for phrase in motion_phrases(motion, version)]
+    phrases = [phrase for phrases in MOTIONS.values() for phrase in phrases]
     blank = dict.fromkeys(("size", "color", "shape", "motion", "background"), "")
     templates = [template.format(**blank) for template in TEMPLATES]
     tokens = Tokenizer()([*words, *phrases, *templates]).unique()
@@ -121,7 +119,7 @@ def matches(scenes: Sequence[Scene]) -> Tensor:
     )
 
 
-def retrieval(encoder: WorldEncoder, *, count: int = 500, seed: int = 1, version: int = 1) -> dict[str, float]:
+def retrieval(encoder: WorldEncoder, *, count: int = 500, seed: int = 1) -> dict[str, float]:
     """How well frames of the scenes of series `seed` and captions find each other.
 
     Returns:
@@ -129,7 +127,7 @@ def retrieval(encoder: WorldEncoder, *, count: int = 500, seed: int = 1, version
         to a caption; and for each label of a scene: of the captions that differ from its own in this label alone, its
         own is nearest to the frame. (Other motions may also be said in another way: sizes belong to some only.)
     """
-    scenes = [make_scene(i, seed=seed, version=version) for i in range(count)]
+    scenes = [make_scene(i, seed=seed) for i in range(count)]
     frames = encoder.encode_images(draw_frames(scenes, torch.Generator().manual_seed(seed)))
     cosines = encoder.encode_texts([scene.caption for scene in scenes]) @ frames.T
     true = matches(scenes)
@@ -138,11 +136,7 @@ def retrieval(encoder: WorldEncoder, *, count: int = 500, seed: int = 1, version
         "frame": true[torch.arange(count), cosines.argmax(dim=1)],
     }
     for label, values in LABELS.items():
-        captions = [
-            make_scene(i, seed=seed, version=version, **{label: value}).caption
-            for i in range(count)
-            for value in values
-        ]
+        captions = [make_scene(i, seed=seed, **{label: value}).caption for i in range(count) for value in values]
         texts = encoder.encode_texts(captions).unflatten(0, (count, len(values)))
         best = torch.einsum("nvd,nd->nv", texts, frames).argmax(dim=1)
         found[label] = best == torch.tensor([list(values).index(getattr(scene, label)) for scene in scenes])

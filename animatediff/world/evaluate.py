@@ -34,7 +34,6 @@ def evaluate_shapes(
     seed: int = HELD_OUT_SEED,
     batch: int = 8,
     style: str = "plain",
-    version: int = 1,
     motions: Sequence[str] = tuple(MOTIONS),
     output_dir: Path | None = None,
     settings: dict[str, Any] | None = None,
@@ -47,7 +46,6 @@ def evaluate_shapes(
         seed: of the series of scenes; clip i has the noise seed i.
         batch: captions to a call of `generate`.
         style: the key of STYLES that the model paints in; labels are read from what is beneath it.
-        version: of the data set that the model was trained on.
         motions: that the captions ask for in turn, keys of MOTIONS or CAMERA.
         output_dir: gets `summary.json`, `clips.csv` (a row per clip) and `sheet.png` (the first clip of every motion).
         settings: what made the clips, for `summary.json`.
@@ -60,17 +58,17 @@ def evaluate_shapes(
         every frame under its number, and of `all`.
 
     Raises:
-        UserError: fewer than one caption or one to a batch, other clips, an unknown style, motion or version.
+        UserError: fewer than one caption or one to a batch, other clips, an unknown style or motion.
     """
     if captions < 1 or batch < 1:
         raise UserError(f"got {captions} captions in batches of {batch}, expected at least one of each")
-    world = World(captions, style=style, motions=tuple(motions), seed=seed, version=version)
+    world = World(captions, style=style, motions=tuple(motions), seed=seed)
     scenes = [world.scene(i) for i in range(captions)]
     camera = any(scene.motion in CAMERA for scene in scenes)
 
     def score(clip: Tensor, scene: Scene) -> Score:
         plain = beneath(clip, style)
-        found = score_clip(plain, version=version)
+        found = score_clip(plain)
         if camera:
             found = replace(found, amplitudes=found.amplitudes | camera_amplitudes(plain))
         return replace(found, motion=read_camera(plain)) if scene.motion in CAMERA else found
@@ -102,7 +100,7 @@ def evaluate_shapes(
     mean = {"all": frames.mean()} | {str(number): value for number, value in enumerate(frames)}
     summary["generated"]["difference"] = {key: round(float(value), 4) for key, value in mean.items()}
     result = {
-        "settings": {"captions": captions, "seed": seed, "style": style, "version": version, **(settings or {})},
+        "settings": {"captions": captions, "seed": seed, "style": style, **(settings or {})},
         **summary,
     }
     if output_dir is not None:

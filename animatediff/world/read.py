@@ -93,18 +93,17 @@ class _Templates:
     radius: np.ndarray  # (shapes,): shape radius / body radius
 
 
-def score_clips(videos: Tensor, *, version: int = 1) -> list[Score]:
+def score_clips(videos: Tensor) -> list[Score]:
     """`score_clip` of every clip in `videos` (n, 16, 3, 64, 64)."""
-    return [score_clip(video, version=version) for video in videos]
+    return [score_clip(video) for video in videos]
 
 
 @torch.no_grad()
-def score_clip(video: Tensor, *, version: int = 1) -> Score:
+def score_clip(video: Tensor) -> Score:
     """Read one clip.
 
     Args:
         video: (16, 3, 64, 64), range [-1, 1].
-        version: of the data set, whose spins are measured against.
 
     Raises:
         UserError: another shape, or values that are not finite.
@@ -119,8 +118,8 @@ def score_clip(video: Tensor, *, version: int = 1) -> Score:
     body = body_of(pixels, color_rgb, background_rgb)
     if color != NONE and visible(body):
         shape, own_shape, path, trust = read_path(body)
-        motion, amplitudes, smoothness = _read_motion(path, trust, turns=TURNS[version])
-        place, _, _ = _read_motion(path, trust, turns=TURNS[version], channels=3)
+        motion, amplitudes, smoothness = _read_motion(path, trust, turns=TURNS)
+        place, _, _ = _read_motion(path, trust, turns=TURNS, channels=3)
     same = (own_color == color) & (own_shape == shape) & (own_background == background)
     return Score(
         color,

@@ -14,12 +14,11 @@ BLUR = 9  # pixels, both sides, over which differences are averaged: thin lines 
 
 
 @torch.no_grad()
-def read_hint(frame: Tensor, *, version: int = 1) -> str:
+def read_hint(frame: Tensor) -> str:
     """The motion whose hint, drawn around the shape that is seen, comes nearest to the frame outside the shape's edge.
 
     Args:
         frame: (3, 64, 64), range [-1, 1].
-        version: of the data set whose hints are compared.
 
     Returns:
         A key of MOTIONS, or "none" where no shape can be seen.
@@ -38,6 +37,6 @@ def read_hint(frame: Tensor, *, version: int = 1) -> str:
     rgb = [
         torch.tensor(value).div(255.0)[None, None, :, None, None] for value in (COLORS[color], BACKGROUNDS[background])
     ]
-    drawn = torch.cat([draw(pose, *rgb, shape=str(own[0]), motion=name, version=version)[0] for name in MOTIONS])
+    drawn = torch.cat([draw(pose, *rgb, shape=str(own[0]), motion=name)[0] for name in MOTIONS])
     differences = F.avg_pool2d((drawn - frame) * outside, BLUR, stride=1)
     return list(MOTIONS)[int(differences.square().mean(dim=(1, 2, 3)).argmin())]

@@ -72,9 +72,9 @@ def watermark_rate(videos: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def score_styled(video: Tensor, style: str, *, version: int = 1) -> Score:
+def score_styled(video: Tensor, style: str) -> Score:
     """`score_clip` of what a clip (16, 3, 64, 64), range [-1, 1], in a style shows; see `beneath`."""
-    return score_clip(beneath(video, style), version=version)
+    return score_clip(beneath(video, style))
 
 
 @torch.no_grad()

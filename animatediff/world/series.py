@@ -9,7 +9,7 @@ from torch import Tensor
 
 from animatediff.utils import UserError
 from animatediff.world.camera import CAMERA, make_camera_scene
-from animatediff.world.shapes import MOTIONS, TURNS, Scene, make_scene, motion_phrases, render
+from animatediff.world.shapes import MOTIONS, Scene, make_scene, render
 from animatediff.world.styles import STYLES, stamp
 
 
@@ -27,15 +27,12 @@ class World:
     motions: tuple[str, ...] = ()  # in turn, of the shapes or of the camera; none: of the shapes, as they are drawn
     oversampled: tuple[str, ...] = ()  # motions that a training draws more often than others
     seed: int = 0  # of the series
-    version: int = 1  # of the data set: 1 is the bundled model's
 
     def __post_init__(self) -> None:
         if self.clips < 1:
             raise UserError(f"clips: got {self.clips}, expected at least 1")
         if self.seed < 0:
             raise UserError(f"seed: got {self.seed}, expected 0 or more")
-        if self.version not in TURNS:
-            raise UserError(f"version: got {self.version}, expected one of {', '.join(map(str, TURNS))}")
         if self.style not in STYLES:
             raise UserError(f"style: got {self.style!r}, expected one of {', '.join(STYLES)}")
         for key in ("motions", "oversampled"):
@@ -51,10 +48,7 @@ class World:
         """
         scenes = [self.scene(i) for i in numbers]
         try:
-            return [
-                text.format_map(vars(scene) | {"motion": motion_phrases(scene.motion, self.version)[0]})
-                for scene in scenes
-            ]
+            return [text.format_map(vars(scene) | {"motion": MOTIONS[scene.motion][0]}) for scene in scenes]
         except (KeyError, ValueError, IndexError, AttributeError):
             raise UserError(
                 f"prompt: got {text!r}, expected text with {{size}}, {{color}}, {{shape}}, {{motion}} or {{background}}"
@@ -64,8 +58,8 @@ class World:
         """The exact labels of clip `index`."""
         motion = self.motions[index % len(self.motions)] if self.motions else None
         if motion in CAMERA:
-            return make_camera_scene(index, motion, seed=self.seed, version=self.version)
-        return make_scene(index, seed=self.seed, version=self.version, motion=motion)
+            return make_camera_scene(index, motion, seed=self.seed)
+        return make_scene(index, seed=self.seed, motion=motion)
 
     def render(self, numbers: Iterable[int]) -> tuple[Tensor, list[str]]:
         """Clips (n, 16, 3, 64, 64), range [-1, 1], and their captions."""
@@ -75,4 +69,4 @@ class World:
 
     def key(self) -> str:
         """The same for worlds whose clips are the same."""
-        return repr((self.clips, self.style, self.watermark, self.motions, self.seed, self.version))
+        return repr((self.clips, self.style, self.watermark, self.motions, self.seed))

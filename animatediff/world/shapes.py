@@ -4,10 +4,9 @@ Everything about a clip is known (`Scene`), so a generated clip can be scored ex
 frame hints at the action (a trail behind a moving shape, arcs around a spinning one, a halo, a ring, a shadow), so a
 text-to-image model can learn the action words from single frames.
 
-There are two versions. In version 1, of the bundled model, spins are a whole turn, and thin fading arcs turn with the
-shape, so the average of all frames does not show the direction, nor does a noisy frame. In version 2 spins are half a
-turn of shapes other than circles, a thick comet stays where it is, on the right or on the left, and the captions of the
-two directions have different words.
+Spins are half a turn, of shapes other than circles. Their hint, a thick comet on the right or on the left, stays where
+it is while the shape turns, and the captions of the two directions have different words: so they can be told apart at
+high noise, where a sampler decides what moves how.
 """
 
 from __future__ import annotations
@@ -47,23 +46,17 @@ MOTIONS: dict[str, tuple[str, ...]] = {
     "up": ("moving up", "rising upwards", "going up"),
     "down": ("moving down", "sinking downwards", "going down"),
     "clockwise": ("spinning clockwise", "rotating clockwise", "turning clockwise"),
-    "counter-clockwise": ("spinning counter-clockwise", "rotating counterclockwise", "turning counter-clockwise"),
+    "counter-clockwise": (
+        "spinning backwards",
+        "rotating backwards",
+        "turning backwards",
+        "spinning counter-clockwise",
+    ),
     "grow": ("growing", "getting bigger", "expanding"),
     "shrink": ("shrinking", "getting smaller", "contracting"),
     "bounce": ("bouncing", "bouncing up and down", "hopping"),
 }
-OTHER_PHRASES: dict[int, dict[str, tuple[str, ...]]] = {  # by version
-    1: {},
-    2: {
-        "counter-clockwise": (
-            "spinning backwards",
-            "rotating backwards",
-            "turning backwards",
-            "spinning counter-clockwise",
-        )
-    },
-}
-TURNS = {1: 1.0, 2: 0.5}  # of a spin over a clip, by version
+TURNS = 0.5  # of a spin over a clip
 SPINS = ("clockwise", "counter-clockwise")  # of large shapes near the middle, from upright on: they can be drawn well
 TEMPLATES = (
     "a {size} {color} {shape} {motion} on a {background} background",
@@ -95,19 +88,12 @@ class Scene:
     y: float
     angle: float
     caption: str
-    version: int = 1  # of the data set
-
-
-def motion_phrases(motion: str, version: int = 1) -> tuple[str, ...]:
-    """What captions call a motion."""
-    return OTHER_PHRASES[version].get(motion, MOTIONS[motion])
 
 
 def make_scene(
     index: int,
     *,
     seed: int = 0,
-    version: int = 1,
     shape: str | None = None,
     color: str | None = None,
     background: str | None = None,
@@ -115,8 +101,7 @@ def make_scene(
 ) -> Scene:
     """The scene with number `index` of the endless series `seed`; the same on every machine.
 
-    Labels given by name replace the drawn ones. In version 2 a circle that would spin is another shape, unless it is
-    given.
+    Labels given by name replace the drawn ones. A circle that would spin is another shape, unless it is given.
     """
     rng = np.random.Generator(np.random.PCG64([seed, index]))
 
@@ -137,13 +122,13 @@ def make_scene(
         "color": color,
         "shape": shape,
         "background": background,
-        "motion": pick(motion_phrases(motion, version)),
+        "motion": pick(MOTIONS[motion]),
     }
     template = pick(TEMPLATES)
-    if version == 2 and motion in SPINS and given_shape is None and shape == "circle":
+    if motion in SPINS and given_shape is None and shape == "circle":
         shape = words["shape"] = pick([name for name in SHAPES if name != "circle"])
     caption = " ".join(template.format(**words).split())
-    return Scene(shape, color, size, background, motion, float(x), float(y), float(angle), caption, version)
+    return Scene(shape, color, size, background, motion, float(x), float(y), float(angle), caption)
 
 
 def poses(scene: Scene) -> np.ndarray:
@@ -157,7 +142,7 @@ def poses(scene: Scene) -> np.ndarray:
         case "up" | "down":
             y = y + path * TRAVEL * (1 if scene.motion == "down" else -1)
         case "clockwise" | "counter-clockwise":
-            angle = angle + 2 * np.pi * TURNS[scene.version] * k / FRAMES * (1 if scene.motion == "clockwise" else -1)
+            angle = angle + 2 * np.pi * TURNS * k / FRAMES * (1 if scene.motion == "clockwise" else -1)
         case "grow":
             radius = RADII[0] * (RADII[1] / RADII[0]) ** (path + 0.5)
         case "shrink":
@@ -220,23 +205,16 @@ def _comet(x: Tensor, y: Tensor, radius: Tensor, sign: float) -> Tensor:
     return torch.maximum(cover(tail) * (lag < COMET_LENGTH), cover(head))
 
 
-def _hint(
-    canvas: Tensor, motion: str, version: int, color: Tensor, ink: Tensor, x: Tensor, y: Tensor, pose: Tensor
-) -> Tensor:
+def _hint(canvas: Tensor, motion: str, color: Tensor, ink: Tensor, x: Tensor, y: Tensor, pose: Tensor) -> Tensor:
     """Draw what gives the action away in a still frame. x, y: pixel offsets from the shape's centre (n, f, H, W)."""
-    radius, angle = pose[..., 2, None, None], pose[..., 3, None, None]
+    radius = pose[..., 2, None, None]
     if motion in ("left", "right", "up", "down"):
         along, across = (x, y) if motion in ("left", "right") else (y, x)
         behind = along if motion in ("left", "up") else -along
         fade = torch.exp(-(behind - radius).clamp(min=0) / 7) * (behind > 0)
         return over(canvas, color, 0.5 * fade * cover(across.abs() - 0.55 * radius))
     if motion in ("clockwise", "counter-clockwise"):
-        sign = 1.0 if motion == "clockwise" else -1.0
-        if version == 2:
-            return over(canvas, ink, 0.85 * _comet(x, y, radius, sign))
-        ring = cover((torch.hypot(x, y) - (1.3 * radius + 3)).abs() - 1.0)
-        lag = torch.remainder(sign * (angle - torch.atan2(x, -y)), torch.pi)  # angle behind the nearest arc's head
-        return over(canvas, ink, ring * (1 - lag / 2.4).clamp(min=0))
+        return over(canvas, ink, 0.85 * _comet(x, y, radius, 1.0 if motion == "clockwise" else -1.0))
     if motion == "grow":
         return over(canvas, color, 0.55 * torch.exp(-(torch.hypot(x, y) - radius).clamp(min=0) / 4))
     if motion == "shrink":
@@ -280,14 +258,14 @@ def render(scenes: list[Scene], *, only_frames: np.ndarray | None = None, style:
         pose_of = np.take_along_axis(pose_of, only_frames[:, :, None], axis=1)
     frames = pose_of.shape[1]
     out = torch.empty(len(scenes), frames, 3, SIZE, SIZE)
-    groups: dict[tuple[str, str, int], list[int]] = {}
+    groups: dict[tuple[str, str], list[int]] = {}
     for i, scene in enumerate(scenes):
-        groups.setdefault((scene.shape, scene.motion, scene.version), []).append(i)
-    for (shape, motion, version), members in groups.items():
+        groups.setdefault((scene.shape, scene.motion), []).append(i)
+    for (shape, motion), members in groups.items():
         color = _rgb(COLORS, [scenes[i].color for i in members])
         background = _rgb(BACKGROUNDS, [scenes[i].background for i in members])
         pose = torch.from_numpy(pose_of[members]).float()
-        out[members] = draw(pose, color, background, shape=shape, motion=motion, version=version, style=style)
+        out[members] = draw(pose, color, background, shape=shape, motion=motion, style=style)
     return out
 
 
@@ -302,7 +280,6 @@ def draw(
     *,
     shape: str,
     motion: str,
-    version: int = 1,
     style: Style = PLAIN,
 ) -> Tensor:
     """Frames (n, f, 3, 64, 64), range [-1, 1], of one shape with the hint of one motion.
@@ -318,7 +295,7 @@ def draw(
     y = grid[:, None] - pose[..., 1, None, None]
     x, y = torch.broadcast_tensors(x, y)
     canvas = background.expand(-1, pose.shape[1], -1, SIZE, SIZE)
-    canvas = _hint(canvas, motion, version, color, ink, x, y, pose)
+    canvas = _hint(canvas, motion, color, ink, x, y, pose)
     radius, angle = pose[..., 2, None, None], pose[..., 3, None, None]
     cos, sin = torch.cos(angle), torch.sin(angle)
     u, v = x * cos + y * sin, -x * sin + y * cos  # undo the rotation

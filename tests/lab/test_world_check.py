@@ -15,13 +15,12 @@ def model() -> ImageModel:
 
 
 def test_hints_are_read_from_drawn_frames(model):
-    found = hint_accuracy(model, version=1, captions=6, motions=("left", "right", "up"), steps=8)
+    found = hint_accuracy(model, captions=6, motions=("left", "right", "up"), steps=8)
     assert list(found) == ["all", "left", "right", "up"] and found["all"] >= 100 * 5 / 6 - 0.1, found
 
 
 @pytest.mark.slow
-def test_the_direction_is_in_the_features_of_version_2(model, monkeypatch):
-    """Without noise it can be seen; that it turns with the shape hides it in version 1."""
+def test_the_direction_is_in_the_features(model, monkeypatch):
+    """Without noise it can be seen."""
     monkeypatch.setattr(world_check, "PROBED_TIMESTEP", 0)
-    first, second = (direction_in_features(model, version=v, clips=16, frames=4, captioned=False) for v in (1, 2))
-    assert second >= 90 and first <= 75, (first, second)
+    assert direction_in_features(model, clips=16, frames=4, captioned=False) >= 90

@@ -20,7 +20,7 @@ from animatediff.world.read import LABELS, NONE, OPPOSITES, Score, score_clip, s
 from animatediff.world.read_hint import read_hint
 from animatediff.world.report import format_table, summarise
 from animatediff.world.series import World
-from animatediff.world.shapes import FRAMES, MOTIONS, SIZE, TURNS, make_scene, poses, render
+from animatediff.world.shapes import FRAMES, MOTIONS, SIZE, SPINS, make_scene, poses, render
 from animatediff.world.styles import STYLES, stamp
 
 HELD_OUT = 1
@@ -71,27 +71,11 @@ def test_rendered_clips(videos, scenes):
 
 
 @pytest.mark.slow
-def test_version_2():
-    """As of version 1: rendered and degraded clips are read right, shuffled ones are no motion."""
-    world = World(50, version=2, motions=tuple(MOTIONS), seed=HELD_OUT)
-    scenes, videos = [world.scene(i) for i in range(50)], world.render(range(50))[0]
-    for clips, least in ((videos, 99), (degraded(videos), 97)):
-        summary = summarise(score_clips(clips, version=2), scenes)
-        assert min(summary[label] for label in LABELS) >= least, summary
-        assert [cell["amplitude"] for cell in summary["by_motion"].values()][1:] == pytest.approx([1] * 9, rel=0.2)
-    shuffled = score_clips(shuffle_frames(videos[:40]), version=2)
-    assert {score.motion for score, scene in zip(shuffled, scenes, strict=False) if scene.motion != "still"} == {NONE}
-    spins = [score.motion for score in score_clips(videos[5:7].flip(1), version=2)]
-    assert spins == ["counter-clockwise", "clockwise"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("version", TURNS)
-def test_hints_of_single_frames(version):
-    scenes = [make_scene(i, seed=HELD_OUT, version=version, motion=list(MOTIONS)[i % 10]) for i in range(50)]
+def test_hints_of_single_frames():
+    scenes = [make_scene(i, seed=HELD_OUT, motion=list(MOTIONS)[i % 10]) for i in range(50)]
     frames = render(scenes, only_frames=np.arange(50)[:, None] % FRAMES)
     for some in (frames, degraded(frames)):
-        read = [read_hint(frame, version=version) for frame in some[:, 0]]
+        read = [read_hint(frame) for frame in some[:, 0]]
         assert sum(a == scene.motion for a, scene in zip(read, scenes, strict=True)) >= 49, read
     assert read_hint(torch.zeros(3, SIZE, SIZE)) == NONE
 
@@ -175,13 +159,13 @@ def test_a_change_of_colour_is_drift():
     assert score.color == NONE or score.drift == pytest.approx(0.25)
 
 
-def test_spins_and_bounces_loop():
-    loops = render(balanced(10))
-    for score, motion in zip(score_clips(loops), MOTIONS, strict=True):
+def test_bounces_loop():
+    """What spins is half a turn further at the end, which not every shape shows."""
+    for score, motion in zip(score_clips(render(balanced(10))), MOTIONS, strict=True):
         if motion == "still":
             assert score.seam is None
-        else:
-            assert (score.seam <= 1.05) == (motion in ("clockwise", "counter-clockwise", "bounce")), motion
+        elif motion not in SPINS:
+            assert (score.seam <= 1.05) == (motion == "bounce"), motion
 
 
 def test_flicker_is_of_the_background(videos):
@@ -245,7 +229,7 @@ def test_evaluation_of_a_perfect_model(tmp_path):
     assert result["generated"]["all"] == result["generated"]["place"] == 100
     assert result["shuffled"]["motion"] == pytest.approx(100 * 2 / 11, abs=0.01)  # two stand still
     assert json.loads((tmp_path / "summary.json").read_text()) == result
-    assert result["settings"] == {"captions": 11, "seed": 1, "style": "plain", "version": 1, "steps": 25}
+    assert result["settings"] == {"captions": 11, "seed": 1, "style": "plain", "steps": 25}
     assert (result["generated"]["style"], result["generated"]["watermark"]) == (100, 0)
     rows = list(csv.DictReader((tmp_path / "clips.csv").open()))
     assert [row["caption"] for row in rows] == asked

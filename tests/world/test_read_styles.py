@@ -15,7 +15,7 @@ from animatediff.world.read_styles import (
     without_watermark,
 )
 from animatediff.world.report import summarise
-from animatediff.world.shapes import MOTIONS, SPINS, make_scene, render
+from animatediff.world.shapes import MOTIONS, make_scene, render
 from animatediff.world.styles import STYLES, stamp
 from tests.world.test_read import blurred, degraded
 
@@ -34,15 +34,6 @@ def test_rendered_styles(styled):
     assert [read_style(clip) for clip in clips].count(style) == 30
     summary = summarise([score_styled(clip, style) for clip in clips], SCENES)
     assert min(summary[label] for label in LABELS) >= 99, summary
-
-
-def test_styles_of_version_2(styled):
-    style, _ = styled
-    scenes = [make_scene(i, seed=1, version=2, motion=SPINS[i % 2]) for i in range(20)]
-    clips = render(scenes, style=STYLES[style])
-    assert [read_style(clip) for clip in clips].count(style) == 20
-    summary = summarise([score_styled(clip, style, version=2) for clip in clips], scenes)
-    assert min(summary[label] for label in LABELS) >= 95, summary
 
 
 @pytest.mark.slow

@@ -23,14 +23,12 @@ from animatediff.world.shapes import (
     TRAVEL,
     TURNS,
     make_scene,
-    motion_phrases,
     poses,
     render,
     shape_distance,
 )
 
 SCENES = [make_scene(i, seed=3, motion=list(MOTIONS)[i % len(MOTIONS)]) for i in range(100)]
-SECOND = [make_scene(i, seed=3, version=2, motion=list(MOTIONS)[i % len(MOTIONS)]) for i in range(100)]
 
 
 def test_a_scene_is_its_number():
@@ -56,41 +54,36 @@ def test_every_label_occurs():
         assert min(counts) > 400 / len(names) / 2, label
 
 
-@pytest.mark.parametrize("scene", SCENES[:20] + SECOND[:20], ids=lambda scene: f"{scene.version}: {scene.caption}")
+@pytest.mark.parametrize("scene", SCENES[:20], ids=lambda scene: scene.caption)
 def test_captions_say_what_is_seen(scene):
     words = scene.caption.replace(",", "").split()
     assert scene.color in words and scene.shape in words and scene.background in words
-    called = {name: any(phrase in scene.caption for phrase in motion_phrases(name, scene.version)) for name in MOTIONS}
+    called = {name: any(phrase in scene.caption for phrase in phrases) for name, phrases in MOTIONS.items()}
     assert [name for name, found in called.items() if found] == [scene.motion]
     assert not set(SIZES) - {scene.size} & set(words)
     assert (scene.size == "") == (scene.motion in ("grow", "shrink"))
 
 
-def test_what_version_2_changes():
-    """Spins alone: half a turn, no circles unless asked for, words of their own; a version 1 caption is among them."""
-    for first, second in zip(SCENES, SECOND, strict=True):
-        if first.motion not in SPINS:
-            assert second == replace(first, version=2)
-    spins = [scene for scene in SECOND if scene.motion in SPINS]
+def test_what_spins():
+    """No circles, unless asked for; and no word tells one direction that the other has, too."""
+    spins = [scene for scene in SCENES if scene.motion in SPINS]
     assert {scene.shape for scene in spins} == set(SHAPES) - {"circle"}
-    assert make_scene(4, version=2, motion="clockwise", shape="circle").shape == "circle"
-    ways = [set(" ".join(motion_phrases(motion, 2)[:3]).split()) for motion in SPINS]
+    assert make_scene(4, motion="clockwise", shape="circle").shape == "circle"
+    ways = [set(" ".join(MOTIONS[motion][:3]).split()) for motion in SPINS]
     assert ways[0] & ways[1] == {"spinning", "rotating", "turning"}
-    assert motion_phrases(SPINS[1], 2)[3] == MOTIONS[SPINS[1]][0]
 
 
-@pytest.mark.parametrize("version", TURNS)
 @pytest.mark.parametrize("motion", MOTIONS)
-def test_poses(motion, version):
-    scene = make_scene(4, motion=motion, version=version)
+def test_poses(motion):
+    scene = make_scene(4, motion=motion)
     x, y, radius, angle = poses(scene).T
     first_to_last = {
         "left": (-TRAVEL, 0, 1, 0),
         "right": (TRAVEL, 0, 1, 0),
         "up": (0, -TRAVEL, 1, 0),
         "down": (0, TRAVEL, 1, 0),
-        "clockwise": (0, 0, 1, 2 * np.pi * TURNS[version] * 15 / 16),
-        "counter-clockwise": (0, 0, 1, -2 * np.pi * TURNS[version] * 15 / 16),
+        "clockwise": (0, 0, 1, 2 * np.pi * TURNS * 15 / 16),
+        "counter-clockwise": (0, 0, 1, -2 * np.pi * TURNS * 15 / 16),
         "grow": (0, 0, RADII[1] / RADII[0], 0),
         "shrink": (0, 0, RADII[0] / RADII[1], 0),
     }.get(motion, (0, 0, 1, 0))
@@ -104,7 +97,7 @@ def test_poses(motion, version):
 
 
 def test_shapes_stay_in_the_picture():
-    for scene in SCENES + SECOND:
+    for scene in SCENES:
         x, y, radius, _ = poses(scene).T
         for middle in (x, y):
             assert (middle - radius).min() > 0 and (middle + radius).max() < SIZE, scene
@@ -146,12 +139,11 @@ def test_colours_are_the_labels():
         assert frame[:, 0].median(dim=1).values.tolist() == pytest.approx(BACKGROUNDS[scene.background], abs=6)
 
 
-@pytest.mark.parametrize("version", TURNS)
 @pytest.mark.parametrize("motion", MOTIONS)
-def test_a_still_frame_hints_at_its_motion(motion, version):
+def test_a_still_frame_hints_at_its_motion(motion):
     """Something besides the shape is drawn, except where nothing moves."""
     labels = {"shape": "circle", "color": "red", "background": "white"}
-    scene = replace(make_scene(1, motion=motion, version=version, **labels), x=32.0, y=32.0)
+    scene = replace(make_scene(1, motion=motion, **labels), x=32.0, y=32.0)
     frame = render([scene])[0, 3]
     x, y, radius, _ = poses(scene)[3]
     grid = torch.arange(SIZE) + 0.5
@@ -161,17 +153,16 @@ def test_a_still_frame_hints_at_its_motion(motion, version):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", TURNS)
-def test_the_direction_of_a_spin_shows_in_noise(version):
-    """At timestep 960, where a sampler decides what moves how: of version 2, by a linear probe on coarse pixels.
+def test_the_direction_of_a_spin_shows_in_noise():
+    """At timestep 960, where a sampler decides what moves how, by a linear probe on coarse pixels.
 
     The probe is the difference of the directions' mean rendered clips, with brightness counted from the background on
-    towards the ink. In version 1 the arcs turn with the shape, and the probe is at chance.
+    towards the ink.
     """
     abar = float(NoiseSchedule(ScheduleConfig()).alphas_cumprod[960])
 
     def coarse(seed: int, count: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        scenes = [make_scene(i, seed=seed, version=version, motion=SPINS[i % 2]) for i in range(count)]
+        scenes = [make_scene(i, seed=seed, motion=SPINS[i % 2]) for i in range(count)]
         clips = render(scenes)
         if generator:
             clips = abar**0.5 * clips + (1 - abar) ** 0.5 * torch.randn(clips.shape, generator=generator)
@@ -184,4 +175,4 @@ def test_the_direction_of_a_spin_shows_in_noise(version):
     probe = clean[way > 0].mean(dim=0) - clean[way < 0].mean(dim=0)
     noisy, way = coarse(1, 100, torch.Generator().manual_seed(0))
     right = float(((noisy @ probe).sign() == way).float().mean())
-    assert right >= 0.9 if version == 2 else 0.35 <= right <= 0.65, right
+    assert right >= 0.9, right
