@@ -204,7 +204,7 @@ def body_of(pixels: Tensor, color: Tensor, background: Tensor) -> Tensor:
 
 
 def unmix(pixels: Tensor, color: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares a and b (f, h, w) of body and ink, the colour of arcs, rings and shadows.
+    """Shares a and b (f, h, w) of body and ink, the colour of comets, rings and shadows.
 
     Each pixel is background + a (color - background) + b (ink - background) by least squares.
     """

@@ -1,7 +1,7 @@
 """Shapes, the toy data set: 16-frame clips of a coloured shape doing one thing, drawn from signed distances.
 
 Everything about a clip is known (`Scene`), so a generated clip can be scored exactly. As in photographs, each still
-frame hints at the action (a trail behind a moving shape, arcs around a spinning one, a halo, a ring, a shadow), so a
+frame hints at the action (a trail behind a moving shape, a comet around a spinning one, a halo, a ring, a shadow), so a
 text-to-image model can learn the action words from single frames.
 
 Spins are half a turn, of shapes other than circles. Their hint, a thick comet on the right or on the left, stays where
