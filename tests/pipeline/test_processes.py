@@ -185,6 +185,16 @@ def test_the_files_of_one_process(run, tmp_path, number):
 
 
 @pytest.mark.slow
+def test_batches_are_shared_out(run, tmp_path):
+    """What one process makes of them."""
+    config, _ = run
+    animate(load_config(config, {"batch_size": 2}), output_dir=tmp_path / "one", device="cpu")
+    code, out, err = finished(start(2, "--config", config, "--output-dir", tmp_path / "two", "batch_size=2"))
+    assert code == 0 and len(out.split()) == 8, err
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_is_killed(run, tmp_path, victim):
     """torchrun ends all; the same command makes the rest, and all files are as if nothing had been."""
