@@ -121,7 +121,8 @@ class DecoderStage(AutoencoderStage):
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
         """Write image.safetensors, the image model with its new VAE, and vae.safetensors, that VAE alone."""
-        save_image_model(self.model, folder / "image.safetensors", metadata=metadata, dtype=torch.float16)
+        facts = metadata | {"beta_schedule": self.schedule.config.beta_schedule}
+        save_image_model(self.model, folder / "image.safetensors", metadata=facts, dtype=torch.float16)
         save_vae(self.vae, folder / "vae.safetensors", metadata=metadata, dtype=torch.float16)
 
 
