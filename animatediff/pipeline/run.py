@@ -46,7 +46,7 @@ from animatediff.pipeline.tagged_loras import with_tagged_loras
 from animatediff.pipeline.timings import Stopwatch, remember
 from animatediff.utils import UserError, printable
 
-GRID_COLUMNS = 4
+GRID_COLUMNS = 5
 NAME_WORDS, NAME_LENGTH = 10, 60
 
 
