@@ -1,7 +1,8 @@
-"""Latents of the bundled model are those of version 0.1.0: bit for bit where they were recorded, else to rounding.
+"""Latents of the bundled model are those that were recorded: bit for bit where that was, else to rounding.
 
-`golden/latents.safetensors` holds the first, the middle and the last frame that version 0.1.0 (commit 9384213) made of
-each call and of each offline config in two steps; its metadata says with which torch, on which kind of CPU.
+`golden/latents.safetensors` holds the first, the middle and the last frame of each call and of each offline config in
+two steps; its metadata says with which torch, on which kind of CPU. It held what version 0.1.0 (commit 9384213) made;
+when the bundled model was trained on, the code that still gave the same, bit for bit, recorded it anew.
 """
 
 from dataclasses import replace
