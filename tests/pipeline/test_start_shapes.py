@@ -119,8 +119,8 @@ def test_frames_given_to_sparsectrl_appear(run, number, share):
     prompt, call = entry.prompts.prompt[0], {"num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "pt"}
     images = [Path(__file__).parents[2] / image for image in entry.sparsectrl.images]
     given = {"conditioning_frames": images, "controlnet_frame_indices": [0, -1]}
-    clip = controlled(prompt, generator=seeded(42), **given, **call).frames[0] * 2 - 1
-    alone, _ = run(prompt)
+    clip = controlled(prompt, generator=seeded(43), **given, **call).frames[0] * 2 - 1
+    alone, _ = run(prompt, generator=seeded(43))
     world = render([SCENE])[0]
 
     def distance(video, frame):
