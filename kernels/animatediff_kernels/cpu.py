@@ -134,12 +134,9 @@ def _winograd(x: Tensor, weight: Tensor, bias: Tensor, *, doubled: bool) -> Tens
 
 def _fill(padded: Tensor, x: Tensor, top: int) -> None:
     """Rows `top` - 1 and on of x (n, h, w, c), as many as fit, and zeros beyond its edges."""
-    first, last = max(top - 1, 0), min(top - 1 + padded.shape[1], x.shape[1])
-    filled = last - (top - 1)
-    padded[:, first - (top - 1) : filled] = x[:, first:last]
-    padded[:, filled:] = 0
-    if top == 0:
-        padded[:, 0] = 0
+    above, below = int(top == 0), min(len(padded[0]), x.shape[1] + 1 - top)  # rows that x has begin and end here
+    padded[:, :above], padded[:, below:] = 0, 0
+    padded[:, above:below] = x[:, top - 1 + above : top - 1 + below]
 
 
 def _view(buffer: Tensor, *shape: int) -> Tensor:
