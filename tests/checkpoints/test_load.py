@@ -59,8 +59,9 @@ def test_motion_modules_give_the_official_numbers_and_share_the_image_weights(tm
     torch.testing.assert_close(predict(unet), GOLDEN[f"unet.{version}.t481"], **CLOSE)
     assert (report.version, report.applied) == (version, len(motion_tensors(version)))
     assert unet.config.motion.max_frames == frames
+    weights = unet.state_dict()
     for name, weight in base.unet.state_dict().items():
-        assert unet.state_dict()[name].data_ptr() == weight.data_ptr(), f"{name} is a copy"
+        assert weights[name].data_ptr() == weight.data_ptr(), f"{name} is a copy"
     assert not unet.training
 
 

@@ -370,8 +370,17 @@ def director_layers(unet: UNet, choice: str) -> list[tuple[str, nn.Linear]]:
     return sorted(found, key=lambda f: (block(f[0]), f[0].split(".temporal_transformer.")[0], part(f[0])))
 
 
-@pytest.mark.parametrize("version", ["v2", "v3"])
-@pytest.mark.parametrize("choice", ["attentions", "blocks", "whole"])
+@pytest.mark.parametrize(
+    ("version", "choice"),
+    [
+        ("v2", "whole"),
+        ("v3", "attentions"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (("v2", "attentions"), ("v2", "blocks"), ("v3", "blocks"), ("v3", "whole"))
+        ),
+    ],
+)
 def test_lists_of_motion_director_are_motion_loras(tmp_path, version, choice):
     """No names, only order and shapes: what the list means is what the named file means."""
     unet = nano_unet(version)

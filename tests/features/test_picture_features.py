@@ -343,7 +343,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize(
-    "family", [f if f in ("camera", "controlnet") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+    "family", [f if f == "controlnet" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 )
 def test_a_clip_from_the_command_line(folder, tmp_path, monkeypatch, capsys, family):
     """A run, and a second one from the settings that the first clip carries: the same clip."""

@@ -84,7 +84,10 @@ def check(reports: list[dict]) -> None:
             16,
             marks=pytest.mark.slow,
         ),
-        ("sm_90", ("attention-40-bfloat16", "temporal16-40-bfloat16", "gated-40-bfloat16"), 6),
+        pytest.param(
+            "sm_90", ("attention-40-bfloat16", "temporal16-80-bfloat16", "gated-40-bfloat16"), 6, marks=pytest.mark.slow
+        ),
+        ("sm_90", ("temporal16-40-bfloat16",), 2),
     ],
 )
 def test_one_case_of_every_width(arch, cases, kernels):

@@ -156,7 +156,9 @@ def sample(pipeline):
     return lambda prompt=FOX, seed=3, **values: pipeline(prompt, **({"generator": seeded(seed)} | CALL | values)).frames
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    "name", [n if n in ("ddim", "euler_ancestral") else pytest.param(n, marks=pytest.mark.slow) for n in SAMPLERS]
+)
 def test_a_batch_is_its_clips(sample, name):
     """Samplers that add noise take each clip's from its own generator."""
     both = sample([FOX, "snow"], generator=[seeded(3), seeded(4)], sampler=name)

@@ -72,7 +72,10 @@ def test_golden_runs(pipelines, name):
 
 @pytest.mark.parametrize(
     ("version", "name", "noise", "options"),
-    [("sdxl-beta", "beta", "noise", {}), ("hotshot-xl", "hotshot", "hotshot_noise", {"sampler": "euler"})],
+    [
+        ("sdxl-beta", "beta", "noise", {}),
+        pytest.param("hotshot-xl", "hotshot", "hotshot_noise", {"sampler": "euler"}, marks=pytest.mark.slow),
+    ],
 )
 def test_golden_frames_through_the_command_line(files, pipelines, tmp_path, monkeypatch, version, name, noise, options):
     noise, latents = (GOLDEN[key].movedim(1, 2) for key in (f"input.{noise}", f"pipeline.{name}.latents"))

@@ -132,7 +132,9 @@ def test_inversion(run, encoded):
 # ---- masks ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [s if s in ("ddim", "lcm") else pytest.param(s, marks=pytest.mark.slow) for s in SAMPLERS]
+)
 def test_outside_the_mask_the_video_is_kept(run, encoded, sampler):
     clip = run(video=VIDEO, mask=LEFT, sampler=sampler)
     inside = torch.zeros(1, 1, 4, 2, 2, dtype=torch.bool)

@@ -30,8 +30,13 @@ def output(unet: UNet, text: TextEncoder) -> torch.Tensor:
     return unet(x, torch.tensor([500]), text(torch.arange(77)[None]))
 
 
-@pytest.mark.parametrize("kind", ["lora", "motion-lora"])
-@pytest.mark.parametrize("algorithm", ["lora", "locon", "loha", "lokr", "dora"])
+QUICK = (("locon", "lora"), ("dora", "motion-lora"))
+ALL = [(algorithm, kind) for kind in ("lora", "motion-lora") for algorithm in ("lora", "locon", "loha", "lokr", "dora")]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kind"), [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in ALL]
+)
 def test_an_algorithm(tmp_path, kind, algorithm):
     unet, text = networks()
     plain = output(unet, text)
