@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from animatediff.checkpoints.diffusers_folders import model_folder, write_part
 from animatediff.checkpoints.diffusers_json import TEXT_STEMS, Json, optional_json
 from animatediff.checkpoints.files import StateDict, find_weights, read_state_dict, write_state_dict
-from animatediff.checkpoints.load import blank, load_strictly
+from animatediff.checkpoints.load import build_blank, load_strictly
 from animatediff.checkpoints.sizes import TEXT_ACTIVATIONS
 from animatediff.checkpoints.small_clip_files import CONFIG_KEY, build_small_clip
 from animatediff.models.small_clip import SmallCLIP
@@ -155,7 +155,7 @@ def load_image_encoder(path: str | Path, *, dtype: torch.dtype = torch.float32) 
     with naming(path):
         config = CLIPVisionConfig(**vision_config(parts.tensors, parts.known))
     ready = {key: t.to(dtype) for key, t in parts.tensors.items()}
-    model = load_strictly(blank(partial(CLIPVisionModelWithProjection, config)), ready, "image encoder", path)
+    model = load_strictly(build_blank(partial(CLIPVisionModelWithProjection, config)), ready, "image encoder", path)
     embeddings = model.vision_model.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]  # computed, in no file
     return ImageEncoder(model)

@@ -249,8 +249,13 @@ class without_initialization(TorchFunctionMode):
 @lru_cache(maxsize=32)
 def blank(network: Callable[..., M], *sizes: Hashable) -> M:
     """A network on the meta device; made once for all files of these sizes, so not to be changed."""
+    return build_blank(partial(network, *sizes))
+
+
+def build_blank(network: Callable[[], M]) -> M:
+    """The same for one file, where its sizes cannot be compared."""
     with torch.device("meta"), without_initialization():
-        return network(*sizes).eval()
+        return network().eval()
 
 
 def load_strictly(network: M, tensors: StateDict, what: str, path: Path) -> M:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from animatediff.checkpoints.files import LoadedFile, write_state_dict
-from animatediff.checkpoints.load import blank, load_strictly
+from animatediff.checkpoints.load import build_blank, load_strictly
 from animatediff.config.networks import SmallCLIPConfig
 from animatediff.config.settings import build
 from animatediff.models.small_clip import SmallCLIP
@@ -55,4 +55,4 @@ def _with_weights(config: SmallCLIPConfig, tensors: Mapping[str, Tensor], path: 
     if not config.patch <= config.size <= MAX_SIZE:
         raise ValueError(f"pictures of {config.size} pixels")
     ready = {key: t.float() for key, t in tensors.items()} | {"tokens": tensors["tokens"].long()}
-    return load_strictly(blank(partial(SmallCLIP, config, ready["tokens"])), ready, "encoder of Shapes", path)
+    return load_strictly(build_blank(partial(SmallCLIP, config, ready["tokens"])), ready, "encoder of Shapes", path)

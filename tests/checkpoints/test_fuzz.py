@@ -18,8 +18,8 @@ def wrong(found: dict[Mutant, str]) -> dict[Mutant, str]:
 
 
 def test_a_few_mutants():
-    found = try_mutants(FEW, 0, 8)
-    assert len(found) == 8 * len(FEW) and not wrong(found)
+    found = try_mutants(FEW, 0, 20)
+    assert len(found) == 20 * len(FEW) and not wrong(found)
 
 
 @pytest.mark.slow

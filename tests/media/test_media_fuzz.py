@@ -17,7 +17,7 @@ def fuzz(seed: int, count: int, *formats: str) -> None:
 
 
 def test_a_few_mutants_of_each_format():
-    fuzz(0, 8)
+    fuzz(0, 20)
 
 
 @pytest.mark.slow
