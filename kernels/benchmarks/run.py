@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -314,10 +315,18 @@ def describe(sizes: Sizes) -> str:
 
 
 def device_label(device: str) -> str:
-    """The name of a GPU, or of the CPU's architecture: how fast it is, the ceilings say."""
+    """The name of a GPU, or of the CPU and what torch uses of it: how fast they are, the ceilings say."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"{device} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
+    return f"{device} {cpu_name()} {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
+
+
+def cpu_name() -> str:
+    """Under Linux its name, family and model (virtual machines name families alone), else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    return "{model name} {cpu family}/{model}".format(**found) if len(found) == 3 else platform.machine()
 
 
 @functools.cache
