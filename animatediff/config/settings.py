@@ -88,8 +88,8 @@ def options(cls: type[T]) -> type[T]:
         try:
             checked_init(self, *args, **kwargs)
         except ValidationError as errors:
-            names = [f.name for f in fields(made)]
-            name = lambda path: dotted([names[path[0]] if isinstance(path[0], int) else path[0], *path[1:]])  # noqa: E731
+            names = dict(enumerate(f.name for f in fields(made)))  # of positional arguments
+            name = lambda path: dotted([*(names.get(p, p) for p in path[:1]), *path[1:]])  # noqa: E731
             raise UserError(listed(f"{cls.__name__}: {line}" for line in explain(errors, made, name))) from None
 
     made.__init__ = init  # type: ignore[method-assign]

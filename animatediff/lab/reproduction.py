@@ -20,6 +20,7 @@ from animatediff.lab.results import device_name, keeping_strip, markdown, spread
 from animatediff.lab.run_model import clip_maker, controlled_clip_maker
 from animatediff.lab.stage_table import build_stage, expanded
 from animatediff.lab.zero_shot import MOTION, text2video_zero
+from animatediff.metrics.tables import write_csv
 from animatediff.pipeline.device import pick_device
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.training.sources import resolve_path
@@ -68,6 +69,7 @@ class Table:
     title: str = opt(..., "of the table")
     columns: dict[str, Column] = opt({}, "by their titles")
     rows: dict[str, Row] = opt({}, "by their titles")
+    summary: Many[str] = opt((), "rows that tables.md shows, by default all; tables.csv has all")
     shown: Int = opt(3, "number of the first column's caption whose clips are the table's strips, or the last", ge=0)
     grid: str = opt("", "a YAML of scripts/ablate.py")
     cells: Many[str] = opt((), "of the grid; by default all")
@@ -75,6 +77,8 @@ class Table:
     def __post_init__(self) -> None:
         if bool(self.grid) == bool(self.rows) or bool(self.rows) != bool(self.columns):
             raise UserError(f"{self.title}: expected either rows and columns, or a grid")
+        if unknown := sorted(set(self.summary) - self.rows.keys()):
+            raise UserError(f"{self.title}: summary: got {unknown[0]!r}, expected some of {', '.join(self.rows)}")
 
 
 @options
@@ -165,7 +169,8 @@ def plan_tasks(plan: Reproduction) -> dict[str, Task]:
 
 
 def run_reproduction(plan: Reproduction, *, jobs: int = 1, device: str = "auto", quick: bool = False) -> str:
-    """Train and measure what is missing; writes `output_dir`/tables.md with a strip of frames for each table.
+    """Train and measure what is missing; writes `output_dir`/tables.md with a strip of frames for each table, and
+    tables.csv, which has every row.
 
     Args:
         plan: what to do; what is done already is taken from its folder.
@@ -188,16 +193,20 @@ def run_reproduction(plan: Reproduction, *, jobs: int = 1, device: str = "auto",
     tasks = plan_tasks(plan)
     of_grids = {name: task for grid in grids.values() for name, task in grid_tasks(grid).items()}
     run_tasks(tasks | of_grids, jobs=jobs, device=str(pick_device(device)))
-    parts = []
+    parts, measured = [], []
     for name, table in plan.tables.items():
         if table.grid:
             write_grid_table(grids[name])
             text = (Path(grids[name].output_dir) / "table.md").read_text(encoding="utf-8")
         else:
-            text = table_text(plan, name)
+            rows = table_rows(plan, name)
+            measured += rows
+            text = table_text(plan, name, rows)
         parts.append(f"## {table.title}\n\n{text.strip()}\n")
     text = "\n".join([*parts, trainings_text(plan, tasks)])
     write_text(Path(plan.output_dir) / "tables.md", text)
+    if measured:
+        write_csv(Path(plan.output_dir) / "tables.csv", measured)
     return text
 
 
@@ -262,24 +271,31 @@ def make_generator(plan: Reproduction, row: Row, world: World, device: str) -> G
 # ---- what was found
 
 
-def table_text(plan: Reproduction, name: str) -> str:
-    """A table in Markdown, with what was measured below; its strips go into `output_dir`/<name>.png."""
-    table, lines, devices = plan.tables[name], [], set()
+def table_rows(plan: Reproduction, name: str) -> list[dict[str, str]]:
+    """All numbers of a table, one to a dict, as tables.csv has them."""
+    table, rows = plan.tables[name], []
     for row in table.rows:
-        cells = [row]
         for title, column in table.columns.items():
             folders = [cell_folder(plan, name, row, column.motions, seed) for seed in plan.seeds]
             results = [json.loads((folder / "result.json").read_text(encoding="utf-8")) for folder in folders]
-            devices |= {result["device"] for result in results}
             digits = (1 if "%" in title else 2) if column.digits is None else column.digits
-            cells.append(spread([lookup(result, column.measure) for result in results], digits))
-        lines.append(cells)
+            number = spread([lookup(result, column.measure) for result in results], digits)
+            device = "; ".join(sorted({result["device"] for result in results}))
+            rows.append({"table": name, "row": row, "column": title, "number": number, "device": device})
+    return rows
+
+
+def table_text(plan: Reproduction, name: str, rows: Sequence[Mapping[str, str]]) -> str:
+    """A table in Markdown, with what was measured below; its strips go into `output_dir`/<name>.png."""
+    table = plan.tables[name]
+    shown = table.summary or tuple(table.rows)
+    lines = [[row, *(found["number"] for found in rows if found["row"] == row)] for row in shown]
     text = markdown(["", *table.columns], lines)
     first = next(iter(table.columns.values())).motions
-    strips = {row: cell_folder(plan, name, row, first, plan.seeds[0]) for row in table.rows}
+    strips = {row: cell_folder(plan, name, row, first, plan.seeds[0]) for row in shown}
     if stack_strips(strips, Path(plan.output_dir) / f"{name}.png"):
         text += f"\n\n![a clip of each row, frame by frame]({name}.png)"
-    s, where = plan.entry(Row()).sampling, "; ".join(sorted(devices))
+    s, where = plan.entry(Row()).sampling, "; ".join(sorted({found["device"] for found in rows}))
     return (
         f"{text}\n\nMean ± standard deviation over {len(plan.seeds)} series of {plan.captions} held-out captions; "
         f"{s.sampler or 'ddim'}, {s.steps} steps, guidance {s.guidance_scale:g}; {where}."

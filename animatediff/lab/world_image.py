@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from animatediff.checkpoints.export import save_image_model
+from animatediff.checkpoints.load import ImageModel
+from animatediff.checkpoints.lora_files import read_lora
 from animatediff.config.networks import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from animatediff.config.settings import Int, Many, opt, options
 from animatediff.lab.world_vae import VAE_FILE, AutoencoderStage, DecoderStage
+from animatediff.models.lora import LoRAStack
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
@@ -21,7 +24,7 @@ from animatediff.training.distributed import first_process_first
 from animatediff.training.latents import LatentClips
 from animatediff.training.loop import LoopConfig, train
 from animatediff.training.output_folder import damaged, read_tensors
-from animatediff.training.sources import load_image_model
+from animatediff.training.sources import load_image_model, resolve_path
 from animatediff.training.stage_config import Log, StageConfig
 from animatediff.utils import UserError
 from animatediff.world.series import World
@@ -108,14 +111,31 @@ class ShapesDecoder(StageConfig):
     loop: LoopConfig = opt(..., "steps, batches and rates")
     styles: Many[Literal[tuple(STYLES)]] = opt(tuple(STYLES), "that it draws")
     watermarks: bool = opt(True, "stamp half of the frames")
+    loras: dict[str, str] = opt({}, "by styles: LoRAs that paint in them, whose predictions it learns to draw, too")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := sorted(self.loras.keys() - (set(self.styles) - {"plain"})):
+            raise UserError(f"loras: got {unknown[0]!r}, expected some of the styles other than plain")
 
     def train(self, folder: Path, log: Log, device: torch.device) -> None:
-        """As `StageConfig.run`. Raises: UserError where the model has no VAE."""
+        """As `StageConfig.run`. Raises: UserError where the model has no VAE, or a LoRA does not fit it."""
         base = load_image_model(self.pretrained_model_path)
-        stage = DecoderStage(base, data_seed=self.seed, styles=self.styles, watermarks=self.watermarks)
-        for network in (stage.modules(), base.unet, base.text_encoder):
-            network.to(device)
+        painters = {style: self._painter(path, log) for style, path in self.loras.items()}
+        stage = DecoderStage(base, painters, data_seed=self.seed, styles=self.styles, watermarks=self.watermarks)
+        stage.modules().to(device)
+        for model in stage.painters.values():
+            model.unet.to(device)
+            model.text_encoder.to(device)
         train(stage, self.loop, folder, log=log, stage_config=self)
+
+    def _painter(self, path: str, log: Log) -> ImageModel:
+        """The image model with a LoRA merged into it."""
+        model = load_image_model(self.pretrained_model_path)
+        loras = LoRAStack(model.unet, model.text_encoder)
+        log(str(loras.add(read_lora(resolve_path(path)))))
+        loras.merge()
+        return model
 
 
 @torch.no_grad()

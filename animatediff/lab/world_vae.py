@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,15 +72,17 @@ class AutoencoderStage(Stage):
         mean, logvar = self.vae.encode(image)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         latents = mean + (0.5 * logvar.detach()).exp() * noise
-        plain = torch.tensor([self.styles[i] == "plain" for i in style]) & ~stamped
-        output = self.vae.decode(self.given(latents, [scene.caption for scene in scenes], plain, generator))
+        looks = ["" if mark else self.styles[i] for i, mark in zip(style.tolist(), stamped.tolist(), strict=True)]
+        output = self.vae.decode(self.given(latents, [scene.caption for scene in scenes], looks, generator))
         mse = F.mse_loss(output, image)
         edges = sum(F.l1_loss(output.diff(dim=d), image.diff(dim=d)) for d in (2, 3))
         loss = 4 * mse + 0.5 * F.l1_loss(output, image) + 0.25 * edges + 1e-4 * mean.square().mean()
         return loss, {"psnr": float(10 * torch.log10(4 / mse.detach()))}
 
-    def given(self, latents: Tensor, captions: Sequence[str], plain: Tensor, generator: torch.Generator) -> Tensor:
-        """What the decoder is given for these latents (n, c, h, w), unscaled; plain: (n,), which look as the UNet's."""
+    def given(
+        self, latents: Tensor, captions: Sequence[str], looks: Sequence[str], generator: torch.Generator
+    ) -> Tensor:
+        """What the decoder is given for these latents (n, c, h, w), unscaled; looks: their styles, "" where stamped."""
         return latents
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
@@ -91,16 +93,30 @@ class AutoencoderStage(Stage):
 
 class DecoderStage(AutoencoderStage):
     """The decoder of an image model's VAE learns more looks, and clean edges where the UNet is not sure of them: half
-    of the plain latents are the UNet's predictions from noisy ones. The encoder stays as it is, and with it all that
-    was trained on its latents.
+    of the latents are the UNet's predictions from noisy ones, in every look that a model paints in. The encoder stays
+    as it is, and with it all that was trained on its latents.
+
+    Args:
+        model: the image model, which paints in the plain look.
+        painters: models made from it that paint in other looks, by these.
+        data_seed, styles, watermarks: as above.
     """
 
     name = "decoder"
 
-    def __init__(self, model: ImageModel, *, data_seed: int = 0, styles: Sequence[str], watermarks: bool):
+    def __init__(
+        self,
+        model: ImageModel,
+        painters: Mapping[str, ImageModel],
+        *,
+        data_seed: int = 0,
+        styles: Sequence[str],
+        watermarks: bool,
+    ):
         assert model.vae is not None
         super().__init__(model.vae.config, data_seed=data_seed, styles=styles, watermarks=watermarks)
         self.model = replace(model, vae=self.vae)
+        self.painters = {"plain": model, **painters}
         self.vae.load_state_dict(model.vae.state_dict())
         self.vae.requires_grad_(False)
         self.vae.decoder.requires_grad_(True)
@@ -108,16 +124,22 @@ class DecoderStage(AutoencoderStage):
         self.schedule, self.tokenizer = NoiseSchedule(model.schedule or ScheduleConfig()), Tokenizer()
 
     @torch.no_grad()
-    def given(self, latents: Tensor, captions: Sequence[str], plain: Tensor, generator: torch.Generator) -> Tensor:
-        """Half of the plain ones as the UNet predicts them at a timestep below `PREDICTED_BELOW`."""
-        n, scale = len(latents), self.vae.config.scaling_factor
+    def given(
+        self, latents: Tensor, captions: Sequence[str], looks: Sequence[str], generator: torch.Generator
+    ) -> Tensor:
+        """Half of those in a look that a model paints in as it predicts them, at a timestep below `PREDICTED_BELOW`."""
+        n, scale, device = len(latents), self.vae.config.scaling_factor, latents.device
         t = torch.randint(PREDICTED_BELOW, (n,), generator=generator)
-        noise = torch.randn((n, 1, *latents.shape[1:]), generator=generator).to(latents)
-        predicted = (plain & (torch.rand(n, generator=generator) < 0.5)).to(latents.device)
-        x, t = self.schedule.add_noise(latents[:, None] * scale, noise, t), t.to(latents.device)
-        context = self.model.text_encoder(self.tokenizer(list(captions))[:, 0].to(latents.device))
-        clean, _ = self.schedule.clean_and_noise(self.model.unet(x, t, context), x, t)
-        return torch.where(predicted[:, None, None, None], clean[:, 0] / scale, latents)
+        noise = torch.randn((n, 1, *latents.shape[1:]), generator=generator).to(device)
+        predicted = torch.rand(n, generator=generator) < 0.5
+        x = self.schedule.add_noise(latents[:, None] * scale, noise, t)
+        for look, painter in self.painters.items():
+            if rows := [i for i in range(n) if predicted[i] and looks[i] == look]:
+                own, at = x[rows], t[rows].to(device)
+                context = painter.text_encoder(self.tokenizer([captions[i] for i in rows])[:, 0].to(device))
+                clean, _ = self.schedule.clean_and_noise(painter.unet(own, at, context), own, at)
+                latents = latents.index_copy(0, torch.tensor(rows, device=device), clean[:, 0] / scale)
+        return latents
 
     def export(self, folder: Path, metadata: dict[str, str]) -> None:
         """Write image.safetensors, the image model with its new VAE, and vae.safetensors, that VAE alone."""

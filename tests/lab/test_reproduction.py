@@ -1,5 +1,7 @@
 """Trainings that build on each other and a table of what they do, on networks of a few thousand weights."""
 
+import csv
+import itertools
 import json
 import re
 
@@ -51,6 +53,7 @@ def plan_values(trained, tmp_path) -> dict:
                     "moving": {"animate": moves, "style": "neon"},
                     "zero-shot": {"animate": {IMAGE_MODEL: "<styled>/image.safetensors"}, "zero_shot": True},
                 },
+                "summary": ["moving", "as it is"],
             }
         },
         "quick": {"seeds": [5], "trainings": {"styled": {"changes": {"loop": {"steps": 1}}}}},
@@ -69,7 +72,14 @@ def test_a_table(plan_values, tmp_path, capsys, monkeypatch):
     assert re.search(r"^\| moving \| \d+\.\d \| -?\d+\.\d\d \|$", text, re.M)
     assert re.search(r"^\| styled \| image_finetune \| 1 \| 2 \|", text, re.M) and "needless" not in text
     strip = Image.open(out / "first.png")
-    assert strip.width >= 16 * 64 and strip.height >= 3 * 64
+    assert strip.width >= 16 * 64 and 2 * 64 <= strip.height < 3 * 64
+    assert "zero-shot" not in text and text.index("| moving |") < text.index("| as it is |")
+    with (out / "tables.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["row"], row["column"]) for row in rows] == list(
+        itertools.product(["as it is", "moving", "zero-shot"], ["motion %", "zoom"])
+    )
+    assert all(f"| {row['number']} |" in text for row in rows if row["row"] == "moving")
     monkeypatch.setattr(reproduction, "evaluate_shapes", lambda *rest, **more: pytest.fail("done already"))
     reproduce.main(["--config", config, "--quick", "--device", "cpu"])
     assert (out / "tables.md").read_text() == text
@@ -96,6 +106,10 @@ def test_every_task_comes_after_what_it_needs(plan_values, tmp_path):
     [
         ({"tables": {}}, "at least one table"),
         ({"tables": {"a": {"title": "A"}}}, "A: expected either rows and columns, or a grid"),
+        (
+            {"tables": {"a": {"title": "A", "columns": {"m": "motion"}, "rows": {"b": {}}, "summary": ["c"]}}},
+            "A: summary: got 'c', expected some of b",
+        ),
         ({"trainings": {"moved": {"train": "a.yaml", "changes": {"a": "<nobody>/b"}}}}, "got <nobody>, expected"),
         ({"sampling": {"stepz": 1}}, "unknown key 'stepz'"),
     ],

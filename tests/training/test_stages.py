@@ -12,9 +12,11 @@ from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.load import load_base, load_motion_module, load_vae
 from animatediff.config.prompt_yaml import BUNDLED
 from animatediff.lab.stage_table import load_train_config
+from animatediff.lab.world_image import ShapesDecoder
+from animatediff.lab.world_vae import DecoderStage
 from animatediff.training.distributed import shared_loss
 from animatediff.training.latents import OVERSAMPLING, LatentClips
-from animatediff.training.loop import step_gradients
+from animatediff.training.loop import LoopConfig, step_gradients
 from animatediff.utils import UserError
 from animatediff.world.series import World
 from animatediff.world.shapes import make_scene
@@ -90,8 +92,19 @@ def test_both_stages_go_on_from_files(trained, tmp_path):
 
 def test_a_decoder_learns_other_looks_and_the_latents_stay(trained, tmp_path):
     image = trained / "image/image.safetensors"
+    lora = {
+        "stage": "image_lora",
+        "pretrained_model_path": str(image),
+        "world": {"clips": 2, "style": "neon"},
+        "rank": 2,
+    }
+    painter = lora | {"loop": LOOP, "output_dir": str(tmp_path / "lora")}
+    load_train_config(write(tmp_path / "lora.yaml", painter)).run(lambda line: None)
     decoder = {"stage": "shapes_decoder", "pretrained_model_path": str(image), "output_dir": str(tmp_path)}
-    load_train_config(write(tmp_path / "decoder.yaml", decoder | {"loop": LOOP})).run(lambda line: None)
+    loras = {"loras": {"neon": str(tmp_path / "lora/lora.safetensors")}}
+    said: list[str] = []
+    load_train_config(write(tmp_path / "decoder.yaml", decoder | loras | {"loop": LOOP})).run(said.append)
+    assert any("lora" in line for line in said)
     old, new = load_base(image), load_base(tmp_path / "image.safetensors")
     for name, tensor in old.vae.state_dict().items():
         learnt = name.startswith(("decoder.", "post_quant_conv."))
@@ -101,6 +114,25 @@ def test_a_decoder_learns_other_looks_and_the_latents_stay(trained, tmp_path):
     alone, _ = load_vae(tmp_path / "vae.safetensors", old)
     assert alone.config == old.vae.config
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), new.vae.parameters(), strict=True))
+
+
+def test_half_of_a_decoders_latents_are_predicted_in_the_looks_that_models_paint_in(trained):
+    model = load_base(trained / "image/image.safetensors")
+    n, scale = 90, model.vae.config.scaling_factor
+    painter = replace(model, unet=lambda x, t, context: torch.full_like(x, 7 * scale))
+    styles = ("plain", "neon", "hatched")
+    stage = DecoderStage(model, {"neon": painter}, styles=styles, watermarks=False)
+    stage.schedule.clean_and_noise = lambda prediction, x, t: (prediction, x)
+    latents, looks = torch.zeros(n, 4, 2, 2), [*styles[:2], ""] * (n // 3)
+    given = stage.given(latents, ["a"] * n, looks, torch.Generator().manual_seed(0)).flatten(1)
+    changed = {look: given[[own == look for own in looks]].abs().sum(dim=1) > 0 for look in set(looks)}
+    assert not changed[""].any()
+    for look in styles[:2]:
+        assert 0 < changed[look].sum() < 30
+    neon = given[[own == "neon" for own in looks]]
+    assert set(neon.unique().tolist()) == {0.0, 7.0}
+    with pytest.raises(UserError, match="loras: got 'plain', expected some of the styles other than plain"):
+        ShapesDecoder(output_dir="a", pretrained_model_path="b", loop=LoopConfig(**LOOP), loras={"plain": "c"})
 
 
 def test_the_number_of_processes_does_not_change_the_result(trained, tmp_path):
