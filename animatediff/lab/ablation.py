@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,11 @@ def grid_tasks(grid: Grid) -> dict[str, Task]:
     return {grid.stage(*pair).output_dir: Task(run_cell, (grid, *pair)) for pair in pairs}
 
 
-def write_grid_table(grid: Grid) -> str:
-    """The table of results that are all there, as text; also as table.md, table.csv and strips.png."""
+def write_grid_table(grid: Grid, shown: Sequence[str] = ()) -> str:
+    """The table of results that are all there, as text; also as table.md, table.csv and strips.png.
+
+    `shown`: the cells of all but table.csv, which has all; by default all.
+    """
     found = {cell: [run_cell(grid, cell, seed) for seed in grid.seeds] for cell in grid.cells}
     rows = [table_row(cell, results) for cell, results in found.items()]
     stage = grid.stage(next(iter(grid.cells)), grid.seeds[0])
@@ -131,11 +134,12 @@ def write_grid_table(grid: Grid) -> str:
         f"over the trainings of each ({len(grid.seeds)}); {', '.join(sorted(devices))}"
     )
     header = ["", *(title or name for name, title in MEASURES.items())]
-    lines = [[row["cell"], *(row[name] for name in MEASURES)] for row in rows]
+    by_cell = {row["cell"]: [row["cell"], *(row[name] for name in MEASURES)] for row in rows}
+    lines = [by_cell[cell] for cell in shown or grid.cells]
     folder = Path(grid.output_dir)
     write_text(folder / "table.md", f"{markdown(header, lines)}\n\n{caption}\n")
     write_csv(folder / "table.csv", rows)
-    stack_strips({cell: folder / cell / str(grid.seeds[0]) for cell in grid.cells}, folder / "strips.png")
+    stack_strips({cell: folder / cell / str(grid.seeds[0]) for cell in shown or grid.cells}, folder / "strips.png")
     return f"{align([header, *lines])}\n{caption}"
 
 

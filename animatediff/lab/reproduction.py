@@ -69,16 +69,20 @@ class Table:
     title: str = opt(..., "of the table")
     columns: dict[str, Column] = opt({}, "by their titles")
     rows: dict[str, Row] = opt({}, "by their titles")
-    summary: Many[str] = opt((), "rows that tables.md shows, by default all; tables.csv has all")
+    summary: Many[str] = opt((), "rows, or cells of the grid, that tables.md shows, by default all; a CSV has all")
     shown: Int = opt(3, "number of the first column's caption whose clips are the table's strips, or the last", ge=0)
     grid: str = opt("", "a YAML of scripts/ablate.py")
-    cells: Many[str] = opt((), "of the grid; by default all")
 
     def __post_init__(self) -> None:
         if bool(self.grid) == bool(self.rows) or bool(self.rows) != bool(self.columns):
             raise UserError(f"{self.title}: expected either rows and columns, or a grid")
-        if unknown := sorted(set(self.summary) - self.rows.keys()):
-            raise UserError(f"{self.title}: summary: got {unknown[0]!r}, expected some of {', '.join(self.rows)}")
+        if self.rows:
+            self.check_summary(self.rows)
+
+    def check_summary(self, rows: Mapping[str, Any]) -> None:
+        """Raises: UserError where `summary` names another one than these."""
+        if unknown := sorted(set(self.summary) - rows.keys()):
+            raise UserError(f"{self.title}: summary: got {unknown[0]!r}, expected some of {', '.join(rows)}")
 
 
 @options
@@ -170,7 +174,7 @@ def plan_tasks(plan: Reproduction) -> dict[str, Task]:
 
 def run_reproduction(plan: Reproduction, *, jobs: int = 1, device: str = "auto", quick: bool = False) -> str:
     """Train and measure what is missing; writes `output_dir`/tables.md with a strip of frames for each table, and
-    tables.csv, which has every row.
+    tables.csv, which has every row. Grids have folders of their own.
 
     Args:
         plan: what to do; what is done already is taken from its folder.
@@ -196,7 +200,7 @@ def run_reproduction(plan: Reproduction, *, jobs: int = 1, device: str = "auto",
     parts, measured = [], []
     for name, table in plan.tables.items():
         if table.grid:
-            write_grid_table(grids[name])
+            write_grid_table(grids[name], table.summary)
             text = (Path(grids[name].output_dir) / "table.md").read_text(encoding="utf-8")
         else:
             rows = table_rows(plan, name)
@@ -211,11 +215,10 @@ def run_reproduction(plan: Reproduction, *, jobs: int = 1, device: str = "auto",
 
 
 def grid_of(table: Table, quick: bool) -> Grid:
-    """The grid of a table, with the cells that it wants."""
+    """The grid of a table."""
     grid = load_grid(resolve_path(table.grid), quick=quick)
-    if unknown := sorted(set(table.cells) - grid.cells.keys()):
-        raise UserError(f"{table.title}: got cell {unknown[0]!r}, expected some of {', '.join(grid.cells)}")
-    return replace(grid, cells={name: grid.cells[name] for name in table.cells}) if table.cells else grid
+    table.check_summary(grid.cells)
+    return grid
 
 
 def run_training(plan: Reproduction, name: str, device: str = "cpu") -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from animatediff.checkpoints.export import save_motion_module
 from animatediff.features.noise import seeded
-from animatediff.lab.ablation import load_grid, merged, table_row
+from animatediff.lab.ablation import load_grid, merged, table_row, write_grid_table
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.utils import UserError
 from scripts import ablate
@@ -56,6 +56,10 @@ def test_a_grid(grid_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("animatediff.lab.ablation.measure", lambda *rest: pytest.fail("done already"))
     ablate.main(["--grid", str(grid_file), "--quick"])
     assert table.splitlines()[-5:] == capsys.readouterr().out.splitlines()[-5:]
+    write_grid_table(load_grid(grid_file, quick=True), ["one", "as it is"])
+    lines = (tmp_path / "out/table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| one", "| as it is"] and lines[4] == ""
+    assert [row["cell"] for row in csv.DictReader((tmp_path / "out/table.csv").open())] == list(CELLS)
     path = tmp_path / "out/one/3/result.json"
     path.write_text(json.dumps(results["one"] | {"made": "otherwise"}))
     with pytest.raises(UserError, match="of other values than the config's"):
