@@ -72,7 +72,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help="by default the config's")
     parser.add_argument("--guidance-scale", type=float, help="by default the config's")
-    parser.add_argument("--seed", type=int, help="of the series of captions; the model was trained on 0 (1)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="of the series of captions; the bundled files were trained on 0, 21 and 22 (1, held out)",
+    )
     parser.add_argument("--output-dir", help="by default samples/evaluation-<time>")
     parser.add_argument("--device", help="auto, cuda, mps or cpu (auto)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default float16 on CUDA, else float32")

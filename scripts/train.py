@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from animatediff.lab.stage_help import explain_stage, stages_list
 from animatediff.lab.stage_table import load_train_config
 from animatediff.pipeline.device import own_device
 from animatediff.pipeline.processes import launched
@@ -28,6 +29,14 @@ from animatediff.utils import Parser, UserError, run_main
 GONE = re.compile("closed by peer|reset by peer|Connection (refused|closed)|Broken pipe|failed to recv", re.IGNORECASE)
 
 
+class Help(argparse.Action):
+    """`--help` alone lists the stages; `--help STAGE` the keys of one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        print(explain_stage(values) if values else f"{parser.format_help()}\nstages:\n{stages_list()}")
+        parser.exit()
+
+
 def main(argv: list[str] | None = None) -> None:
     processes = launched()
     with processes.one_error():
@@ -35,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str] | None, log: Callable[[str], None]) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser.add_argument("-h", "--help", action=Help, nargs="?", metavar="STAGE", help="this, or the keys of a stage")
     parser.add_argument("--config", action="append", required=True, help="a YAML of configs/train; may be repeated")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: CUDA where it is")
     parser.add_argument("--check-data", action="store_true", help="look at every file, report, and do nothing else")

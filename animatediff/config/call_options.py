@@ -140,3 +140,5 @@ class CallOptions(TypedDict, total=False):
     callback_on_step_end_tensor_inputs: list[str]
     cross_attention_kwargs: dict[str, float]
     sigmas: Any
+    pooled_prompt_embeds: Any
+    negative_pooled_prompt_embeds: Any

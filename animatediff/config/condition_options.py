@@ -63,9 +63,7 @@ class ControlNet:
 class ControlNets:
     """Pictures that say what is where in each frame (ControlNet, arXiv 2302.05543); several add up."""
 
-    nets: Annotated[Many[ControlNet], CONTROLNET] = opt(
-        (), "one or several of {path: …, images: …, preprocessor: …, scale: …}", "controlnet"
-    )
+    nets: Annotated[Many[ControlNet], CONTROLNET] = opt((), "the ControlNets, each with its pictures", "controlnet")
 
 
 @options
@@ -78,7 +76,7 @@ class IPAdapter:
     )
     scale: varying(0) = opt(1.0, "how much they count beside the text, by frame or step; 0.5 for both")
     layers: Annotated[Any, read_by(_layers)] = opt(
-        "all", "style, composition, …, or weights by the beginnings of layers' names, such as {mid_block: 0.5}"
+        "all", "which layers see them, or weights by the beginnings of their names, such as {mid_block: 0.5}"
     )
     masks: Annotated[Images, PICTURES] = opt((), "white where they act: one for all pictures, or one for each")
     start: Float = opt(0.0, "part of the steps from which on it acts", ge=0, lt=1)
@@ -90,9 +88,7 @@ class IPAdapter:
 class IPAdapters:
     """Pictures beside the prompt (IP-Adapter, arXiv 2308.06721); several add up."""
 
-    adapters: Annotated[Many[IPAdapter], IP_ADAPTER] = opt(
-        (), "one or several of {path: …, images: …, scale: …}", "ip_adapter"
-    )
+    adapters: Annotated[Many[IPAdapter], IP_ADAPTER] = opt((), "the IP-Adapters, each with its pictures", "ip_adapter")
     image_encoder: Annotated[PathText, IMAGE_ENCODER] = opt(
         "", "CLIP vision model that the adapters were trained with: a folder or file", "image_encoder"
     )
@@ -124,7 +120,7 @@ class Camera:
     path: Annotated[PathText, CAMERACTRL] = opt("", "CameraCtrl camera encoder")
     poses: Annotated[PathText, OTHER] = opt("", "pose file in RealEstate10K's form, a line for each frame")
     move: Many[Move] = opt((), "one move, or several at once, in place of a file")
-    speed: Float = opt(1.0, "of moves; 1: 60 degrees, or 1.5 units of way, in 16 frames", gt=0)
+    speed: Float = opt(1.0, "of moves; 1: 60 degrees, or 1.5 units of way (3 of a zoom), in 16 frames", gt=0)
     scale: Float = opt(1.0, "how much it counts; 0: nothing", ge=0)
 
 
@@ -144,5 +140,5 @@ class Mixture:
     """Further motion modules beside `motion_module`; with `motion_scale` they can take turns."""
 
     modules: Annotated[Many[ExtraMotionModule], PLAIN_MOTION_MODULE] = opt(
-        (), "one or several of {path: …, scale: …, start: …, end: …}", "extra_motion_modules"
+        (), "the modules, each with its scale and its part of the steps", "extra_motion_modules"
     )

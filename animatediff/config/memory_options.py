@@ -66,9 +66,10 @@ class Memory:
         "none", "off the GPU: idle: what has nothing to do; blocks: the UNet, too, block by block. Exact, slower"
     )
     weights: Literal["", "float16", "bfloat16", "float8"] = opt(
-        "", "how the UNet's weights rest, computing in dtype. Exact where files hold it, else rounded (float8: by 2 %)",
+        "",
+        "how the UNet's weights rest, computing in dtype. Exact where files hold it, else rounded (float8: by 2.6 %)",
         "weights_dtype",
-    )  # fmt: skip
+    )
 
     @property
     def bytes(self) -> int | None:

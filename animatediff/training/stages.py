@@ -184,7 +184,7 @@ class ImageFinetune(Training):
 
 @options
 class ImageLoRA(Training):
-    """The same as a small file in kohya's grammar, `lora_model_path` of a prompt config."""
+    """A personalised model as a LoRA: a small file in kohya's grammar, `lora_model_path` of a prompt config."""
 
     name: ClassVar[str] = "image_lora"
     rank: Int = opt(16, "of every change", ge=1)
@@ -295,7 +295,7 @@ class MotionLoRA(ClipTraining):
 
 @options
 class ConsistencyTraining(ClipTraining):
-    """A LoRA on image model and motion module for a few steps of the sampler lcm (arXiv 2310.04378)."""
+    """A LoRA on image model and motion module for a few steps: of the sampler lcm (arXiv 2310.04378), or of ddim."""
 
     name: ClassVar[str] = "consistency"
     stage_class: ClassVar[type[DiffusionStage]] = ConsistencyStage
