@@ -131,7 +131,7 @@ def nest(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
             mistakes.append(str(error))
     if mistakes:
         raise UserError(listed(mistakes))
-    if window := _window_without_schedule(nested, spelled):
+    if values.get("windows") is not True and (window := _window_without_schedule(nested, spelled)):
         raise UserError(window)
     return nested, spelled
 
@@ -304,7 +304,8 @@ def parse_assignments(items: list[str] | tuple[str, ...]) -> dict[str, Any]:
             key, text = split_assignment(item)
             option = all_options().get(key) or flat_names().get(key)
             if option is None and key in group_classes():
-                values[key] = parse_value(text, is_text=key in SHORT, where=key)
+                switch = key in SWITCHES and text in ("true", "false")
+                values[key] = parse_value(text, is_text=key in SHORT and not switch, where=key)
                 continue
             if option is None:
                 raise UserError(_unknown(key, text))

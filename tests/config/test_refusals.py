@@ -113,3 +113,14 @@ def test_flat_grouped_and_dotted_are_the_same():
               "freeinit.iterations": 3}  # fmt: skip
     requests = [build_request(values, where="") for values in (flat, grouped, dotted)]
     assert requests[0] == requests[1] == requests[2]
+
+
+@pytest.mark.parametrize("group", ["windows", "freeinit", "freeu"])
+def test_a_switch_is_the_same_on_the_command_line(group):
+    for said in (True, False):
+        typed = parse_assignments([f"{group}={str(said).lower()}"])
+        request = build_request(typed | {"prompt": "a"}, where="")
+        assert request == build_request({group: said, "prompt": "a"}, where="")
+        assert (getattr(request, group) is not None) == said
+    request = build_request({"prompt": "a", "windows": True, "window_overlap": 3}, where="")
+    assert (request.windows.schedule, request.windows.overlap) == ("open", 3)
