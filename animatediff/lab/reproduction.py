@@ -96,7 +96,7 @@ class Reproduction:
     sampling: dict[str, Any] = opt({}, "keys of the prompt config for all rows")
     seeds: Many[Int] = opt((1, 2, 3), "of the series of captions that are scored; trainings draw from series 0")
     captions: Int = opt(50, "of each series")
-    quick: dict[str, Any] = opt({}, "with --quick: values of all these that differ")
+    quick: dict[str, Any] = opt({}, "with --quick: values of all these that differ; null for a row that is left out")
 
     def __post_init__(self) -> None:
         if not self.tables or not self.seeds or self.captions < 1:
@@ -140,7 +140,10 @@ def load_reproduction(path: str | Path, *, quick: bool = False, tables: Sequence
     values = read_yaml(path)
     plan = build(Reproduction, expanded(values, Reproduction), where=str(path))
     if quick:
-        plan = build(Reproduction, expanded(merged(values, plan.quick), Reproduction), where=f"{path}: quick")
+        values = merged(values, plan.quick)
+        for table in values["tables"].values():
+            table["rows"] = {name: row for name, row in table.get("rows", {}).items() if row is not None}
+        plan = build(Reproduction, expanded(values, Reproduction), where=f"{path}: quick")
     if unknown := sorted(set(tables) - plan.tables.keys()):
         raise UserError(f"got table {unknown[0]!r}, expected some of {', '.join(plan.tables)}")
     return replace(plan, tables={name: plan.tables[name] for name in tables}) if tables else plan

@@ -52,11 +52,16 @@ def plan_values(trained, tmp_path) -> dict:
                     "as it is": {},
                     "moving": {"animate": moves, "style": "neon"},
                     "zero-shot": {"animate": {IMAGE_MODEL: "<styled>/image.safetensors"}, "zero_shot": True},
+                    "left out": {"style": "hatched"},
                 },
                 "summary": ["moving", "as it is"],
             }
         },
-        "quick": {"seeds": [5], "trainings": {"styled": {"changes": {"loop": {"steps": 1}}}}},
+        "quick": {
+            "seeds": [5],
+            "trainings": {"styled": {"changes": {"loop": {"steps": 1}}}},
+            "tables": {"first": {"rows": {"left out": None}}},
+        },
     }
 
 
@@ -94,7 +99,7 @@ def test_every_task_comes_after_what_it_needs(plan_values, tmp_path):
     plan = load_reproduction(write(tmp_path / "plan.yaml", plan_values))
     names = ordered(plan_tasks(plan))
     assert names.index("styled") < names.index("moved") < names.index(f"{plan.output_dir}/tables/first/moving/shapes-1")
-    assert len(names) == 2 + 3 * 2 * 2  # trainings; rows, kinds of captions, seeds
+    assert len(names) == 2 + 4 * 2 * 2  # trainings; rows, kinds of captions, seeds
     circle = plan_values["trainings"] | {"styled": {"train": "x", "changes": {IMAGE_MODEL: "<moved>/x"}}}
     plan = load_reproduction(write(tmp_path / "plan.yaml", plan_values | {"trainings": circle}))
     with pytest.raises(UserError, match="wait for each other: moved, styled"):
