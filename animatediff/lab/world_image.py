@@ -111,17 +111,17 @@ class ShapesDecoder(StageConfig):
     loop: LoopConfig = opt(..., "steps, batches and rates")
     styles: Many[Literal[tuple(STYLES)]] = opt(tuple(STYLES), "that it draws")
     watermarks: bool = opt(True, "stamp half of the frames")
-    loras: dict[str, str] = opt({}, "by styles: LoRAs that paint in them, whose predictions it learns to draw, too")
+    loras: dict[str, str] = opt({}, "by styles that it draws: LoRAs that paint in them, whose predictions it learns to draw, too")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := sorted(self.loras.keys() - (set(self.styles) - {"plain"})):
-            raise UserError(f"loras: got {unknown[0]!r}, expected some of the styles other than plain")
+        if unknown := sorted(self.loras.keys() - (STYLES.keys() - {"plain"})):
+            raise UserError(f"loras: got {unknown[0]!r}, expected styles other than plain: {', '.join(STYLES)}")
 
     def train(self, folder: Path, log: Log, device: torch.device) -> None:
         """As `StageConfig.run`. Raises: UserError where the model has no VAE, or a LoRA does not fit it."""
         base = load_image_model(self.pretrained_model_path)
-        painters = {style: self._painter(path, log) for style, path in self.loras.items()}
+        painters = {style: self._painter(path, log) for style, path in self.loras.items() if style in self.styles}
         stage = DecoderStage(base, painters, data_seed=self.seed, styles=self.styles, watermarks=self.watermarks)
         stage.modules().to(device)
         for model in stage.painters.values():

@@ -131,7 +131,7 @@ def test_half_of_a_decoders_latents_are_predicted_in_the_looks_that_models_paint
         assert 0 < changed[look].sum() < 30
     neon = given[[own == "neon" for own in looks]]
     assert set(neon.unique().tolist()) == {0.0, 7.0}
-    with pytest.raises(UserError, match="loras: got 'plain', expected some of the styles other than plain"):
+    with pytest.raises(UserError, match="loras: got 'plain', expected styles other than plain"):
         ShapesDecoder(output_dir="a", pretrained_model_path="b", loop=LoopConfig(**LOOP), loras={"plain": "c"})
 
 
