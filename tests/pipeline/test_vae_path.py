@@ -109,4 +109,4 @@ def test_the_bundled_vae_draws_every_look(style):
 
     bundled, own = decibels(load_vae(ASSETS / "shapes_vae.safetensors", image)[0]), decibels(image.vae)
     assert bundled > 29
-    assert bundled > own + (-6 if style == "plain" else 4)
+    assert bundled > own + (-3 if style == "plain" else 8)
