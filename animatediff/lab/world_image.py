@@ -111,7 +111,7 @@ class ShapesDecoder(StageConfig):
     loop: LoopConfig = opt(..., "steps, batches and rates")
     styles: Many[Literal[tuple(STYLES)]] = opt(tuple(STYLES), "that it draws")
     watermarks: bool = opt(True, "stamp half of the frames")
-    loras: dict[str, str] = opt({}, "by styles that it draws: LoRAs that paint in them, whose predictions it learns to draw, too")
+    loras: dict[str, str] = opt({}, "by styles that it draws: LoRAs whose predictions it learns to draw, too")
 
     def __post_init__(self) -> None:
         super().__post_init__()
