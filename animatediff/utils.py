@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import difflib
+import gc
 import json
 import os
 import shutil
@@ -169,6 +170,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     A mistake is a `UserError`, or what the system refuses: a full disk, a folder that may not be written to, memory.
     """
     keep_freed_memory()
+    gc.set_threshold(20_000)  # importing torch makes many objects and no garbage
     for name in ("stdout", "stderr"):  # closed by the caller (`2>&-`): what is printed goes nowhere
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115

@@ -140,7 +140,7 @@ def _resampled(video: Tensor, request: Request, path: Path, *, device: str, dtyp
     config, moved = found_again(RunConfig("", (request,)), known.hashes, path.parent, {})
     (request,) = config.entries
     (checked,) = check_requests([second_pass(request, video[None])])
-    rehearse([checked])
+    rehearse([checked], loaded_next=True)
     dtype = dtype or recorded_dtype(known.made_on, target)
     model = Assembler(target, pick_dtype(dtype, target)).assemble(checked)
     for line in [*moved, *model.reports]:

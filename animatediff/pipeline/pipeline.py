@@ -108,7 +108,7 @@ class AnimateDiffPipeline:
             raise UserError(f"got entry {entry}, but {path} has {len(entries)}: count from 0")
         target = pick_device(device)
         (checked,) = check_requests([entries[entry]], complete=False)
-        rehearse([checked])
+        rehearse([checked], loaded_next=True)
         weights_dtype = pick_dtype(dtype or recorded_dtype(config.provenance, target), target)
         checked = fitted(checked, target, weights_dtype, lambda line: None)
         model = Assembler(target, weights_dtype).assemble(checked)

@@ -135,7 +135,7 @@ def animate(
         for line in prompt_warnings(entry.prompts):
             processes.tell_once(f"entry {entry.output.name}: {line}")
     plain = check_requests(with_tagged_loras(config.entries))
-    rehearse(plain)
+    rehearse(plain, loaded_next=True)
     checked = [fitted(entry, target, weights_dtype, processes.tell_once) for entry in plain]
     entries = (recorded(entry.request, fit.request) for entry, fit in zip(plain, checked, strict=True))
     config = replace(config, entries=tuple(entries))  # nothing is left open in them
