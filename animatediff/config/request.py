@@ -272,7 +272,11 @@ class Motion:
 class Guidance:
     """Beside the guidance scale."""
 
-    schedule: varying(0) = opt(None, "factor of guidance_scale, by frame or step", "guidance_schedule")
+    schedule: varying(0) = opt(
+        None,
+        "factor of guidance_scale, by frame or step; no unconditional pass where that gives 1",
+        "guidance_schedule",
+    )
     rescale: Float = opt(0.0, "share of the rescaling of arXiv 2305.08891; 0.7 there", "guidance_rescale", ge=0, le=1)
 
 

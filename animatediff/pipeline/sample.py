@@ -30,6 +30,8 @@ from animatediff.features.windows import full_clip, sliding_windows
 from animatediff.pipeline.model import Model
 from animatediff.pipeline.resolve import plan_steps
 
+UNGUIDED = 1e-3  # a guidance scale as close to 1 as that is 1: 3 times 0.333, too
+
 
 @dataclass(frozen=True)
 class ClipSampler:
@@ -168,16 +170,20 @@ def make_run(
 
 @contextmanager
 def guided_denoiser(run: Run, features: Sequence[Feature] = FEATURES) -> Iterator[Denoise]:
-    """The network, features around it, windows of frames around these, guidance around all."""
+    """The network, features around it, windows of frames around these, guidance around all.
+
+    Where parts are apart, or not the same at every step, features are put around the network anew.
+    """
     shared = run.spread is not in_turn and not run.request.windows
-    if (run.request.memory.split_guidance or shared) and len(run.parts) > 1:
-        loras, r = run.model.loras, run.request.loras
-        scheduled = r.schedule is not None or r.motion_schedule is not None
-        with loras.unmerged() if scheduled else nullcontext():  # once, and not at every step
-            yield guided(part_by_part(run, features), run)
+    split = (run.request.memory.split_guidance or shared) and len(run.parts) > 1
+    if not split and _scheduled_scale(run) is None:
+        with steered(run, features) as denoise:
+            yield guided(over_frames(denoise, run), run)
         return
-    with steered(run, features) as denoise:
-        yield guided(over_frames(denoise, run), run)
+    loras, r = run.model.loras, run.request.loras
+    scheduled = r.schedule is not None or r.motion_schedule is not None
+    with loras.unmerged() if scheduled else nullcontext():  # once, and not at every step
+        yield step_by_step(run, features, split=split)
 
 
 @contextmanager
@@ -190,12 +196,32 @@ def steered(run: Run, features: Sequence[Feature]) -> Iterator[FrameDenoise]:
         yield denoise
 
 
+def step_by_step(run: Run, features: Sequence[Feature], *, split: bool) -> Denoise:
+    """A guided denoiser that leaves the unconditional part out at steps where all frames have a scale of 1.
+
+    Args:
+        split: the parts that are left go through the network one by one.
+    """
+    factors, scale = _scheduled_scale(run), run.request.sampling.guidance_scale
+    unguided = _without_guidance(run) if factors else run
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        at_one = factors is not None and all(abs(scale * factor - 1) < UNGUIDED for factor in factors(x, t))
+        now = unguided if at_one else run
+        if split and len(now.parts) > 1:
+            return guided(part_by_part(now, features), now)(x, t)
+        with steered(now, features) as one:
+            return guided(over_frames(one, now), now)(x, t)
+
+    return denoise
+
+
 def part_by_part(run: Run, features: Sequence[Feature]) -> Denoise:
     """A denoiser of all parts of the batch, one after the other: each is a batch of its own to network and features.
 
     What is shared with other processes is their windows, or, without these, the parts.
     """
-    runs = [_part(run, i) for i in range(len(run.parts))]
+    runs = [_parts(run, slice(i, i + 1)) for i in range(len(run.parts))]
     spread = in_turn if run.request.windows else run.spread
 
     def predict(part: Run, x: Tensor, t: Tensor) -> Tensor:
@@ -209,18 +235,28 @@ def part_by_part(run: Run, features: Sequence[Feature]) -> Denoise:
     return denoise
 
 
-def _part(run: Run, i: int) -> Run:
-    """A run of one part alone, with a cache of its own that lasts as long as the clip."""
-    n, name = len(run.parts), run.parts[i]
+def _parts(run: Run, kept: slice) -> Run:
+    """A run of some parts alone, with a cache of its own that lasts as long as the clip."""
+    n, names = len(run.parts), run.parts[kept]
+
+    def of(all_parts: Tensor) -> Tensor:
+        return torch.cat(all_parts.chunk(n)[kept])
 
     def text(frames: Tensor) -> Tensor:
-        return run.text(frames).chunk(n)[i]
+        return of(run.text(frames))
 
     def added(frames: Tensor) -> dict[str, Tensor]:
-        return {key: value.chunk(n)[i] for key, value in run.added(frames).items()}
+        return {key: of(value) for key, value in run.added(frames).items()}
 
-    cache = run.once(f"part {name}", dict)
-    return replace(run, parts=(name,), text=text, added=added, cache=cache)
+    cache = run.once(f"parts {names}", dict)
+    return replace(run, parts=names, text=text, added=added, cache=cache)
+
+
+def _without_guidance(run: Run) -> Run:
+    """Without the unconditional part, which is the first."""
+    r = run.request
+    alone = replace(r, sampling=replace(r.sampling, guidance_scale=1.0), guidance=replace(r.guidance, schedule=None))
+    return replace(_parts(run, slice(1, None)), request=alone)
 
 
 def network(run: Run) -> FrameDenoise:
@@ -247,20 +283,31 @@ def guided(denoise: Denoise, run: Run) -> Denoise:
     options, scale = run.request.guidance, run.request.sampling.guidance_scale
     if run.parts == ("conditional",):
         return denoise
-    schedule = None if options.schedule is None else Keyframes.read(options.schedule)
+    factors = _scheduled_scale(run)
 
     def factor(x: Tensor, t: Tensor) -> Tensor:
-        assert schedule is not None
-        frames = range(run.first_frame, run.first_frame + x.shape[1])
-        return x.new_tensor([schedule.at(frame, run.progress(t)) for frame in frames])[:, None, None, None]
+        assert factors is not None
+        return x.new_tensor(factors(x, t))[:, None, None, None]
 
     return classifier_free_guidance(
         denoise,
         scale,
-        factor=factor if schedule else None,
+        factor=factor if factors else None,
         perturbed_scale=run.request.pag.scale,
         rescaled=options.rescale,
     )
+
+
+def _scheduled_scale(run: Run) -> Callable[[Tensor, Tensor], list[float]] | None:
+    """Of latents (b, f, c, h, w) and t (b,), the factor of the guidance scale for each frame; None: always 1."""
+    if run.request.guidance.schedule is None:
+        return None
+    schedule = Keyframes.read(run.request.guidance.schedule)
+
+    def factors(x: Tensor, t: Tensor) -> list[float]:
+        return [schedule.at(run.first_frame + frame, run.progress(t)) for frame in range(x.shape[1])]
+
+    return factors
 
 
 def max_frames(model: Model) -> int | None:

@@ -107,6 +107,32 @@ def test_over_steps(run):
     assert not torch.allclose(falling, run(guidance_scale=8.0), atol=1e-3)
 
 
+PAG = {"pag_scale": 3.0, "pag_layers": ["up_blocks"]}
+
+
+@pytest.mark.parametrize(
+    "more, rows",
+    [
+        ({}, [2, 1]),
+        ({"split_guidance": True}, [1, 1, 1]),
+        (PAG, [3, 2]),
+        (PAG | {"split_guidance": True}, [1, 1, 1, 1, 1]),
+        ({"loop": "rotate"}, [2, 1]),
+        ({"freeinit": FreeInit(2, fast=True)}, [2, 2, 1]),
+    ],
+)
+def test_steps_with_a_scale_of_1_have_no_unconditional_part(run, pipeline, monkeypatch, more, rows):
+    """They are those of the whole batch, but for rounding."""
+    seen: list[int] = []
+    forward = pipeline.unet.forward
+    monkeypatch.setattr(pipeline.unet, "forward", lambda x, *a, **k: seen.append(len(x)) or forward(x, *a, **k))
+    call = {"guidance_scale": 3.0, "guidance_schedule": {"0%": 1, "50%": 0.3333}} | more
+    clip = run(**call)
+    assert seen == rows
+    monkeypatch.setattr("animatediff.pipeline.sample.UNGUIDED", -1)
+    assert torch.allclose(run(**call), clip, atol=5e-3)
+
+
 def test_pe_stretch(run):
     assert run(num_frames=40, pe_stretch=1.5, num_inference_steps=1).shape[2] == 40
     assert not torch.allclose(run(pe_stretch=2.0), run(), atol=1e-3)
