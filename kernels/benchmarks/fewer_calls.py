@@ -5,7 +5,7 @@ python kernels/benchmarks/fewer_calls.py --time             # what a call costs,
 
 A call is one prediction for one part of guidance: a guided step takes two. A shallow call is one of DeepCache's
 (arXiv 2312.00858): the network's last layer on what the layers below it said at the step before.
-None of these ways is part of the library: see docs/performance.md for why.
+`guidance_schedule` says which steps are guided; the step cache is no part of the library: see docs/performance.md.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from memory import networks
 from torch import Tensor
 
 from animatediff.config.prompt_yaml import BUNDLED, load_config
-from animatediff.diffusion.guidance import Denoise
 from animatediff.diffusion.schedule import step_of
 from animatediff.features.feature import Feature, FrameDenoise, Run
 from animatediff.lab.run_model import clip_maker
 from animatediff.models.unet import UNet, embed_time
-from animatediff.pipeline import sample
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.world.evaluate import evaluate_shapes
 
@@ -54,8 +52,15 @@ class Way:
         parts = [(step % self.whole == 0, 1 + self.guided(step)) for step in range(self.steps)]
         return sum(n for whole, n in parts if whole), sum(n for whole, n in parts if not whole)
 
+    @property
+    def schedule(self) -> dict[str, float]:
+        """Of the guidance scale, which is 1 at steps that are not guided."""
+        last = self.steps - 1
+        return {f"{100 * step / last}%": 1 if self.guided(step) else 1 / self.scale for step in range(self.steps)}
 
-WAYS = {  # all but the last of about 12 calls
+
+WAYS = {  # all but the first and the last of about 12 calls
+    "12 steps": Way(12),
     "6 steps": Way(6),
     "6 steps, guidance 2": Way(6, scale=2.0),
     "guidance in the first half (arXiv 2404.07724)": Way(8, guided=lambda step: step < 4),
@@ -81,12 +86,11 @@ def main() -> None:
 
 
 def score(name: str, way: Way, captions: int) -> dict[str, Any]:
-    options = {"steps": way.steps, "guidance_scale": way.scale, "timestep_spacing": "trailing"}
+    options = {"steps": way.steps, "guidance_scale": way.scale, "guidance_schedule": way.schedule}
     (entry,) = load_config(BUNDLED, options, complete=False).entries
-    pipe = AnimateDiffPipeline.from_config(BUNDLED, device="cpu")
+    pipe = AnimateDiffPipeline.from_config(BUNDLED, device="cpu", **options)
     pipe.features = (*pipe.features, step_cache(way.whole))
-    with guided_at(way.guided):
-        found = evaluate_shapes(clip_maker(pipe, entry), captions=captions, batch=10)["generated"]
+    found = evaluate_shapes(clip_maker(pipe, entry), captions=captions, batch=10)["generated"]
     calls, shallow = way.calls
     row = {"way": name, "steps": way.steps, "calls": calls, "shallow_calls": shallow, "captions": captions}
     return row | {key: found[key] for key in SCORES}
@@ -100,29 +104,6 @@ def append(path: Path, row: dict[str, Any]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
-
-
-@contextmanager
-def guided_at(wanted: Callable[[int], bool]) -> Iterator[None]:
-    """Within it only some steps are guided; at others the conditional part is all that is asked for."""
-    plain = sample.guided_denoiser
-
-    @contextmanager
-    def sometimes(run: Run, features: Any) -> Iterator[Denoise]:
-        alone = sample._part(run, run.parts.index("conditional"))
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            own = run if wanted(step_of(run.timesteps, t)) else alone
-            with sample.steered(own, features) as one:
-                return sample.guided(sample.over_frames(one, own), own)(x, t)
-
-        yield denoise
-
-    sample.guided_denoiser = sometimes
-    try:
-        yield
-    finally:
-        sample.guided_denoiser = plain
 
 
 def step_cache(whole: int) -> Feature:
