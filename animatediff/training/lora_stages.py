@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,12 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from animatediff.checkpoints.lora_files import write_lora
+from animatediff.checkpoints.lora_files import read_lora, write_lora
 from animatediff.checkpoints.lora_keys import lora_keys
 from animatediff.models.lora import AttachedLoRA, LoRA, LoRAStack
 from animatediff.models.lora_layers import LoRAEntry
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
+from animatediff.training.sources import resolve_path
 from animatediff.utils import UserError
 
 Kind = Literal["lora", "motion-lora", "domain-adapter", "consistency"]
@@ -61,8 +62,9 @@ def attach_lora(
     alpha: float | None = None,
     convolutions: bool = False,
     algorithm: Algorithm = "lora",
+    init_from: str = "",
 ) -> TrainableLoRA:
-    """Put a fresh LoRA, which changes nothing yet, on the layers of its kind.
+    """Put a LoRA on the layers of its kind: a fresh one, which changes nothing yet, or one to go on from.
 
     Args:
         kind: "lora" changes the spatial transformers, "domain-adapter" their attentions (arXiv 2307.04725, sec. 4.1),
@@ -73,9 +75,10 @@ def attach_lora(
         convolutions: change the ResNet blocks and what scales between resolutions as well. Only for "lora".
         algorithm: what a change is made of (`models.lora_algorithms`). AnimateDiff's own keys know plain LoRAs alone:
             others are saved under LyCORIS'.
+        init_from: a LoRA file of any dialect, of the same layers, algorithm, rank and alpha.
 
     Raises:
-        UserError: a rank below 1, or a network without such layers.
+        UserError: a rank below 1, a network without such layers, or another LoRA to go on from.
     """
     if rank < 1:
         raise UserError(f"rank: got {rank}, expected at least 1")
@@ -94,12 +97,44 @@ def attach_lora(
     entries = tuple(
         _fresh(kind, network, name, layer.weight, rank, alpha, algorithm) for network, name, layer in layers
     )
+    if init_from:
+        entries = _learnt(entries, read_lora(resolve_path(init_from)))
     lora = LoRA("trained", kind, entries, metadata=facts)
     stack = LoRAStack(unet, text_encoder)
     stack.add(lora)
     attached = stack.loras[0]
     attached.requires_grad_(True)
     return TrainableLoRA(lora, attached)
+
+
+def _learnt(fresh: Sequence[LoRAEntry], lora: LoRA) -> tuple[LoRAEntry, ...]:
+    """Fresh entries with the tensors of a LoRA. Raises: UserError where it changes other layers, or in another way."""
+    found, wanted = ({entry.target: entry for entry in entries} for entries in (lora.entries, fresh))
+    if more := sorted(found.keys() ^ wanted.keys()):
+        raise UserError(
+            f"init_from: got a LoRA on {len(found)} layers, expected the {len(wanted)} of this stage: {more[0]} is in "
+            "one of them alone; set the same options, or start from a fresh LoRA"
+        )
+    for own, other in ((entry, found[entry.target]) for entry in fresh):
+        if _form(own) != _form(other):
+            raise UserError(
+                f"init_from: got {_form(other)} in {own.target}, expected {_form(own)}: set the same algorithm, rank "
+                "and alpha"
+            )
+    return tuple(
+        replace(
+            entry,
+            tensors={
+                key: found[entry.target].tensors[key].float().reshape(t.shape) for key, t in entry.tensors.items()
+            },
+        )
+        for entry in fresh
+    )
+
+
+def _form(entry: LoRAEntry) -> str:
+    sizes = {key: "x".join(str(n) for n in t.shape if n > 1) or "1" for key, t in sorted(entry.tensors.items())}
+    return f"{entry.algorithm} of {', '.join(f'{key} {size}' for key, size in sizes.items())}, times {entry.factor():g}"
 
 
 def _fresh(

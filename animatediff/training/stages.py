@@ -192,6 +192,7 @@ class ImageLoRA(Training):
     train_text_encoder: bool = opt(False, "train the text encoder too")
     algorithm: Algorithm = opt("lora", "what a change is made of; locon: lora with convolutions")
     convolutions: bool = opt(False, "change these too, not the transformers alone: for looks that are texture")
+    init_from: str = opt("", "a LoRA to start from, in place of a fresh one")
 
     def trainable(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
         text_encoder: TextEncoder | None = base.text_encoder if self.train_text_encoder else None
@@ -203,6 +204,7 @@ class ImageLoRA(Training):
             alpha=self.alpha,
             convolutions=self.convolutions,
             algorithm=self.algorithm,
+            init_from=self.init_from,
         )
         return lora.attached, lambda folder, metadata: lora.save(folder / "lora.safetensors", metadata)
 
@@ -213,9 +215,10 @@ class DomainAdapter(Training):
 
     name: ClassVar[str] = "domain_adapter"
     rank: Int = opt(128, "of every change", ge=1)
+    init_from: str = opt("", "a LoRA to start from, in place of a fresh one")
 
     def trainable(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
-        lora = attach_lora("domain-adapter", unet, rank=self.rank)
+        lora = attach_lora("domain-adapter", unet, rank=self.rank, init_from=self.init_from)
         return lora.attached, lambda folder, metadata: lora.save(folder / "adapter.safetensors", metadata)
 
 
@@ -284,12 +287,13 @@ class MotionLoRA(ClipTraining):
     motion_module: str = opt(..., "the module that it changes")
     rank: Int = opt(64, "of every change", ge=1)
     algorithm: Algorithm = opt("lora", "what a change is made of")
+    init_from: str = opt("", "a LoRA to start from, in place of a fresh one")
 
     def networks(self, base: ImageModel, log: Log) -> UNet:
         return self.with_module(self.adapted(base.unet, log), self.motion_module, log)
 
     def trainable(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
-        lora = attach_lora("motion-lora", unet, rank=self.rank, algorithm=self.algorithm)
+        lora = attach_lora("motion-lora", unet, rank=self.rank, algorithm=self.algorithm, init_from=self.init_from)
         return lora.attached, lambda folder, metadata: lora.save(folder / "motion_lora.safetensors", metadata)
 
 
@@ -306,6 +310,7 @@ class ConsistencyTraining(ClipTraining):
     )
     timesteps: Int = opt(100, "from noise to clean between which the teacher steps; a divisor of 1000", ge=1)
     phases: Int = opt(1, "1: for the sampler lcm; else for as many steps of ddim, spaced `trailing`", ge=1)
+    init_from: str = opt("", "a LoRA to start from, in place of a fresh one")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -319,7 +324,7 @@ class ConsistencyTraining(ClipTraining):
         return self.with_module(self.adapted(base.unet, log), self.motion_module, log)
 
     def trainable(self, unet: UNet, base: ImageModel) -> tuple[nn.Module, Save]:
-        lora = attach_lora("consistency", unet, rank=self.rank)
+        lora = attach_lora("consistency", unet, rank=self.rank, init_from=self.init_from)
         facts = {"consistency": json.dumps({"timesteps": self.timesteps, "phases": self.phases})}
 
         def save(folder: Path, metadata: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ from animatediff.models.lora import LoRAStack
 from animatediff.models.text import TextEncoder
 from animatediff.models.unet import UNet
 from animatediff.training.lora_stages import attach_lora, factors
+from animatediff.utils import UserError
 
 SIZES = {"block_out_channels": (8, 16), "attention_levels": (False, True), "layers_per_block": 1, "context_dim": 8}
 CONFIG = UNetConfig(**SIZES, num_heads=2, norm_num_groups=4).with_motion(MotionConfig(version="v2", num_heads=2))
@@ -65,6 +66,33 @@ def test_an_algorithm(tmp_path, kind, algorithm):
     torch.testing.assert_close(
         output(fresh, fresh_text), trained, rtol=0, atol=2**-8 * max(moved, plain.abs().max().item())
     )
+    if (algorithm, kind) in QUICK:
+        fresh, fresh_text = networks()
+        given = {"text_encoder": fresh_text, "alpha": 2.0} if kind == "lora" else {}
+        again = attach_lora(kind, fresh, rank=4, algorithm=algorithm, init_from=str(path), **given)
+        assert again.save(tmp_path / "again.safetensors", {}).read_bytes() == path.read_bytes()
+        assert all(p.requires_grad for p in again.attached.parameters())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            {"rank": 2},
+            "got lora of down 2x16, up 16x2, times 1 in unet.*, expected lora of down 4x16, up 16x4, times 1: set",
+        ),
+        ({"alpha": 2.0}, "times 0.5 in unet.*, expected .*, times 1: set"),
+        ({"algorithm": "dora"}, "got lora of down 4x16, magnitude 16, up 16x4, times 1 in"),
+        (
+            {"convolutions": True},
+            "got a LoRA on 79 layers, expected the 48 of this stage: unet.down_.* is in one of them",
+        ),
+    ],
+)
+def test_a_lora_to_go_on_from_is_of_the_same_form(tmp_path, other, message):
+    path = attach_lora("lora", networks()[0], **{"rank": 4} | other).save(tmp_path / "lora.safetensors", {})
+    with pytest.raises(UserError, match=f"init_from: .*{message}"):
+        attach_lora("lora", networks()[0], rank=4, init_from=str(path))
 
 
 def test_factors():
