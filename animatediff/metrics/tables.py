@@ -33,7 +33,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     A text that a spreadsheet would run as a formula starts with an apostrophe.
     """
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8", errors="replace") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: _inert(value) for key, value in row.items()} for row in rows)
 

@@ -96,7 +96,7 @@ def report(rows: list[dict], out: Path | None) -> None:
         print("  ".join(f"{value!s:>10}" for value in row.values()))
     if out:
         with out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 
