@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from animatediff.checkpoints.lora_files import read_lora
+from animatediff.checkpoints.lora_files import in_dialect, read_lora, write_lora
 from animatediff.config.networks import MotionConfig, TextConfig, UNetConfig
 from animatediff.models.lora import LoRAStack
 from animatediff.models.text import TextEncoder
@@ -72,6 +72,16 @@ def test_an_algorithm(tmp_path, kind, algorithm):
         again = attach_lora(kind, fresh, rank=4, algorithm=algorithm, init_from=str(path), **given)
         assert again.save(tmp_path / "again.safetensors", {}).read_bytes() == path.read_bytes()
         assert all(p.requires_grad for p in again.attached.parameters())
+
+
+def test_a_lora_to_go_on_from_may_be_of_another_dialect(tmp_path):
+    lora = attach_lora("lora", networks()[0], rank=4, convolutions=True)
+    for parameter in lora.attached.parameters():
+        torch.nn.init.normal_(parameter)
+    path, other = lora.save(tmp_path / "kohya.safetensors", {}), tmp_path / "diffusers.safetensors"
+    write_lora(in_dialect(read_lora(path), "diffusers"), other)
+    again = attach_lora("lora", networks()[0], rank=4, convolutions=True, init_from=str(other))
+    assert again.save(tmp_path / "again.safetensors", {}).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(
