@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from animatediff.checkpoints.diffusers_folders import model_folder, write_part
-from animatediff.checkpoints.diffusers_json import UNET_STEM, Json, heads_in, unet_json
+from animatediff.checkpoints.diffusers_json import UNET_STEM, Json, check_config, heads_in, unet_json
 from animatediff.checkpoints.files import (
     StateDict,
     file_sha256,
@@ -110,7 +110,8 @@ def load_controlnet(path: str | Path, unet: UNet, vae: VAE) -> tuple[ControlNet,
     path, tensors = parts.path, parts.tensors
     if parts.differences:
         base = unet.state_dict()
-        tensors = {key: t + base[key].to(t) if key in base else t for key, t in tensors.items()}
+        same = {key for key, t in tensors.items() if key in base and base[key].shape == t.shape}
+        tensors = {k: t.float() + base[k].to("cpu", torch.float32) if k in same else t for k, t in tensors.items()}
     with naming(path):
         config = controlnet_config(tensors, _base_facts(unet) | parts.metadata)
     _check_fits(config, unet, vae, path)
@@ -248,6 +249,7 @@ def _facts(weights: Path) -> dict[str, str]:
     config = read_json(path) if path.is_file() else {}
     if config.get("_class_name") != "ControlNetModel":
         return {"global_pool_conditions": "true"} if "shuffle" in weights.stem.lower() else {}
+    check_config("unet", config, path)
     names = {
         "norm_num_groups": "norm_num_groups",
         "global_pool_conditions": "global_pool_conditions",

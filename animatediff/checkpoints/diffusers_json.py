@@ -37,7 +37,13 @@ FIXED: dict[str, dict[str, tuple]] = {
         "conv_in_kernel": (3,),
         "conv_out_kernel": (3,),
     },
-    "vae": {"act_fn": ("silu", "swish"), "mid_block_add_attention": (True,), "shift_factor": (None, 0)},
+    "vae": {
+        "act_fn": ("silu", "swish"),
+        "mid_block_add_attention": (True,),
+        "shift_factor": (None, 0),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+    },
     "text_encoder": {"layer_norm_eps": (1e-5,)},
     "text_encoder_2": {"layer_norm_eps": (1e-5,)},
     "scheduler": {"num_train_timesteps": (1000,)},
@@ -94,9 +100,7 @@ def folder_metadata(folder: Path) -> dict[str, str]:
     parts = [part for part in FIXED if part != "scheduler"]
     files = {part: folder / part / "config.json" for part in parts}
     files["scheduler"] = folder / "scheduler" / "scheduler_config.json"
-    configs = {part: optional_json(path) for part, path in files.items()}
-    for part, config in configs.items():
-        check_config(part, config, files[part])
+    configs = {part: checked_json(part, path) for part, path in files.items()}
     unet = configs["unet"]
     if os.path.lexists(files["unet"]) and not ("attention_head_dim" in unet or "num_attention_heads" in unet):
         raise UserError(f"got {files['unet']} without attention_head_dim, expected it: fetch the file again")
@@ -109,11 +113,18 @@ def optional_json(path: Path) -> Json:
     return read_json(path) if os.path.lexists(path) else {}
 
 
+def checked_json(part: str, path: Path) -> Json:
+    """As `optional_json`, of a network's own config.json. Args and Raises as of `check_config`."""
+    config = optional_json(path)
+    check_config(part, config, path)
+    return config
+
+
 def check_config(part: str, config: Json, path: Path) -> None:
     """Refuse settings of a config.json that another network would be needed for.
 
     Args:
-        part: of a folder, a key of FIXED.
+        part: which network it is of, a key of FIXED.
 
     Raises:
         UserError: a setting is not what this network computes.
@@ -275,6 +286,7 @@ def scheduler_json(config: ScheduleConfig, *, name: str = "DDIMScheduler") -> Js
         "clip_sample": config.clip_sample,
         "num_train_timesteps": config.num_train_timesteps,
         "prediction_type": config.prediction_type,
+        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
         "set_alpha_to_one": config.set_alpha_to_one,
         "steps_offset": config.steps_offset,
         "timestep_spacing": config.timestep_spacing,

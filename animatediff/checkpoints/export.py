@@ -29,7 +29,7 @@ from animatediff.checkpoints.keymaps import (
     unet_table,
     vae_table,
 )
-from animatediff.checkpoints.metadata import motion_norm_groups, prediction_type
+from animatediff.checkpoints.metadata import motion_norm_groups, prediction_type, schedule_facts, schedule_metadata
 from animatediff.checkpoints.parts import VAE_ATTENTION_MATRIX, ImageParts, MotionParts, VAEParts
 from animatediff.checkpoints.sizes import (
     image_metadata_of,
@@ -71,14 +71,14 @@ def save_image_model(
     Args:
         model: a UNet (its motion modules are left out), text encoders, perhaps a VAE and a schedule.
         path: `.safetensors`, or `.ckpt`, `.pt`, `.pth`.
-        metadata: strings to add; heads, scaling factor and prediction type are written by themselves.
+        metadata: strings to add; heads, scaling factor and schedule are written by themselves.
         dtype: to store the weights in, their own by default.
     """
-    prediction = model.schedule.prediction_type if model.schedule else "epsilon"
     vae_sizes = model.vae.config if model.vae else None
     encoders = {"text": model.text_encoder, "text_2": getattr(model, "text_encoder_2", None)}
     sizes = [encoder and encoder.config for encoder in encoders.values()]
-    facts = image_metadata_of(model.unet.config, vae_sizes, *sizes, prediction=prediction)
+    facts = image_metadata_of(model.unet.config, vae_sizes, *sizes)
+    facts |= schedule_metadata(model.schedule or ScheduleConfig())
     parts = ImageParts(
         path=Path(path),
         kind="sdxl-checkpoint" if encoders["text_2"] else "sd1-checkpoint",
@@ -198,8 +198,8 @@ def _facts(parts: ImageParts) -> dict[str, str]:
         return parts.metadata
     unet = unet_config(parts.unet, parts.metadata)
     vae = vae_config(parts.vae, parts.metadata) if parts.vae else None
-    prediction = prediction_type(parts.metadata)
-    return parts.metadata | image_metadata_of(unet, vae, texts.get("text"), texts.get("text_2"), prediction=prediction)
+    facts = parts.metadata | image_metadata_of(unet, vae, texts.get("text"), texts.get("text_2"))
+    return facts | ({"prediction_type": prediction} if (prediction := prediction_type(facts)) else {})
 
 
 def write_diffusers(parts: ImageParts, folder: str | Path) -> Path:
@@ -218,8 +218,8 @@ def write_diffusers(parts: ImageParts, folder: str | Path) -> Path:
     sdxl, refiner = "text_2" in texts, "text" not in texts
     schedule = ScheduleConfig(
         beta_schedule=parts.metadata.get("beta_schedule", "scaled_linear"),  # as the image models were trained
-        prediction_type=prediction_type(parts.metadata) or "epsilon",
         set_alpha_to_one=False,
+        **schedule_facts(parts.metadata),
     )
     size = 128 if sdxl else 64  # latents; a hint for the default picture size
     numbers = (unet.added_channels - texts["text_2"].projection_width) // (5 if refiner else 6) if sdxl else 0

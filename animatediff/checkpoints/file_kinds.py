@@ -173,7 +173,7 @@ KINDS: dict[str, Kind] = {
         "a domain adapter",
         both(is_lora(lambda targets: not any("_motion_modules_" in t for t in targets)), any_key(_ADAPTER)),
         "the v3 motion module it was trained with",
-        "adapter_lora_path: {path}",
+        "adapter_lora_path: {path}   # or, of an image model alone: lora_model_path: {path}",
     ),
     "lora": Kind("a LoRA of an image model", is_lora(), "an SD 1.x image model", "lora_model_path: {path}"),
     "sd2-textual-inversion": Kind("a textual inversion for SD 2.x", is_embedding(1024), _UNUSED_HERE),
@@ -240,6 +240,12 @@ KINDS: dict[str, Kind] = {
         "a smaller network made from SDXL (SSD-1B, Vega, KOALA)",
         both(_SDXL, is_thinned),
         "another UNet, which is not part of this project; use an image model made from SDXL",
+    ),
+    "sdxl-unet": Kind(
+        "the UNet of an SDXL image model",
+        both(_SDXL, lambda tensors: not any_key(r"^(conditioner|first_stage_model)\.")(tensors)),
+        "text encoders and VAE of an SDXL base",
+        "dreambooth_path: {path}",
     ),
     "sdxl-checkpoint": Kind(
         "an SDXL image model (or one made of it: Turbo, Lightning, Pony, Illustrious)",

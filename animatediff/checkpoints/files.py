@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from animatediff.checkpoints.hashes import file_hashes
+from animatediff.checkpoints.keymaps import with_unet_prefix
 from animatediff.checkpoints.pickles import first_line, read_pickle
 from animatediff.checkpoints.weight_checks import check_keys, check_tensors, dequantised
 from animatediff.utils import UserError, naming, replacing
@@ -76,7 +77,8 @@ def read_state_dict(path: str | Path) -> LoadedFile:
     """Read `.safetensors`, `.ckpt`, `.pt`, `.pth`, `.bin` (told apart by content) or a sharded model's index.
 
     Nothing in the file is executed. Wrappers (`state_dict`, `controlnet`), entries that are not tensors and the
-    prefixes of DDP and torch.compile (`module.`, `_orig_mod.`) are removed and noted.
+    prefixes of DDP and torch.compile (`module.`, `_orig_mod.`) are removed and noted; a UNet alone in LDM keys gets the
+    prefix that it has in a whole model.
 
     Raises:
         UserError: the file is missing, damaged, no weight file at all, or would have to execute code.
@@ -353,7 +355,7 @@ def _strip_wrapper_prefixes(tensors: StateDict) -> tuple[StateDict, list[str]]:
     if (plain := strip_prefix(tensors, "module.")) is not tensors:
         tensors = plain
         notes.append("removed the prefix `module.` of distributed training")
-    return tensors, notes
+    return with_unet_prefix(tensors), notes
 
 
 def _read_shards(index: Path) -> LoadedFile:

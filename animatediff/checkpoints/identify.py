@@ -37,7 +37,7 @@ SD15_WIDTHS = (320, 640, 1280, 1280)
 SD15_CONTEXT = 768
 SDXL_WIDTHS = (320, 640, 1280)
 SDXL_VERSIONS = ("sdxl-beta", "hotshot-xl")
-_SCHEDULED = ("sd1-checkpoint", "sdxl-checkpoint", "sd1-unet")
+_SCHEDULED = ("sd1-checkpoint", "sdxl-checkpoint", "sd1-unet", "sdxl-unet")
 CONDITIONED_MOTION = {"pia": "pia", "animatelcm-i2v": "animatelcm"}  # with a network for a picture -> motion version
 
 
@@ -219,11 +219,9 @@ def _base(kind: str, tensors: StateDict, version: str | None, metadata: Mapping[
         return "SDXL"
     if kind.startswith("sd2"):
         return "SD 2.x"
-    if kind in ("unknown", "dit-checkpoint"):
-        return "unknown"
     if kind == "rife":
         return "none: it sees pictures alone"
-    if kind == "tiny-decoder":
+    if not KINDS[kind].config:
         return "not told by the file"
     if kind == "ip-adapter":
         keys = next((t for key, t in tensors.items() if key.endswith(".to_k_ip.weight") and t.dim() == 2), None)
@@ -282,7 +280,7 @@ def _identify_folder(path: Path) -> FileInfo:
     first, *others = weight_files(path)
     file = read_state_dict(first)
     info = _identify_file(path, file)
-    if first.parent == path or info.kind not in ("sd1-unet", "sdxl-checkpoint", *MOTION_KINDS):
+    if first.parent == path or info.kind not in ("sd1-unet", "sdxl-unet", *MOTION_KINDS):
         return info
     sizes_of_all = _totals(
         {f"{p.parent.name}/{k}": t for p in (first, *others) for k, t in read_state_dict(p).tensors.items()}

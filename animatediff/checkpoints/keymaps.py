@@ -128,6 +128,14 @@ def unet_table(*, layers: int, attention_levels: Sequence[bool]) -> Table:
     return table | {f"{ours}.{a}": f"{ldm}.{b}" for ours, ldm in blocks.items() for a, b in _RESNET.items()}
 
 
+def with_unet_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A UNet alone in LDM's names, as ComfyUI has it, under LDM_UNET; all other state dicts as they are."""
+    own = r"(input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\."
+    if not any(re.match(r"output_blocks\.\d+\.1\.transformer_blocks\.", key) for key in tensors):
+        return tensors
+    return {LDM_UNET + key if re.match(own, key) else key: tensor for key, tensor in tensors.items()}
+
+
 def unet_layout(ldm_keys: Iterable[str]) -> tuple[int, tuple[bool, ...]]:
     """`layers` and `attention_levels` of `unet_table`, read from LDM keys (without LDM_UNET).
 

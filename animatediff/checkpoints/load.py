@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from animatediff.checkpoints.files import StateDict, begin_hashing, file_sha256
 from animatediff.checkpoints.keymaps import MOTION_MARK
 from animatediff.checkpoints.mapped import converted
-from animatediff.checkpoints.metadata import motion_norm_groups, schedule_facts
+from animatediff.checkpoints.metadata import motion_norm_groups, prediction_type, schedule_facts, schedule_metadata
 from animatediff.checkpoints.parts import (
     ImageParts,
     MotionParts,
@@ -112,10 +112,11 @@ def load_personalised(path: str | Path, base: ImageModel) -> ImageModel:
         base.vae and base.vae.config,
         base.text_encoder and base.text_encoder.config,
         base.text_encoder_2 and base.text_encoder_2.config,
-        prediction=base.schedule and base.schedule.prediction_type,
     )
-    if base.schedule and base.schedule.rescale_betas_zero_snr:
-        known["rescale_betas_zero_snr"] = "true"
+    if base.schedule:
+        known |= schedule_metadata(base.schedule)
+    if own := prediction_type(parts.stated):
+        known["prediction_type"] = own
     parts = replace(parts, stated=known | parts.stated)
     return _build_image_model(parts, dtype=sample.dtype, device=sample.device, base=base)
 

@@ -42,6 +42,7 @@ REQUIRED: dict[str, tuple[tuple[str, ...], ...]] = {
     "oft": (("blocks",),),
     "glora": (("a1",), ("a2",), ("b1",), ("b2",)),
 }
+DIFFUSERS_PREFIXES = ("unet.", "text_encoder.", "text_encoder_2.")  # of keys that the config in the metadata is about
 SCALARS = ("alpha", "scale", "on_input")
 
 
@@ -132,14 +133,14 @@ def parse_lora(
             groups[target][part] = key
             if algorithm:
                 algorithms[target] = algorithm
-    config = _embedded_config(metadata) or peft_config or {}
+    embedded = _embedded_config(metadata)
     entries = []
     for target, keys in groups.items():
         algorithm = algorithms.get(target, "full" if "bias" in keys else None)
         if algorithm is None:
             unread += keys.values()
         else:
-            entries.append(_entry(target, algorithm, keys, tensors, config))
+            entries.append(_entry(target, algorithm, keys, tensors, embedded, peft_config or {}))
     if not entries:
         raise UserError(
             f"got no LoRA weights for a UNet or text encoder of SD 1.x or SDXL (keys such as "
@@ -211,8 +212,14 @@ def in_dialect(lora: LoRA, dialect: str) -> LoRA:
 
 
 def _entry(
-    target: str, algorithm: str, keys: dict[str, str], tensors: Mapping[str, Tensor], config: dict[str, Any]
+    target: str,
+    algorithm: str,
+    keys: dict[str, str],
+    tensors: Mapping[str, Tensor],
+    embedded: Mapping[str, Any],
+    beside: Mapping[str, Any],
 ) -> LoRAEntry:
+    """embedded, beside: the configurations in the file's metadata and in adapter_config.json."""
     first = next(iter(keys.values()))
     for choice in REQUIRED[algorithm]:
         if not keys.keys() & set(choice):
@@ -241,9 +248,10 @@ def _entry(
         entry = replace(entry, alpha=None)  # of a Kronecker product without low-rank factors it means nothing
     if "scale" in scalars:  # takes the place of alpha / rank
         return replace(entry, alpha=scalars["scale"] * entry.rank)
-    if "alpha" not in scalars and (first.startswith(PEFT_PREFIX) or ".lora_A" in keys.get("down", "")):
-        return replace(entry, alpha=_peft_alpha(entry, first, config))
-    return entry
+    of_peft = first.startswith(PEFT_PREFIX) or ".lora_A" in keys.get("down", "")
+    if "alpha" in scalars or not (of_peft or (embedded and first.startswith(DIFFUSERS_PREFIXES))):
+        return entry
+    return replace(entry, alpha=_peft_alpha(entry, first, embedded or beside))
 
 
 def _scalar(tensor: Tensor, key: str) -> float:

@@ -82,7 +82,7 @@ LDM_PATHS = {
     for ours, ldm in unet_table(layers=2, attention_levels=4 * [attention]).items()
 } | {"label.emb.0.0": "add_embedding.linear_1", "label.emb.0.2": "add_embedding.linear_2"}
 TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-UNET_PATH = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding)(_|$)")
+UNET_PATH = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|(time|add)_embedding)(_|$)")
 
 # Names of ours that have a `_` in them, to find the dots of a path that has none.
 _WORDS = (
@@ -139,7 +139,7 @@ def target_of(stem: str) -> str | None:
     path = path.replace("_processor_", "_")
     if network == "unet":
         path = _motion_names(_ldm_names(path))
-        return "unet." + re.sub(r"_to_out$", "_to_out_0", path)
+        return "unet." + re.sub(r"_to_out$", "_to_out_0", path) if UNET_PATH.match(path) else None
     if network is not None:
         path = re.sub(r"(?<=self_attn_)to_(q|k|v|out)$", lambda m: TEXT_NAMES[m[0]], path)
         return f"{network}." + (path if path.startswith(("text_model_", "text_projection")) else f"text_model_{path}")
@@ -177,7 +177,7 @@ def lora_base(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None 
     if any(map(SDXL_KEY.search, tensors)):
         return "SDXL"
     for key, tensor in tensors.items():
-        if re.search(r"attn2.to_[kv][._].*(down|lora_A)", key) and tensor.dim() >= 2:
+        if re.search(r"attn2[._](processor\.)?to_[kv][._].*(down|lora_A)", key) and tensor.dim() >= 2:
             if known := {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}.get(tensor.shape[1]):
                 return known
     told = re.match(r"sdxl|sd_v2|sd_v1|", (metadata or {}).get("ss_base_model_version", ""))[0]

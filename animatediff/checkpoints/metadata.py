@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from animatediff.config.networks import ScheduleConfig
+from animatediff.diffusion.schedule import SPACINGS
 from animatediff.utils import UserError
 
 # Entries of a single file that are no weights but tell how it was trained -> metadata.
 MARKERS = {"v_pred": {"prediction_type": "v_prediction"}, "ztsnr": {"rescale_betas_zero_snr": "true"}}
 Metadata = Mapping[str, str]
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 
 def motion_norm_groups(metadata: Metadata) -> int:
@@ -39,11 +40,19 @@ def schedule_facts(metadata: Metadata) -> dict[str, Any]:
     """What an image model's file says of its schedule, as arguments of ScheduleConfig; not betas, a motion module's."""
     facts = {
         "prediction_type": prediction_type(metadata),
-        "timestep_spacing": choice(metadata, "timestep_spacing", TIMESTEP_SPACINGS),
+        "timestep_spacing": choice(metadata, "timestep_spacing", SPACINGS),
     }
     if choice(metadata, "rescale_betas_zero_snr", ("true", "false")) == "true":
         facts["rescale_betas_zero_snr"] = True
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def schedule_metadata(schedule: ScheduleConfig) -> dict[str, str]:
+    """What `schedule_facts` reads of this schedule."""
+    told = {"prediction_type": schedule.prediction_type}
+    if schedule.timestep_spacing != ScheduleConfig.timestep_spacing:
+        told["timestep_spacing"] = schedule.timestep_spacing
+    return told | ({"rescale_betas_zero_snr": "true"} if schedule.rescale_betas_zero_snr else {})
 
 
 def consistency_facts(metadata: Metadata) -> tuple[int, int] | None:

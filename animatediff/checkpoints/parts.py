@@ -12,9 +12,9 @@ from animatediff.checkpoints.diffusers_json import (
     VAE_STEM,
     adapter_frames,
     adapter_metadata,
+    checked_json,
     folder_metadata,
     image_metadata,
-    optional_json,
 )
 from animatediff.checkpoints.files import LoadedFile, StateDict, find_weights, read_state_dict
 from animatediff.checkpoints.identify import (
@@ -49,7 +49,8 @@ from animatediff.utils import UserError
 
 TEXT_FOLDERS = {"text_encoder": "text", "text_encoder_2": "text_2"}  # of a diffusers folder -> field of ImageParts
 IMAGE_KINDS = ("sd1-checkpoint", "sdxl-checkpoint")  # that a single file can be
-FOLDER_KINDS = ("sd1-unet", "sdxl-checkpoint", "motion-adapter", "motion-module")  # that a folder's unet/ can be
+UNET_KINDS = ("sd1-unet", "sdxl-unet")
+FOLDER_KINDS = ("sd1-unet", "sdxl-unet", "motion-adapter", "motion-module")  # that a folder's unet/ can be
 VAE_ATTENTION_MATRIX = re.compile(r"(encoder|decoder)\.mid_block\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight")
 
 
@@ -76,7 +77,7 @@ class ImageParts:
     @property
     def metadata(self) -> dict[str, str]:
         """What is stated, and for the rest what is usual in the family."""
-        return (SDXL_METADATA if self.kind == "sdxl-checkpoint" else {}) | self.stated
+        return (SDXL_METADATA if self.kind.startswith("sdxl") else {}) | self.stated
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,12 @@ def read_image_parts(path: str | Path) -> ImageParts:
             return _read_diffusers(path)
     file = read_state_dict(weights)
     info = identify_tensors(file.tensors, file.metadata, path=path)
-    if info.kind == "sd1-unet" or (info.kind == "sdxl-checkpoint" and "conv_in.weight" in file.tensors):
-        config = optional_json(weights.with_name("config.json")) if path.is_dir() else {}
+    if info.kind in UNET_KINDS and not any(key.startswith(LDM_UNET) for key in file.tensors):
+        config = checked_json("unet", weights.with_name("config.json")) if path.is_dir() else {}
         metadata = file.metadata | image_metadata(unet=config)
         notes = [*file.notes, "a UNet alone, the rest is a base model's"]
         return ImageParts(path, info.kind, file.tensors, None, None, None, metadata, notes)
-    if info.kind not in IMAGE_KINDS:
+    if info.kind not in (*IMAGE_KINDS, *UNET_KINDS):
         raise refusal(info, "an image model")
     return _split_ldm(file, info.kind)
 
@@ -151,7 +152,7 @@ def read_vae_parts(path: str | Path) -> VAEParts:
         raise refusal(info, "a VAE")
     notes = list(file.notes)
     if any(key.startswith("encoder.down_blocks.") for key in file.tensors):
-        config = optional_json(weights.with_name("config.json"))
+        config = checked_json("vae", weights.with_name("config.json"))
         metadata = image_metadata(vae=config) | file.metadata
         return VAEParts(path, _vae_from_diffusers(file.tensors), metadata, notes)
     if info.kind == "vae":

@@ -114,8 +114,6 @@ def image_metadata_of(
     vae: VAEConfig | None,
     text: TextConfig | None,
     text_2: TextConfig | None = None,
-    *,
-    prediction: str | None = None,
 ) -> dict[str, str]:
     """What a file of this image model has to carry beside its weights. Norm groups only where they are not 32."""
     metadata: dict[str, object] = {"head_dim": unet.head_dim} if unet.head_dim else {"num_heads": unet.num_heads}
@@ -124,8 +122,6 @@ def image_metadata_of(
             metadata |= {f"{name}_num_heads": encoder.num_heads, f"{name}_activation": encoder.activation}
     if unet.norm_num_groups != 32:
         metadata["norm_num_groups"] = unet.norm_num_groups
-    if prediction:
-        metadata["prediction_type"] = prediction
     return {name: str(value) for name, value in metadata.items()} | (vae_metadata_of(vae) if vae else {})
 
 

@@ -10,7 +10,7 @@ import torch
 
 from animatediff.checkpoints.controlnet_files import check_encoder_fits
 from animatediff.checkpoints.diffusers_folders import model_folder, write_part
-from animatediff.checkpoints.diffusers_json import UNET_STEM, Json, optional_json, sparsectrl_metadata, unet_json
+from animatediff.checkpoints.diffusers_json import UNET_STEM, Json, checked_json, sparsectrl_metadata, unet_json
 from animatediff.checkpoints.files import (
     StateDict,
     file_sha256,
@@ -71,8 +71,9 @@ def read_sparsectrl_parts(path: str | Path) -> SparseCtrlParts:
     official = {motion_to_official(key) if MOTION_MARK in key else key: t for key, t in file.tensors.items()}
     tensors = {key: t for key, t in official.items() if not key.endswith(POSITIONAL_ENDINGS)}
     positional = {key: t for key, t in official.items() if key not in tensors}
+    config = checked_json("unet", weights.with_name("config.json"))
     with naming(path):
-        metadata = sparsectrl_metadata(optional_json(weights.with_name("config.json"))) | file.metadata
+        metadata = sparsectrl_metadata(config) | file.metadata
     notes = [*file.notes, *(["positional encodings are computed, the file's were not loaded"] if positional else [])]
     return SparseCtrlParts(path, info.version, tensors, positional, info.positional_length, metadata, notes)
 

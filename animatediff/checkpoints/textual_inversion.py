@@ -9,6 +9,7 @@ Files, by their keys:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ from animatediff.checkpoints.identify import FileInfo, identify_tensors, refusal
 from animatediff.checkpoints.kind_rules import embedding_vectors
 from animatediff.checkpoints.load import LoadReport
 from animatediff.checkpoints.weight_checks import check_finite
+from animatediff.config.values import EMBEDDING
 from animatediff.models.lora import LoRA
 from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import Tokenizer
@@ -77,13 +79,26 @@ def write_textual_inversion(source: Path, target: Path, *, diffusers: bool) -> N
     write_state_dict(target, {key: vectors.reshape(-1, vectors.shape[-1])})
 
 
+def save_words(encoders: Sequence[tuple[TextEncoder, Tokenizer]], folder: Path) -> dict[str, Path]:
+    """Write the words that were added to a text encoder, or to both of SDXL: word -> file in `folder`."""
+    keys = SDXL_KEYS if len(encoders) == 2 else ("emb_params",)
+    files = {}
+    for number, word in enumerate(encoders[0][1].own_words):
+        vectors = {
+            key: encoder.text_model.embeddings.token_embedding.weight[tokenizer.own_words[word]]
+            for key, (encoder, tokenizer) in zip(keys, encoders, strict=True)
+        }
+        files[word] = write_state_dict(folder / f"embedding_{number}.safetensors", vectors)
+    return files
+
+
 def _read(path: Path) -> tuple[FileInfo, StateDict, Tensor, str]:
     """What a file is, its tensors, the vectors of its (second) text encoder, and the token that it names, if any."""
     file = read_state_dict(path)
     info = identify_tensors(file.tensors, file.metadata, path=path)
     vectors = embedding_vectors(file.tensors)
-    if vectors is None or info.kind not in ("textual-inversion", "sdxl-textual-inversion"):
-        raise refusal(info, "a textual inversion")
+    if vectors is None or info.kind not in EMBEDDING.kinds:
+        raise refusal(info, EMBEDDING.what)
     check_finite(file.tensors, path)
     own = next(key for key in file.tensors if not key.startswith("string_to_token."))
     named = own not in ("emb_params", *SDXL_KEYS) and not own.startswith("string_to_param.")

@@ -21,7 +21,7 @@ INDICES = re.compile(
     r"position_ids|bias_indices|bias_size|string_to_token|num_batches_tracked|num_updates|^v_pred|^ztsnr|^tokens$"
 )
 SCALES = {".scale_weight": ".weight", ".weight_scale": ".weight"}  # of 8-bit floats -> the weight they belong to
-INPUT_SCALE = r"\.(scale_input|input_scale)$|^scaled_fp8$"  # for arithmetic in 8 bits, which is not done here
+INPUT_SCALE = r"\.(scale_input|input_scale)$|(^|\.)scaled_fp8$"  # for arithmetic in 8 bits, which is not done here
 LONGEST_KEY = 500  # characters
 
 

@@ -115,14 +115,14 @@ Text = Annotated[str, before(_utf8)]
 PathText = Annotated[str, before(_path)]
 
 IMAGE_MODEL = FileKind("an SD 1.x or SDXL image model", ("sd1-checkpoint", "diffusers-folder", "sdxl-checkpoint"))
-PERSONALISED = FileKind("an SD 1.x or SDXL image model", (*IMAGE_MODEL.kinds, "sd1-unet"))
+PERSONALISED = FileKind("an SD 1.x or SDXL image model", (*IMAGE_MODEL.kinds, "sd1-unet", "sdxl-unet"))
 MOTION_MODULE = FileKind("a motion module", ("motion-module", "motion-adapter", "pia", "animatelcm-i2v"))
 PLAIN_MOTION_MODULE = FileKind("a motion module without a picture", ("motion-module", "motion-adapter"))
 VAE_FILE = FileKind("a VAE", ("vae", *IMAGE_MODEL.kinds))
-LORA_FILE = FileKind("a LoRA of an image model", ("lora", "sdxl-lora"))
+LORA_FILE = FileKind("a LoRA of an image model", ("lora", "sdxl-lora", "domain-adapter"))
 ADAPTER = FileKind("a domain adapter", ("domain-adapter", "lora"))
 MOTION_LORA = FileKind("a MotionLoRA", ("motion-lora",))
-EMBEDDING = FileKind("a textual inversion", ("textual-inversion", "sdxl-textual-inversion"))
+EMBEDDING = FileKind("a textual inversion for SD 1.x or SDXL", ("textual-inversion", "sdxl-textual-inversion"))
 SPARSECTRL = FileKind("a SparseCtrl encoder", ("sparsectrl",))
 CONTROLNET = FileKind("a ControlNet for SD 1.x or SDXL", ("controlnet", "sdxl-controlnet"))
 IP_ADAPTER = FileKind("an IP-Adapter for SD 1.x or SDXL", ("ip-adapter", "sdxl-ip-adapter"))

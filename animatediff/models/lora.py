@@ -49,16 +49,22 @@ class LoRA:
 
 @dataclass(frozen=True)
 class LoRAReport:
-    """What `LoRAStack.add` did: `applied` of the file's `total` keys; `unused` names all others."""
+    """What `LoRAStack.add` did: `applied` of the file's `total` keys; `unused` names all others.
+
+    `zero_alphas` counts the layers whose alpha is 0.
+    """
 
     name: str
     kind: str
     applied: int
     total: int
     unused: tuple[str, ...]
+    zero_alphas: int = 0
 
     def __str__(self) -> str:
         line = f"{self.kind} {self.name}: applied {self.applied} of {self.total} keys"
+        if self.zero_alphas:
+            line += f"; alpha is 0 in {self.zero_alphas} of its layers: they change nothing"
         if not self.unused:
             return line
         more = f" and {len(self.unused) - 4} more" if len(self.unused) > 4 else ""
@@ -163,7 +169,8 @@ class LoRAStack(nn.Module):
             self.loras.append(AttachedLoRA(lora.name, changes))
             self._place_layers()
         total = len(lora.unread) + sum(len(entry.file_keys) for entry in lora.entries)
-        return LoRAReport(lora.name, lora.kind, total - len(unused), total, tuple(unused))
+        zero_alphas = sum(change.factor == 0 for change in changes.values())
+        return LoRAReport(lora.name, lora.kind, total - len(unused), total, tuple(unused), zero_alphas)
 
     def _check_base(self, lora: LoRA) -> None:
         """Layers of the same size occur in different families: what a LoRA was made for decides."""

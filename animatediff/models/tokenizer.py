@@ -74,6 +74,9 @@ class Tokenizer:
         added_tokens: whole words -> ids that continue the vocabulary, kept in one piece wherever they occur.
         pad_token: fills a chunk after its end token (`<|endoftext|>` for every SD 1.x model).
 
+    Attributes:
+        own_words: those of `add_word` -> their ids.
+
     Raises:
         UserError: a vocabulary that lacks the start, end or padding token or a merged one, or added ids that
             leave a gap.
@@ -99,7 +102,7 @@ class Tokenizer:
         self._cache: dict[str, list[int]] = {}  # word -> ids
         self.vocab_size = len(self._vocabulary)
         self.start_id, self.end_id, self.pad_id = (self._special_id(token) for token in (START, END, pad_token))
-        self._own_words: dict[str, list[int]] = {}
+        self.own_words: dict[str, list[int]] = {}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -184,10 +187,10 @@ class Tokenizer:
             UserError: the word is blank, or there already.
         """
         key = word.strip().lower()
-        if not key or key in self._own_words:
+        if not key or key in self.own_words:
             what = f"the word {word!r} twice" if key else "a blank word"
             raise UserError(f"got {what}, expected one of its own: give it a name")
-        self._own_words[key] = ids
+        self.own_words[key] = ids
 
     def tokenize(self, prompt: str) -> list[int]:
         """The ids of one prompt, of any length, without start and end tokens."""
@@ -209,15 +212,15 @@ class Tokenizer:
         """The ids that belong together: those of an added word, any other token alone."""
         for i, part in enumerate(self._split(text)):
             if i % 2:
-                yield self._own_words[part]
+                yield self.own_words[part]
             else:
                 yield from ([token] for token in self._encode(part))
 
     def _split(self, text: str) -> list[str]:
         """What is between added words, and after each of these but the last the word that follows."""
-        if not self._own_words:
+        if not self.own_words:
             return [text]
-        longest_first = sorted(self._own_words, key=len, reverse=True)
+        longest_first = sorted(self.own_words, key=len, reverse=True)
         return re.split(f"({'|'.join(map(_whole_word, longest_first))})", text.lower())
 
     def _special_id(self, token: str) -> int:

@@ -70,7 +70,7 @@ class Headers:
 
     @property
     def sdxl(self) -> bool:
-        return self.image is not None and self.image.kind == "sdxl-checkpoint"
+        return self.image is not None and self.image.base == "SDXL"
 
     def recipe(self, request: Request) -> Recipe:
         """How models of this family are sampled where nobody says."""

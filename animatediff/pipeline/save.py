@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
+from animatediff.checkpoints.distilled import distillation_metadata
 from animatediff.checkpoints.export import save_image_model, save_motion_module
 from animatediff.checkpoints.motion_condition_files import motion_condition_tensors
+from animatediff.checkpoints.textual_inversion import save_words
 from animatediff.config.settings import dump_yaml
+from animatediff.models.text import TextEncoder
+from animatediff.models.tokenizer import Tokenizer
+from animatediff.models.twins import share_weights
 from animatediff.pipeline.model import Model
 from animatediff.utils import UserError, replacing
 
@@ -14,7 +22,8 @@ from animatediff.utils import UserError, replacing
 def save_model(model: Model, folder: Path) -> Path:
     """Write `image_model.safetensors`, `motion_module.safetensors` and a `config.yaml` that names them.
 
-    LoRAs are written as they are merged, at their present scales. ControlNets, IP-Adapters and other networks that are
+    LoRAs are written as they are merged, at their present scales, added words as textual inversions. The files say how
+    they have to be sampled, if they were distilled to few steps. ControlNets, IP-Adapters and other networks that are
     used as they were read are in their own files and stay there.
 
     Raises:
@@ -24,13 +33,33 @@ def save_model(model: Model, folder: Path) -> Path:
         raise UserError(f"got {folder}, which is a file, expected a folder: choose another")
     folder.mkdir(parents=True, exist_ok=True)
     files = {"base": folder / "image_model.safetensors"}
-    save_image_model(model, files["base"])
+    plain = replace(
+        model,
+        text_encoder=_without_words(model.text_encoder, model.tokenizer),
+        text_encoder_2=_without_words(model.text_encoder_2, model.tokenizer_2),
+    )
+    told = distillation_metadata(model.distillation, motion_module=False)
+    save_image_model(plain, files["base"], metadata=told)
     if model.unet.config.motion is not None:
         files["motion_module"] = folder / "motion_module.safetensors"
         picture = next((network for group, network in model.networks.items() if group in ("pia", "i2v")), None)
         condition = motion_condition_tensors(picture, model.unet) if picture else {}  # type: ignore[arg-type]
-        save_motion_module(model.unet, files["motion_module"], condition=condition)
-    entry = {"model": {name: str(path) for name, path in files.items()}, "prompts": {"prompt": [""]}}
+        told = distillation_metadata(model.distillation, motion_module=True)
+        save_motion_module(model.unet, files["motion_module"], condition=condition, metadata=told)
+    words = [{"path": str(path), "name": word} for word, path in save_words(model.text_encoders(), folder).items()]
+    networks = {name: str(path) for name, path in files.items()} | ({"embeddings": words} if words else {})
+    entry = {"model": networks, "prompts": {"prompt": [""]}}
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(dump_yaml([entry]), encoding="utf-8")
     return folder
+
+
+def _without_words(encoder: TextEncoder | None, tokenizer: Tokenizer | None) -> TextEncoder | None:
+    """The same weights, without the vectors of added words."""
+    if encoder is None or tokenizer is None or not tokenizer.own_words:
+        return encoder
+    plain = share_weights(encoder)
+    embeddings, first = plain.text_model.embeddings, min(min(ids) for ids in tokenizer.own_words.values())
+    embeddings.token_embedding = nn.Embedding.from_pretrained(embeddings.token_embedding.weight[:first])
+    plain.config = replace(plain.config, vocab_size=first)
+    return plain

@@ -25,7 +25,7 @@ from tests.checkpoints.synthetic import (
     with_positional,
     write,
 )
-from tests.nano import entry, write_files
+from tests.nano import entry, write_config, write_files
 
 COMPARED = (
     "sdxl-checkpoint",
@@ -33,6 +33,7 @@ COMPARED = (
     "sdxl-textual-inversion",
     "sdxl-controlnet",
     "sdxl-ip-adapter",
+    "sdxl-unet",
     "diffusers-folder",
 )  # by the tests of SDXL, folders
 
@@ -89,6 +90,13 @@ def test_the_line_of_a_folder_works(folder, tmp_path, monkeypatch, kind):
     stem = "pytorch_lora_weights" if "lora" in kind else UNET_STEM
     write_state_dict(model / f"{stem}.safetensors", FILES[kind]())
     check(folder, tmp_path, monkeypatch, model, kind)
+
+
+def test_a_lora_with_the_keys_of_a_domain_adapter_is_taken(folder, tmp_path):
+    """As diffusers wrote LoRAs at first."""
+    config = write_config(tmp_path / "config.yaml", entry(folder, lora_model_path=str(folder / "adapter.safetensors")))
+    (checked,) = check_requests(load_config(config).entries)
+    assert checked.headers.infos["model.loras[0].path"].kind == "domain-adapter"
 
 
 def check(folder, tmp_path, monkeypatch, path, kind):

@@ -26,6 +26,7 @@ from animatediff.models.vae import VAE
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import METADATA, equal, ldm_tensors, motion_tensors, with_positional, write
 
+SCHEDULE = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": "true"}
 GOLDEN_TOKENS = json.loads((Path(__file__).parents[1] / "golden/tokens.json").read_text(encoding="utf-8"))
 SMALL = UNetConfig(
     block_out_channels=(16, 32, 48),
@@ -46,7 +47,9 @@ def small_model(motion: MotionConfig | None = None) -> ImageModel:
         text_encoder=TextEncoder(
             TextConfig(vocab_size=50, width=24, layers=1, num_heads=3, mlp_width=32, max_length=9)
         ),
-        schedule=ScheduleConfig(prediction_type="v_prediction"),
+        schedule=ScheduleConfig(
+            prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
+        ),
         report=LoadReport(Path("x"), "built", None, "", 0),
     )
 
@@ -68,7 +71,7 @@ def test_a_saved_image_model_loads_by_itself(tmp_path, suffix):
     assert loaded.unet.config == model.unet.config
     assert loaded.vae.config == model.vae.config
     assert loaded.text_encoder.config == model.text_encoder.config
-    assert loaded.schedule.prediction_type == "v_prediction"
+    assert loaded.schedule == model.schedule
     assert same_weights(loaded.unet, model.unet) and same_weights(loaded.vae, model.vae)
     assert same_weights(loaded.text_encoder, model.text_encoder)
     assert read_state_dict(path).metadata["title"] == "shapes"
@@ -130,11 +133,11 @@ def test_a_motion_module_of_other_norm_groups_is_refused(tmp_path):
 
 
 def test_ldm_to_diffusers_and_back_is_exact(tmp_path):
-    path = write(
-        tmp_path / "a.safetensors", halved(ldm_tensors()), prediction_type="v_prediction", title="x", **METADATA
-    )
+    path = write(tmp_path / "a.safetensors", halved(ldm_tensors()), **SCHEDULE, title="x", **METADATA)
     write_diffusers(read_image_parts(path), tmp_path / "folder")
     write_ldm(read_image_parts(tmp_path / "folder"), tmp_path / "b.safetensors")
+    scheduler = json.loads((tmp_path / "folder/scheduler/scheduler_config.json").read_text())
+    assert SCHEDULE | {"rescale_betas_zero_snr": True} == {name: scheduler[name] for name in SCHEDULE}
     there, back = read_state_dict(path), read_state_dict(tmp_path / "b.safetensors")
     assert equal(back.tensors, there.tensors)
     assert there.metadata.items() <= back.metadata.items()

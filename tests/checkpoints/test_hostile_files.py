@@ -288,6 +288,7 @@ def test_scales_of_8_bit_floats(tmp_path):
         tmp_path / "x.safetensors",
         {
             "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn),
+            "model.diffusion_model.scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn),
             "a.weight": small,
             "a.scale_weight": scale,
             "a.scale_input": torch.tensor(1.0),
@@ -372,8 +373,9 @@ def test_settings_of_another_network_are_refused(folder, name):
     before = config.read_text(encoding="utf-8")
     try:
         edit(config, **{name: UNET_SETTINGS[name]})
-        with pytest.raises(UserError, match=f"unet/config.json: got {name} .*, expected"):
-            read_image_parts(folder)
+        for place in (folder, folder / "unet"):
+            with pytest.raises(UserError, match=f"unet/config.json: got {name} .*, expected"):
+                read_image_parts(place)
     finally:
         config.write_text(before, encoding="utf-8")
 

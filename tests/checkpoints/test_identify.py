@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from animatediff.checkpoints.file_kinds import KINDS
 from animatediff.checkpoints.files import write_state_dict
 from animatediff.checkpoints.identify import identify, identify_tensors, refusal
 from animatediff.checkpoints.keymaps import LDM_UNET, LDM_VAE, motion_to_diffusers
-from animatediff.config.networks import ScheduleConfig, distilled_schedule
+from animatediff.config.networks import SDXL_TURBO, ScheduleConfig, distilled_schedule
 from animatediff.utils import UserError
 from tests import sdxl
 from tests.checkpoints.synthetic import (
@@ -81,17 +82,26 @@ CASES: dict[str, tuple[str, object]] = {
     "sdxl lora": ("sdxl-lora", lambda: zeros(lora_te2_x__lora_down__weight=(4, 1280))),
     "sdxl lora by width": (
         "sdxl-lora",
-        lambda: {"lora_unet_x_attn2_to_k.lora_down.weight": torch.empty(4, 2048, device="meta")},
+        lambda: {"lora_unet_mid_block_x_attn2_to_k.lora_down.weight": torch.empty(4, 2048, device="meta")},
     ),
     "sd2 lora": (
         "sd2-lora",
-        lambda: {"lora_unet_x_attn2_to_k.lora_down.weight": torch.empty(4, 1024, device="meta")},
+        lambda: {"lora_unet_mid_block_x_attn2_to_k.lora_down.weight": torch.empty(4, 1024, device="meta")},
     ),
     "toy data set's encoder": ("image-encoder", lambda: zeros(image_encoder__0__weight=(32, 3, 4, 4))),
     "hellomeme": ("hellomeme", lambda: zeros(reference_modules_down__0__x__weight=(4, 4))),
     "flux lora": ("unsupported-lora", lambda: zeros(transformer__blocks__lora_A__weight=(4, 4))),
-    "loha": ("lora", lambda: zeros(lora_unet_x__hada_w1_a=(4, 4))),
-    "lokr": ("lora", lambda: zeros(lora_unet_x__lokr_w1=(4, 4))),
+    "ltx video lora": (
+        "unsupported-lora",
+        lambda: zeros(diffusion_model__transformer_blocks__0__attn1__to_q__lora_A__weight=(4, 4)),
+    ),
+    "z-image lora": (
+        "unsupported-lora",
+        lambda: zeros(diffusion_model__layers__0__attention__to_q__lora_A__weight=(4, 4)),
+    ),
+    "lumina lora": ("unsupported-lora", lambda: zeros(lora_unet_layers_0_attention_qkv__lora_down__weight=(4, 4))),
+    "loha": ("lora", lambda: zeros(lora_unet_conv_in__hada_w1_a=(4, 4))),
+    "lokr": ("lora", lambda: zeros(lora_unet_conv_in__lokr_w1=(4, 4))),
     "scribble": ("sparsectrl", lambda: sparsectrl_tensors("scribble")),
     "rgb": ("sparsectrl", lambda: sparsectrl_tensors("rgb")),
     "controlnet": ("controlnet", lambda: zeros(control_model__input_hint_block__0__weight=(16, 3, 3, 3))),
@@ -167,6 +177,7 @@ CASES: dict[str, tuple[str, object]] = {
     ),
     "whole sdxl": ("sdxl-checkpoint", sdxl.checkpoint),
     "refiner": ("sdxl-checkpoint", sdxl.refiner),
+    "sdxl unet": ("sdxl-unet", lambda: zeros(add_embedding__linear_1__weight=(1, 1))),
     "flux": ("dit-checkpoint", lambda: zeros(double_blocks__0__img_attn__qkv__weight=(4, 4))),
     "diffusers unet": ("sd1-unet", lambda: zeros(down_blocks__0__resnets__0__time_emb_proj__weight=(320, 1280))),
     "vae": ("vae", lambda: zeros(decoder__conv_in__weight=(512, 4, 3, 3))),
@@ -262,6 +273,8 @@ def test_variants_are_told_apart():
 def test_the_base_is_named_by_family_and_widths():
     assert identify_tensors(sdxl_motion(), path=PATH).base == "SDXL"
     assert identify_tensors(context(1024), path=PATH).base == "SD 2.x"
+    for case in ("ltx video lora", "SVD", "playground", "flux", "nothing known"):
+        assert identify_tensors(CASES[case][1](), path=PATH).base == "not told by the file"
     for tensors in (ldm_tensors(), motion_tensors("v3"), renamed(motion_tensors("v3"), motion_to_diffusers)):
         assert identify_tensors(tensors, path=PATH).base == "SD 1.x layout of widths 32, 64, 64, 96"
     official = {
@@ -317,6 +330,18 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         ("kohya", "Hyper-SD15-8steps-lora", ("Hyper-SD of 8 steps", "ddim", 8)),
         ("kohya", "AnimateLCM_sd15_t2v_lora", ("a latent consistency model", "lcm", 4)),
         ("kohya", "welcome_lcmx", None),
+        ("kohya", "realisticVisionLCM_v1", ("a latent consistency model", "lcm", 4)),
+        (
+            "kohya",
+            "models--latent-consistency--lcm-lora-sdv1-5/snapshots/8b1a/pytorch_lora_weights",
+            ("a latent consistency model", "lcm", 4),
+        ),
+        ("motion", "models--lcm--motion/snapshots/8b1a/diffusion_pytorch_model", None),
+        (
+            "motion",
+            "models--wangfuyun--AnimateLCM/snapshots/8b1a/diffusion_pytorch_model",
+            ("AnimateLCM", "lcm", 6),
+        ),
         ("vae", "sdxl_lightning_8step", None),
     ],
 )
@@ -341,3 +366,14 @@ def test_what_else_the_names_of_distilled_models_tell():
             assert distilled_schedule(ScheduleConfig(), needs).lcm_timesteps == 20
     for damaged in ("", "{", "[]", '{"timesteps": 0, "phases": 1}', '{"timesteps": 1e999, "phases": 1}'):
         assert identify_tensors(CASES["kohya"][1](), {"consistency": damaged}, path=PATH).distillation is None
+
+
+@pytest.mark.parametrize("change", [{}, {"steps": 0}, {"sampler": 1}, {"possible_steps": []}, {"timesteps": "x"}])
+def test_a_file_may_say_itself_how_it_was_distilled(change):
+    told = {"distillation": json.dumps(asdict(SDXL_TURBO) | change)}
+    info = identify_tensors(CASES["motion"][1](), told, path=PATH)
+    if not change:
+        assert info.distillation == SDXL_TURBO
+    else:
+        with pytest.raises(UserError, match="x.safetensors: .*metadata `distillation`"):
+            assert info.distillation

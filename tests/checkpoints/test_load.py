@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from animatediff.checkpoints.export import write_diffusers, write_motion_adapter
 from animatediff.checkpoints.files import file_sha256, read_state_dict, write_state_dict
+from animatediff.checkpoints.identify import identify
 from animatediff.checkpoints.keymaps import LDM_TEXT, LDM_UNET, LDM_VAE
 from animatediff.checkpoints.load import ImageModel, load_base, load_motion_module, load_personalised
 from animatediff.checkpoints.parts import read_image_parts, read_motion_parts
+from animatediff.config.networks import ScheduleConfig
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import (
     METADATA,
@@ -327,6 +330,23 @@ def test_personalised_models_leave_the_base_alone(tmp_path, base):
     torch.testing.assert_close(personal.unet.conv_in.weight, base.unet.conv_in.weight + 1)
     torch.testing.assert_close(personal.vae.quant_conv.bias, base.vae.quant_conv.bias + 1)
     assert personal.text_encoder.config == base.text_encoder.config, "heads are the base's where the file has none"
+
+
+def test_a_schedule_that_the_file_does_not_tell_is_the_bases(tmp_path, base):
+    path = write(tmp_path / "x.safetensors", ldm_tensors())
+    schedule = ScheduleConfig(prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True)
+    assert load_personalised(path, replace(base, schedule=schedule)).schedule == schedule
+    write(path, ldm_tensors(), **{"timestep_spacing": "linspace", "modelspec.prediction_type": "sample"})
+    own = replace(schedule, prediction_type="sample", timestep_spacing="linspace")
+    assert load_personalised(path, replace(base, schedule=schedule)).schedule == own
+
+
+def test_a_unet_alone_in_bare_names_is_a_personalised_model(tmp_path, base):
+    """As ComfyUI has it."""
+    unet = {key.removeprefix(LDM_UNET): t for key, t in ldm_tensors().items() if key.startswith(LDM_UNET)}
+    personal = load_personalised(write(tmp_path / "x.safetensors", unet), base)
+    assert equal(personal.unet.state_dict(), base.unet.state_dict()) and personal.vae is base.vae
+    assert identify(tmp_path / "x.safetensors").kind == "sd1-checkpoint"
 
 
 @pytest.fixture(scope="module")

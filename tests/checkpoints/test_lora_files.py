@@ -255,6 +255,23 @@ def test_alpha_of_a_peft_file(tmp_path, config, factor):
     assert only_factor(read_lora(kohya)) == 1.0  # the config beside it is another file's
 
 
+@pytest.mark.parametrize(
+    ("stem", "ends"),
+    [
+        (PEFT_STEM, (".lora.down", ".lora.up")),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q", ("_lora.down", "_lora.up")),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", (".lora_linear_layer.down", ".lora_linear_layer.up")),
+    ],
+)
+def test_alpha_in_the_metadata_holds_for_all_of_diffusers_names(stem, ends):
+    config = {"unet.lora_alpha": 1, "text_encoder.lora_alpha": 1}
+    told = {"metadata": {"lora_adapter_metadata": json.dumps(config)}}
+    pair = {f"{stem}{end}.weight": torch.ones(4, 4) for end in ends}
+    assert only_factor(parse_lora(pair, name="x", **told)) == 0.25
+    assert only_factor(parse_lora(pair | {f"{stem}.alpha": torch.tensor(2.0)}, name="x", **told)) == 0.5
+    assert only_factor(parse_lora(pair, name="x", peft_config={"lora_alpha": 1})) == 1.0  # another file's
+
+
 def test_wrapped_pickle_and_unread_keys(tmp_path):
     motion = {f"module.{key}": tensor for key, tensor in synthetic_lora("motion_lora").items()}
     torch.save({"state_dict": motion, "epoch": 1, "animatediff_config": {"x": 1}}, tmp_path / "pan.ckpt")
@@ -295,12 +312,13 @@ SDXL = {
     "lora_unet_middle_block_1_transformer_blocks_9_attn1_to_q.lora_down.weight": 1,
     "unet.mid_block.attentions.0.transformer_blocks.9.attn1.to_q.lora_A.weight": 1,
     "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": 2048,
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight": 2048,
 }
 
 
 @pytest.mark.parametrize("key", SDXL)
 def test_a_lora_for_sdxl_is_known_and_does_not_go_onto_sd_1(tmp_path, key):
-    up = key.replace("lora_down", "lora_up").replace("lora_A", "lora_B")
+    up = key.replace("down.weight", "up.weight").replace("lora_A", "lora_B")
     pair = {key: torch.ones(1, SDXL[key]), up: torch.ones(1, 1)}
     path = write_state_dict(tmp_path / "xl.safetensors", PAIR | pair)
     assert identify(path).kind == "sdxl-lora" and identify(path).base == "SDXL"

@@ -8,9 +8,12 @@ import torch
 from animatediff.checkpoints.export import write_diffusers, write_ldm, write_motion_adapter, write_official_motion
 from animatediff.checkpoints.files import read_json, read_state_dict
 from animatediff.checkpoints.identify import identify
+from animatediff.checkpoints.keymaps import LDM_UNET
 from animatediff.checkpoints.load import load_base, load_personalised, load_vae
 from animatediff.checkpoints.parts import read_image_parts, read_motion_parts
 from animatediff.checkpoints.sizes import unet_config
+from animatediff.config.prompt_yaml import load_config
+from animatediff.pipeline.headers import check_requests
 from animatediff.utils import UserError
 from tests.checkpoints.synthetic import equal, write
 from tests.models.test_golden import assert_close
@@ -120,10 +123,21 @@ def test_a_vae_of_sdxl_keeps_its_factor(single_file, tmp_path):
     assert load_vae(write(tmp_path / "vae.safetensors", own), image)[0].config.scaling_factor == 0.13025
 
 
-def test_a_unet_alone_in_diffusers_names_is_a_personalised_model(single_file, folder):
-    base = load_base(single_file)
-    personal = load_personalised(folder / "unet" / "diffusion_pytorch_model.safetensors", base)
+@pytest.mark.parametrize("names", ["diffusers", "LDM", "bare LDM"])
+def test_a_unet_alone_is_a_personalised_model(single_file, folder, tmp_path, names):
+    base, path = load_base(single_file), folder / "unet" / "diffusion_pytorch_model.safetensors"
+    if names != "diffusers":
+        unet = {key: t for key, t in checkpoint().items() if key.startswith(LDM_UNET)}
+        bare = {key.removeprefix(LDM_UNET): t for key, t in unet.items()}
+        path = write(tmp_path / "x.safetensors", bare if "bare" in names else unet)
+    personal = load_personalised(path, base)
     assert personal.unet.config == base.unet.config and personal.text_encoder_2 is base.text_encoder_2
+    assert equal(personal.unet.state_dict(), base.unet.state_dict())
+    lines = f"pretrained_model_path: {single_file}\n{identify(path).config_line}\nprompt: a fox\n"
+    config = tmp_path / "config.yaml"
+    config.write_text(lines, encoding="utf-8")
+    (checked,) = check_requests(load_config(config).entries)
+    assert checked.headers.sdxl and checked.headers.image.path == path
 
 
 def test_hotshots_folder_is_an_image_model_with_a_motion_module_in_it(single_file, folder, tmp_path):

@@ -46,6 +46,10 @@ def test_every_spelling_gives_the_same_encoder(tmp_path, base, spelling):
     assert equal(encoder.state_dict(), plain)
     assert (report.kind, report.version, report.applied) == ("sparsectrl", "rgb", 478)
     assert not encoder.training and encoder.config.unet.motion == MOTION_VERSIONS["sparsectrl"]
+    if spelling == "folder":
+        (tmp_path / "config.json").write_text('{"_class_name": "SparseControlNetModel", "norm_eps": 0.001}')
+        with pytest.raises(UserError, match="config.json: got norm_eps 0.001, expected 1e-05"):
+            load_sparsectrl(tmp_path, base.unet, base.vae)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])

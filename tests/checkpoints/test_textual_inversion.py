@@ -114,14 +114,14 @@ def test_the_model_it_was_made_from_stays(base, text, tmp_path):
         ({"emb_params": torch.zeros(2, 768)}, "got vectors of 768 numbers, expected 40 as the text encoder has"),
         (
             {"emb_params": torch.zeros(2, 1024)},
-            "this is a textual inversion for SD 2.x, not a textual inversion",
+            "this is a textual inversion for SD 2.x, not a textual inversion for SD 1.x or SDXL",
         ),
         (
             {"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(2, 1280)},
             "got a textual inversion for SDXL with an SD 1.x base",
         ),
         (
-            {"lora_unet_a.lora_down.weight": torch.zeros(4, 8)},
+            {"lora_unet_conv_in.lora_down.weight": torch.zeros(4, 8)},
             "this is a LoRA of an image model, not a textual inversion",
         ),
     ],

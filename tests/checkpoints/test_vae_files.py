@@ -81,6 +81,14 @@ def test_the_vae_of_a_diffusers_model(tmp_path, ldm_file, base):
         assert equal(load_vae(path, base)[0].state_dict(), base.vae.state_dict())
 
 
+@pytest.mark.parametrize("setting", [{"act_fn": "gelu"}, {"shift_factor": 0.5}, {"latents_mean": [1, 1, 1, 1]}])
+def test_settings_of_another_network_are_refused(tmp_path, base, setting):
+    folder = as_diffusers(tmp_path, base)
+    (folder / "config.json").write_text(json.dumps(vae_json(base.vae.config) | setting))
+    with pytest.raises(UserError, match=f"config.json: got {next(iter(setting))} .*, expected"):
+        load_vae(folder, base)
+
+
 def test_the_image_model_says_what_the_file_does_not(tmp_path, base):
     image = replace(base, vae=VAE(replace(base.vae.config, norm_num_groups=16, scaling_factor=0.5)))
     vae, _ = load_vae(write(tmp_path / "vae.safetensors", ldm_vae()), image)

@@ -256,6 +256,11 @@ def test_report_names_every_key_that_was_not_applied(net):
     assert str(report) == ("lora style: applied 2 of 7 keys; not applied: extra, n.down, n.up, n.alpha and 1 more")
 
 
+def test_report_counts_layers_whose_alpha_is_0(net):
+    report = LoRAStack(net).add(LoRA("style", "lora", (entry("conv_in", alpha=0.0), entry("proj_in"))))
+    assert str(report) == "lora style: applied 4 of 4 keys; alpha is 0 in 1 of its layers: they change nothing"
+
+
 def test_a_lora_of_which_nothing_applies_is_refused(net):
     stack = LoRAStack(net)
     entries = (LoRAEntry("unet.down_blocks_0_motion_modules_0_x_to_q", pair((1, 1), (1, 1))),)

@@ -147,7 +147,7 @@ def test_a_text_encoder_of_another_vocabulary(nano, make_entry):
         ({"inference_config": "nowhere.yaml"}, "inference_config: there is no nowhere.yaml"),
         ({"motion_module": "{nano}/motion_lora.safetensors"}, "this is a MotionLoRA, not a motion module"),
         ({"motion_module": "{nano}/nano.safetensors"}, "an SD 1.x image model in one file, not a motion module"),
-        ({"lora_model_path": "{nano}/adapter.safetensors"}, "this is a domain adapter, not a LoRA of an image model"),
+        ({"lora_model_path": "{nano}/motion_lora.safetensors"}, "this is a MotionLoRA, not a LoRA of an image model"),
         ({"dreambooth_path": "{nano}/kohya.safetensors"}, "dreambooth_path: .* not an SD 1.x or SDXL image model"),
         (
             {"motion_module_lora_configs": [{"path": "{nano}/kohya.safetensors"}]},
