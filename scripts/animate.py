@@ -15,7 +15,7 @@ from typing import Any
 from animatediff.config.help import explain_options
 from animatediff.config.prompt_yaml import BUNDLED, RunConfig, config_of, load_config
 from animatediff.config.settings import parse_value
-from animatediff.config.spellings import all_options, flat_names, parse_assignments
+from animatediff.config.spellings import all_options, flat_names, nest, parse_assignments
 from animatediff.pipeline.processes import OneProcess, launched
 from animatediff.utils import Parser, UserError, give_back_freed_memory, run_main
 
@@ -128,10 +128,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(argv: list[str] | None, processes: OneProcess) -> None:
     args = parse(argv)
-    said = any(a.startswith(("prompt=", "prompts.prompt=")) for a in args.overrides)
-    if args.config is None and args.prompt is None and not said:
+    overrides = collect_overrides(args)
+    _, spelled = nest(overrides)
+    if args.config is None and "prompts.prompt" not in spelled:
         raise UserError('got nothing to animate, expected --prompt "…" or --config FILE (--help lists all options)')
-    config = read_config(args, collect_overrides(args), processes.tell_once)
+    config = read_config(args, overrides, processes.tell_once)
     if args.without_xformers:
         processes.tell_once("--without-xformers has no effect: xformers is never used here")
     if any(entry.memory.max for entry in config.entries):

@@ -38,7 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    overrides = parse_assignments(args.overrides)
+    overrides = parse_assignments(args.overrides, of="finish")
     if args.audio:
         if "finish.audio" in overrides:
             raise UserError("got both --audio and finish.audio, expected one of them")

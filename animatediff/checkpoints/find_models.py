@@ -112,7 +112,7 @@ def _output_name(path: Path) -> str:
 
 
 def _places() -> str:
-    return " and ".join(map(str, model_folders()[:2])) or f"{Path.cwd() / 'models'}"
+    return " and ".join(str(f) for f in model_folders() if f.name == "models") or f"{Path.cwd() / 'models'}"
 
 
 # ---- by hash --------------------------------------------------------------------------------------------------

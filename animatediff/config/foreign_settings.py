@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from animatediff.config.lora_tags import take_tags
-from animatediff.config.prompt_warnings import HYPERNETWORK
+from animatediff.config.prompt_warnings import AND, EDITING, HYPERNETWORK
 from animatediff.config.spellings import build_request
 from animatediff.utils import UserError
 
@@ -32,7 +31,6 @@ SPACINGS: dict[str, tuple[str, bool]] = {
     **dict.fromkeys(("exponential", "polyexponential", "kl_optimal", "align_your_steps"), ("karras", False)),
     **dict.fromkeys(("beta", "linear_quadratic", "turbo"), ("trailing", False)),
 }
-BRACKETED = re.compile(r"(?<!\\)\[[^\[\]]*\]")
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,9 @@ class ForeignSettings:
         self.put("prompts.negative_prompt", [negative] if negative else [], "negative prompt")
         self.put("prompts.weighting", True, "weights")
         for text in (*(prompt.values() if isinstance(prompt, dict) else [prompt]), negative):
-            if edited := next((m[0] for m in BRACKETED.finditer(text) if ":" in m[0] or "|" in m[0]), None):
-                self.miss(f"prompt editing {edited}")
+            if match := EDITING.search(text):
+                self.miss(f"prompt editing {match[0]}")
             if match := HYPERNETWORK.search(text):
                 self.miss(f"hypernetwork {match[0]}")
-            if re.search(r"\bAND\b", text):
+            if AND.search(text):
                 self.miss("AND between prompts")

@@ -9,7 +9,10 @@ from animatediff.config.lora_tags import LORA_TAG
 from animatediff.config.request import Prompts
 
 HYPERNETWORK = re.compile(r"<hypernet:[^<>]*>", re.IGNORECASE)
-KEYFRAME_LINES = re.compile(r'^\s*"?\d+"?\s*:.*\n\s*"?\d+"?\s*:', re.MULTILINE)
+EDITING = re.compile(r"(?<!\\)\[[^\[\]:|]*[:|][^\[\]]*\]")
+AND = re.compile(r"\bAND\b")
+WILDCARD = re.compile(r"__[^\W_][\w/*-]*?__|\{[^{}|]*\|[^{}]*\}")
+KEYFRAMES = re.compile(r'^[ \t]*"?\d+"?\s*:.*\n\s*"?\d+"?\s*:|\A\s*\{\s*"?\d+"?\s*:[^{}]*\}\s*\Z', re.MULTILINE)
 WEIGHT = re.compile(r"\([^()]+:\s*\d*\.?\d+\)")
 
 
@@ -27,8 +30,17 @@ def prompt_warnings(prompts: Prompts) -> Iterator[str]:
         yield f"{tag} in a negative prompt is taken as words: {advice}"
     if tag := _first(HYPERNETWORK, texts):
         yield f"{tag} in a prompt is taken as words: there are no hypernetworks here"
-    if any(KEYFRAME_LINES.search(text) for text in texts):
-        yield "lines such as `0: …` in one text are taken as words: give keyframes as a mapping, prompt={0: …, 8: …}"
+    if tag := _first(EDITING, texts):
+        yield f"{tag} in a prompt is taken as words: there is no prompt editing here"
+    if _first(AND, texts):
+        yield "AND between prompts is taken as a word: there is no composition of prompts here"
+    if tag := _first(WILDCARD, texts):
+        yield f"{tag} in a prompt is taken as words: there are no wildcards here, give a list, prompt=[…, …]"
+    if _first(KEYFRAMES, texts):
+        yield (
+            "keyframes such as `0: …` in one text are taken as words: give them as a mapping, prompt={0: …, 8: …} "
+            "instead of --prompt"
+        )
     if not prompts.weighting and (tag := _first(WEIGHT, texts)):
         yield f"{tag} is taken as text, as the official code does: prompt_weighting=true reads it as a weight"
 

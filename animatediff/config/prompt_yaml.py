@@ -40,7 +40,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None, *,
     Args:
         path: the YAML file.
         overrides: raw values that replace every entry's, as from `parse_assignments`. A new `prompt` keeps only
-            the first of an entry's negative prompts and seeds, which belonged to the old list.
+            the first of an entry's negative prompts and seeds, which belonged to the old list; new `timesteps` keep
+            none of its steps.
         complete: as of `refusals`.
 
     Raises:
@@ -113,6 +114,8 @@ def _overridden(values: dict[str, Any], overrides: Mapping[str, Any], where: str
         prompts = replace(prompts, negative_prompt=prompts.negative_prompt[:1])
     if "sampling.seed" in given:
         sampling = replace(sampling, random_seed=())
+    if "sampling.timesteps" in given:
+        sampling = replace(sampling, steps=None)
     request = replace(request, sampling=sampling, prompts=prompts)
     return build_request(overrides, where=where, base=request, complete=complete)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -24,6 +25,16 @@ FLATLESS = (
     "camera",
     "finish",
 )  # groups whose options are only known inside them
+ALIASES = {  # other programs' names, of which the nearest of ours is another option
+    "cfg": "sampling.guidance_scale",
+    "denoise": "inputs.strength",
+    "denoising_strength": "inputs.strength",
+    "frames": "size.num_frames",
+    "length": "size.num_frames",
+    "lora": "model.loras",
+    "motion_lora": "model.motion_loras",
+    "upscale": "finish.scale",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,15 +207,36 @@ def _window_without_schedule(nested: dict[str, Any], spelled: dict[str, str]) ->
     return f"{name}: got {describe(value)} without a window_schedule: add window_schedule=open, or remove it"
 
 
-def _unknown(key: str, value: Any) -> str:
+def _unknown(key: str, value: Any, of: str = "") -> str:
+    """The message for a key that no option has; `of` is the group that alone may be meant."""
     if key in group_classes():
         inside = ", ".join(o.name for o in all_options().values() if o.group == key)
         near = next((n for n in flat_names() if n.startswith(f"{key}_")), None)
         hint = f", or {near}={describe(value)}" if near else ""
         return f"{key}: got {describe(value)}, expected keys with values ({inside}){hint}"
-    group = key.partition(".")[0]
-    inside = [name for name in all_options() if name.startswith(f"{group}.")]
-    return unknown_key(key, inside or [*flat_names(), *group_classes()])
+    group, _, entry = key.partition(".")
+    if inside := [name for name in all_options() if name.startswith(f"{group}.")]:
+        return unknown_key(key, inside)
+    parts = _parts(flat_names()[group].hint) if group in flat_names() else ()
+    if any(entry in getattr(part, "__dataclass_fields__", ()) for part in parts):
+        return f"unknown key {key!r}, expected it in {group}: {group}={{{entry}: …}}"
+    flat = [o.dotted for o in all_options().values() if o.group == of] if of else [*flat_names(), *group_classes()]
+    meant = _meant(of)
+    near = difflib.get_close_matches(key.lower()[:100], [*flat, *meant], n=1, cutoff=0.8)
+    if near and near[0] in meant:
+        return f"unknown key {describe(key)}, expected {' or '.join(meant[near[0]])}: correct or remove it"
+    return unknown_key(key, flat)
+
+
+@cache
+def _meant(of: str) -> dict[str, list[str]]:
+    """ALIASES, and options' own names that are not known flat: how what they may mean is called."""
+    aliases = [(name, all_options()[dotted]) for name, dotted in ALIASES.items()]
+    found: dict[str, list[str]] = {}
+    for name, option in [*aliases, *((option.name, option) for option in all_options().values())]:
+        if of == option.group or not of and name not in {*flat_names(), *group_classes()}:
+            found.setdefault(name, []).append(usual(option.dotted))
+    return found
 
 
 def build_request(
@@ -292,8 +324,11 @@ def updated(request: Request, values: Mapping[str, Any], *, where: str = "", **c
     return build_request({k: v for k, v in values.items() if v is not None}, where=where, base=request, **context)
 
 
-def parse_assignments(items: list[str] | tuple[str, ...]) -> dict[str, Any]:
+def parse_assignments(items: list[str] | tuple[str, ...], *, of: str = "") -> dict[str, Any]:
     """Raw values from `key=value` texts, keys flat or dotted, each value read as its option wants it.
+
+    Args:
+        of: the group whose options alone are offered in place of an unknown key; by default all are.
 
     Raises:
         UserError: no `=`, an unknown key, or a value that is not YAML; all mistakes.
@@ -308,7 +343,7 @@ def parse_assignments(items: list[str] | tuple[str, ...]) -> dict[str, Any]:
                 values[key] = parse_value(text, is_text=key in SHORT and not switch, where=key)
                 continue
             if option is None:
-                raise UserError(_unknown(key, text))
+                raise UserError(_unknown(key, text, of))
             values[key] = parse_value(text, is_text=option.takes_text, where=key)
         except UserError as error:
             mistakes.append(f"override: {error}")

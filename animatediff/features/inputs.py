@@ -98,17 +98,18 @@ def prepare_inputs(
 
 
 def _read(inputs: Inputs, name: str, frames: int) -> list[Image.Image]:
-    """The pictures of a file or folder; of a video that is extended all, else as many as the clip has."""
+    """The pictures of a file or folder; of a video that is extended all, else as many as the clip has.
+
+    A mask of more frames than that belongs to the video's: it is read at the same start, stride and speed.
+    """
     path = find_file(getattr(inputs, name))
     with naming(name):
         if path is None:
             raise UserError(missing_file(getattr(inputs, name)))
         most = None if inputs.extend and name == "video" else frames
-        options = (
-            {}
-            if name != "video"
-            else {"start": inputs.video_start, "stride": inputs.video_stride, "fps": inputs.video_fps}
-        )
+        options: dict[str, Any] = {}
+        if name == "video" or (name == "mask" and len(read_video(path, most=frames + 1)[0]) > frames):
+            options = {"start": inputs.video_start, "stride": inputs.video_stride, "fps": inputs.video_fps}
         video, _ = read_video(path, most=most, background=BLACK if name == "mask" else WHITE, **options)
     return [Image.fromarray(frame) for frame in video.numpy()]
 

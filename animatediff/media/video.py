@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from animatediff.config.clip_formats import LOOPING, check_fps
@@ -23,7 +24,7 @@ from animatediff.media.mp4 import write_mp4
 from animatediff.media.pictures import WHITE, encode, read_animation, read_info
 from animatediff.media.seek import MAX_BYTES, UnusableVideo, pick, probe, read_clip, times
 from animatediff.media.sound import Sound
-from animatediff.utils import UserError, replacing
+from animatediff.utils import UserError, describe, replacing
 
 GRID_PADDING = 2  # black pixels around every clip of a grid
 WEBP_QUALITY = 95
@@ -45,7 +46,7 @@ class FrameStream:
 
 
 def save_video(
-    video: Tensor | np.ndarray | FrameStream,
+    video: Tensor | np.ndarray | Sequence[Image.Image] | FrameStream,
     path: str | Path,
     fps: float = 8,
     metadata: Mapping[str, Any] | None = None,
@@ -56,8 +57,8 @@ def save_video(
     """Write one clip; the file appears whole or not at all.
 
     Args:
-        video: (f, 3, H, W) or (f, H, W, 3); where both fit, the first is meant. Floats in [0, 1], rounded to 8 bits
-            and clipped; uint8 as it is. MP4s and PNG folders hold no more than a frame of a FrameStream in memory.
+        video: (f, 3, H, W) or (f, H, W, 3), where both fit, the first is meant; or f images. Floats in [0, 1], rounded
+            to 8 bits and clipped; uint8 as it is. MP4s and PNG folders hold one frame of a FrameStream at a time.
         path: ends in .gif, .mp4 or .webp; without an ending it is a folder of PNG frames. Folders above are made.
             An MP4 of odd height or width repeats its last row or column: H.264 players want even sizes.
         fps: frames per second. A GIF's delays are multiples of 10 ms, spread so that the clip's length is right.
@@ -155,16 +156,21 @@ def tile(videos: Sequence[np.ndarray], n_rows: int = 6) -> np.ndarray:
     return grid
 
 
-def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
+def to_uint8(video: Tensor | np.ndarray | Sequence[Image.Image]) -> np.ndarray:
     """A clip as uint8 (f, H, W, 3): floats in [0, 1] are clipped and rounded to the nearest of 256 levels.
 
     Args:
-        video: (f, 3, H, W) or (f, H, W, 3), floating or uint8.
+        video: (f, 3, H, W) or (f, H, W, 3), floating or uint8; or its frames, as a pipeline gives them.
 
     Raises:
         UserError: another shape or dtype, no frame, or values that are not finite.
     """
-    video = torch.as_tensor(video).detach().cpu()
+    try:
+        if isinstance(video, (list, tuple)):
+            video = np.stack([np.asarray(f.convert("RGB") if isinstance(f, Image.Image) else f) for f in video])
+        video = torch.as_tensor(video).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"got {describe(video)}, expected a clip: a tensor, an array or images of one size") from None
     if video.ndim != 4 or 3 not in (video.shape[1], video.shape[-1]) or not video.numel():
         raise UserError(f"got a video of shape {tuple(video.shape)}, expected (f, 3, H, W) or (f, H, W, 3)")
     if video.shape[1] == 3:
@@ -196,7 +202,7 @@ def read_video(
     folder of pictures from elsewhere has 8 frames per second, and a picture is a clip of one frame.
 
     Args:
-        path: what libav or Pillow reads, or a folder of pictures, which are taken in the order of their names.
+        path: what libav or Pillow reads, or a folder of pictures, which are taken in the order of `list_pictures`.
         most: frames to read; by default all.
         start: frames at the beginning, at the file's own speed, that are passed over.
         stride: every how many-th frame is taken; the clip takes as long and has fewer frames per second.
@@ -265,15 +271,20 @@ def is_complete(path: str | Path) -> bool:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder, in the order of their names.
+    """The pictures in a folder, in the order of `by_numbers`.
 
     Raises:
         UserError: it holds none.
     """
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES), key=by_numbers)
     if not files:
         raise UserError(f"got the folder {folder}, which holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
     return files
+
+
+def by_numbers(path: Path) -> tuple[list[tuple[str, int]], str]:
+    """What files are sorted by: 9.png before 10.png."""
+    return [(text, int(digits or -1)) for text, digits in re.findall(r"(\D*)(\d*)", path.name)], path.name
 
 
 def _read_pictures(

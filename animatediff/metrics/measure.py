@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from animatediff.media.comments import prompt_and_seed
 from animatediff.media.pictures import write_picture
-from animatediff.media.video import read_metadata, read_video
+from animatediff.media.video import by_numbers, read_metadata, read_video
 from animatediff.metrics.clip_metrics import ClipMetrics, Encoder, encode_frames, measure_clip
 from animatediff.metrics.fvd import Extractor, frechet_distance
 from animatediff.metrics.references import find_pictures, read_pictures, signed
@@ -149,7 +148,7 @@ def format_table(result: Mapping[str, Any]) -> str:
 def _clips_in(folder: Path) -> list[Path]:
     if (folder / "config.yaml").is_file() and (folder / "sample").is_dir():
         folder = folder / "sample"  # beside it is the grid
-    children = sorted((child for child in folder.iterdir() if not child.name.startswith(".")), key=_by_numbers)
+    children = sorted((child for child in folder.iterdir() if not child.name.startswith(".")), key=by_numbers)
     clips = []
     for child in children:
         if child.is_dir():
@@ -158,11 +157,6 @@ def _clips_in(folder: Path) -> list[Path]:
             clips.append(child)
     frames = any(child.suffix == ".png" for child in children) and not (folder / CSV).exists()  # no sheet of our own
     return clips or ([folder] if frames else [])
-
-
-def _by_numbers(path: Path) -> list[tuple[int, str]]:
-    """9.gif before 10.gif."""
-    return [(int(digits or -1), text) for text, digits in re.findall(r"(\D*)(\d*)", path.name)]
 
 
 def _made(folder: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +11,17 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from animatediff.config.request import Inputs, Output, Prompts, Request, Sampling, Size
+from animatediff.config.request import Inputs, Model, Output, Prompts, Request, Sampling, Size
+from animatediff.config.spellings import called
 from animatediff.features.noise import draw_seed, seeded
 from animatediff.pipeline.outputs import OUTPUT_TYPES
 from animatediff.utils import UserError, describe
 
 if TYPE_CHECKING:
     from animatediff.pipeline.pipeline import AnimateDiffPipeline
+
+# what a pipeline reads its networks from, once
+OF_FILES = (*(f"model.{f.name}" for f in fields(Model)), "sparsectrl.path", "sparsectrl.config")
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[["AnimateDiffPipeline", int, int, dict[str, Tensor]], dict[str, Tensor] | None]
@@ -106,6 +110,18 @@ def defaults_for_calls(entry: Request) -> Request:
     )
 
 
+def check_networks(request: Request, loaded: Request) -> None:
+    """Raises: UserError where a call names other files than its pipeline was loaded from."""
+    for option in OF_FILES:
+        group, name = option.split(".")
+        got, had = (getattr(getattr(r, group), name) for r in (request, loaded))
+        if got != had:
+            raise UserError(
+                f"{called(request, option)}: got {describe(got)}, but the networks are loaded already: give it to "
+                "from_config, or add it by load_lora or load_textual_inversion"
+            )
+
+
 def advance(bar: tqdm) -> StepCallback:
     """A `callback_on_step_end` that moves a progress bar."""
 
@@ -142,8 +158,10 @@ def given_latents(latents: Tensor, shape: tuple[int, ...]) -> Tensor:
     return rearrange(latents.float(), "b c f h w -> b f c h w")
 
 
-def check_call(request: Request, output_type: str) -> None:
+def check_call(request: Request, output_type: str, generator: Generators) -> None:
     """Raises: UserError where a call cannot do what its request says."""
+    if generator is not None and "sampling.seed" in request.spelled:
+        raise UserError("got both generator and seed, expected one of them")
     if "memory.batch_size" in request.spelled:
         raise UserError("batch_size is of runs: a call samples all its prompts together: leave it out")
     if request.finish.changes and output_type == "latent":

@@ -50,14 +50,15 @@ def own_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The type of a name; without one, float16 on CUDA and float32 elsewhere, where half precision is slower.
+def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The type of a name, or a type itself; by default float16 on CUDA and float32 elsewhere, where half is slower.
 
     Raises:
-        UserError: an unknown name.
+        UserError: another one.
     """
     if name is None:
         return torch.float16 if device.type == "cuda" else torch.float32
+    name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         raise UserError(f"got dtype {name!r}, expected one of {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,7 +68,10 @@ class Finisher:
         """
         f = self.options
         if f.enlarges:
-            size = enlarged_size(video.shape[-2:], self.scale, self.downsampling if f.strength else 1)
+            if f.strength:
+                size = second_size(video.shape[-2:], self.scale, self.downsampling)
+            else:  # players want even sides of an MP4
+                size = enlarged_size(video.shape[-2:], self.scale, 2 if request.output.format == "mp4" else 1)
             larger = torch.stack([enlarge(clip, *size, upscale=self.upscale) for clip in video])
             if f.strength:
                 assert resample is not None
@@ -91,6 +95,11 @@ def enlarged_size(size: tuple[int, int] | torch.Size, scale: float, multiple: in
     return height, width
 
 
+def second_size(size: tuple[int, int] | torch.Size, scale: float, downsampling: int = 8) -> tuple[int, int]:
+    """Height and width of the second pass: multiples of 8, as those of any request, and of a latent pixel's side."""
+    return enlarged_size(size, scale, math.lcm(8, downsampling))
+
+
 def enlarged_latents(vae: VAE, video: Tensor, size: tuple[int, int]) -> Tensor:
     """Scaled latents (b, f, c, *size) of smaller clips, uint8 (b, f, 3, H, W), enlarged as latents."""
     latents = vae.encode_video(video.float() / 127.5 - 1).float()
@@ -98,11 +107,12 @@ def enlarged_latents(vae: VAE, video: Tensor, size: tuple[int, int]) -> Tensor:
     return flat.unflatten(0, latents.shape[:2])
 
 
-def second_pass(request: Request, video: Tensor | None = None, *, downsampling: int = 8) -> Request:
+def second_pass(request: Request, video: Tensor | None = None) -> Request:
     """Video to video over clips that were made larger: same networks, prompts, seeds and everything else.
 
-    The clips take the place of what the first pass started from; of this only a mask stays, whose black parts are
-    theirs. Windows stay; a clip that was extended piece by piece is seen through open ones.
+    The clips take the place of what the first pass started from; of this only a mask stays (and which of its frames
+    are read), whose black parts are theirs. Windows stay; a clip that was extended piece by piece is seen through open
+    ones.
 
     Args:
         request: of the first pass, nothing left open.
@@ -111,14 +121,15 @@ def second_pass(request: Request, video: Tensor | None = None, *, downsampling: 
     f, s, steps = request.finish, request.size, request.finish.steps or request.sampling.steps
     if steps and not steps_taken(steps, f.strength):
         raise UserError(f"finish.strength: got {f.strength:g} of {steps} steps, which is none: raise one of them")
-    height, width = enlarged_size((s.height, s.width), f.scale or 1, downsampling)  # type: ignore[arg-type]
+    height, width = second_size((s.height, s.width), f.scale or 1)  # type: ignore[arg-type]
     if video is not None:
         height, width = video.shape[-2:]
         frames = 2 * s.num_frames - 2 if request.loop.mode == "pingpong" and s.num_frames > 1 else s.num_frames
         if video.shape[1] != frames:
             raise UserError(f"got a clip of {video.shape[1]} frames, expected the {frames} that its settings speak of")
         video = video[:, : s.num_frames]  # the way back is the way there
-    start = replace(Inputs(), video=video, mask=request.inputs.mask, strength=f.strength)
+    kept = {name: getattr(request.inputs, name) for name in ("mask", "video_start", "video_stride", "video_fps")}
+    start = replace(Inputs(), video=video, strength=f.strength, **kept)
     return replace(
         request,
         size=replace(s, height=height, width=width),

@@ -17,7 +17,7 @@ from animatediff.config.memory_options import Memory
 from animatediff.config.request import Request, Windows
 from animatediff.features.registry import NETWORKS
 from animatediff.pipeline.device import has_own_memory
-from animatediff.pipeline.finish import enlarged_size
+from animatediff.pipeline.finish import second_size
 from animatediff.pipeline.headers import Checked
 from animatediff.pipeline.memory import check_memory
 from animatediff.pipeline.plan import OVERHEAD, MemoryPlan, Sizes, plan_memory
@@ -195,7 +195,7 @@ def plan_request(request: Request, *, sizes: Sizes, device: torch.device, dtype:
     size, finish = request.size, request.finish
     height, width, seen = size.height or 512, size.width or 512, 0
     if finish.strength:
-        height, width = enlarged_size((height, width), finish.scale or 1, sizes.vae.downsampling)
+        height, width = second_size((height, width), finish.scale or 1, sizes.vae.downsampling)
         seen = finish.tile
     return plan_memory(
         sizes,

@@ -34,6 +34,7 @@ from animatediff.pipeline.call import (
     StepCallback,
     advance,
     check_call,
+    check_networks,
     defaults_for_calls,
     generators_of,
     given_latents,
@@ -84,7 +85,7 @@ class AnimateDiffPipeline:
         *,
         entry: int = 0,
         device: str = "auto",
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         **overrides: Any,
     ) -> AnimateDiffPipeline:
         """Load the model of one entry of a prompt config. How it is sampled, in windows or steered, holds for calls,
@@ -151,9 +152,15 @@ class AnimateDiffPipeline:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> AnimateDiffPipeline:
-        """Move all networks. Raises: UserError for those whose weights rest elsewhere or in fewer bits."""
+    def to(self, device: str | torch.device | torch.dtype, dtype: torch.dtype | None = None) -> AnimateDiffPipeline:
+        """Move all networks to a device, a type, or both.
+
+        Raises:
+            UserError: weights rest elsewhere or in fewer bits.
+        """
         self._check_whole("moved")
+        if isinstance(device, torch.dtype):
+            device, dtype = self.device, device
         dtype = dtype or self.dtype
         for module in self.model.modules():
             to_device(module, torch.device(device), dtype)
@@ -239,7 +246,7 @@ class AnimateDiffPipeline:
             guidance_scale=guidance_scale, negative_prompt=negative_prompt, eta=eta,
         )  # fmt: skip
         request = self.request_for({**given, **options}, embeds=embeds, negatives=negatives)
-        check_call(request, output_type)
+        check_call(request, output_type, generator)
         with loras_scaled(self.model.loras, call.lora_scale):
             x = self.sample(
                 request, videos=num_videos_per_prompt, generator=generator, latents=latents,
@@ -281,6 +288,7 @@ class AnimateDiffPipeline:
             self.request, options, motion=m.unet.config.motion is not None, loras=tuple(m.lora_roles.values()),
             sparsectrl="sparsectrl" in m.networks, embeds=embeds is not None,
         )  # fmt: skip
+        check_networks(request, self.request)
         refuse_tags(request)
         return resolve(request, facts_of(m), steps=CALL_STEPS)
 

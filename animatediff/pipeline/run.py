@@ -135,6 +135,10 @@ def animate(
         for line in prompt_warnings(entry.prompts):
             processes.tell_once(f"entry {entry.output.name}: {line}")
     plain = check_requests(with_tagged_loras(config.entries))
+    for entry in plain:
+        named = "model.motion_module" in entry.request.spelled
+        if entry.request.size.num_frames > 1 and not entry.headers.motion and not named:
+            processes.tell_once("no motion_module: every frame is a picture of its own; motion_module=FILE animates")
     rehearse(plain, loaded_next=True)
     checked = [fitted(entry, target, weights_dtype, processes.tell_once) for entry in plain]
     entries = (recorded(entry.request, fit.request) for entry, fit in zip(plain, checked, strict=True))

@@ -1,6 +1,7 @@
 """Weight files found by name and by hash."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -57,8 +58,10 @@ def test_a_lora_by_its_file_or_by_what_its_trainer_called_it(here):
     with pytest.raises(UserError, match="there is no LoRA 'v2-finel' under .*: the nearest are v2-final") as error:
         find_lora("v2-finel")
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="there is no LoRA .*: put its file there"):
+    shutil.rmtree(here / "models")
+    with pytest.raises(UserError, match="there is no LoRA .*models: put its file there") as error:
         find_lora("x" * 5000)
+    assert "assets" not in str(error.value)
 
 
 def test_of_two_different_loras_the_folder_has_to_be_said(here):

@@ -11,7 +11,17 @@ from animatediff.config.request import Prompts
     [
         ("a fox <lora:style:0.6>", {}, "<lora:style:0.6> in a prompt is taken as words"),
         ({0: "a fox", 8: "<lyco:x>"}, {}, "<lyco:x> in a prompt"),
-        ("0: a fox\n8: a wolf", {}, "lines such as `0: …`"),
+        ("0: a fox\n8: a wolf", {}, "keyframes such as `0: …` in one text are taken as words"),
+        ("{0: a fox, 8: a wolf}", {}, "keyframes such as `0: …` in one text are taken as words"),
+        ("a [red:blue:0.5] fox", {"weighting": True}, "[red:blue:0.5] in a prompt is taken as words: there is no"),
+        ("a [red|blue] fox", {}, "[red|blue] in a prompt is taken as words"),
+        ("a [red] fox", {"weighting": True}, None),
+        ("a fox AND a wolf", {}, "AND between prompts is taken as a word"),
+        ("a HAND and SAND", {}, None),
+        ("a __color__ fox", {}, "__color__ in a prompt is taken as words: there are no wildcards"),
+        ("a {red|blue} fox", {}, "{red|blue} in a prompt is taken as words"),
+        ("a {red} fox_cub _____", {}, None),
+        ("\n" * 20_000, {}, None),  # at once
         ("a (red:1.2) fox", {}, r"(red:1.2) is taken as text"),
         ("a (red:1.2) fox", {"weighting": True}, None),
         ("a fox (at night): 1 of 2", {}, None),

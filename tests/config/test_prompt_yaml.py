@@ -248,6 +248,12 @@ def test_a_new_prompt_takes_the_first_of_the_old_lists(read):
     assert other.per_prompt() == [("new", "", -1)]
 
 
+def test_new_timesteps_keep_none_of_the_old_steps(read):
+    for steps in ({}, {"steps": 2}):
+        entry, _ = read(OFFICIAL_2024, timesteps=[500, 10], **steps).entries
+        assert entry.sampling.timesteps == (500, 10) and entry.sampling.steps == steps.get("steps")
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
@@ -256,11 +262,28 @@ def test_a_new_prompt_takes_the_first_of_the_old_lists(read):
         ("seed=[1", "seed: got '\\[1', expected a value such as"),
         ("windows.lenght=3", "unknown key 'windows.lenght', the nearest known one is 'windows.length'"),
         ("finish.scal=2", "unknown key 'finish.scal', the nearest known one is 'finish.scale'"),
+        ("interpolate=2", "unknown key 'interpolate', expected finish.interpolate: correct"),
+        ("scale=2", "unknown key 'scale', expected controlnet_scale or .* or finish.scale"),
+        ("upscale=2", "unknown key 'upscale', expected finish.scale"),
+        ("frames=20", "unknown key 'frames', expected L or "),
+        ("lenght=2", "unknown key 'lenght', expected L or window_length"),
+        ("motion_lora=foo", "unknown key 'motion_lora', expected motion_module_lora_configs"),
+        ("denoise=0.5", "unknown key 'denoise', expected strength"),
+        ("cfg=3", "unknown key 'cfg', expected guidance_scale"),
+        ("controlnet.path=x", "unknown key 'controlnet.path', expected it in controlnet: controlnet={path: …}"),
+        ("seeds=3", "unknown key 'seeds', the nearest known one is 'seed'"),
     ],
 )
 def test_bad_overrides(item, message):
     with pytest.raises(UserError, match=message):
         parse_assignments([item])
+
+
+@pytest.mark.parametrize(("key", "name"), [("stepz", "finish.steps"), ("cfg", "finish.tile")])
+def test_one_group_alone_is_offered(key, name):
+    with pytest.raises(UserError, match=f"unknown key '{key}', expected .*{name}") as error:
+        parse_assignments([f"{key}=2"], of="finish")
+    assert "guidance_scale" not in str(error.value) and "pag_scale" not in str(error.value)
 
 
 def test_prompts_with_keyframes(read):

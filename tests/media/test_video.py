@@ -1,6 +1,7 @@
 """Clips survive their files: frames, length, settings; palettes do not flicker; a failed write leaves no trace."""
 
 import json
+from pathlib import Path
 
 import av
 import numpy as np
@@ -16,6 +17,7 @@ from animatediff.media.comments import as_exif, parse_settings, prompt_and_seed
 from animatediff.media.mp4 import write_mp4
 from animatediff.media.video import (
     FrameStream,
+    by_numbers,
     is_complete,
     read_metadata,
     read_video,
@@ -111,6 +113,14 @@ def test_both_layouts_are_the_same_clip():
     assert np.array_equal(to_uint8(video), to_uint8(video.movedim(1, -1)))
     assert np.array_equal(to_uint8(to_uint8(video)), to_uint8(video.numpy()))
     assert to_uint8(torch.zeros(2, 3, 4, 3)).shape == (2, 4, 3, 3)  # where both fit, the channels come second
+
+
+def test_frames_as_a_call_gives_them():
+    frames = to_uint8(smooth(2, 5, 7))
+    assert np.array_equal(to_uint8([Image.fromarray(frame) for frame in frames]), frames)
+    for wrong in ("clip.gif", None, [Image.new("RGB", (4, 4)), Image.new("RGB", (4, 5))]):
+        with pytest.raises(UserError, match="expected a clip: a tensor, an array or images of one size"):
+            to_uint8(wrong)
 
 
 @pytest.mark.parametrize(
@@ -406,6 +416,15 @@ def test_a_frame_that_is_shown_for_hours(tmp_path, form):
         read_video(path)
     frames, fps = read_video(path, most=5)
     assert fps == 100 and (frames.numpy()[:, 0, 0, 0] > 128).tolist() == [False, True, True, True, True]
+
+
+def test_frames_of_a_folder_are_ordered_by_their_numbers(tmp_path):
+    """As are those whose numbers have leading zeros, whose order, and so their hash, is that of their names."""
+    for i in range(12, 0, -1):
+        Image.new("L", (4, 4), i).save(tmp_path / f"frame{i}.png")
+    assert read_video(tmp_path)[0][:, 0, 0, 0].tolist() == list(range(1, 13))
+    padded = [Path(f"{name}{i:02d}.png") for name in ("a", "b") for i in range(12)]
+    assert sorted(padded, key=by_numbers) == sorted(padded)
 
 
 def test_a_still_picture_of_a_folder_is_one_frame(tmp_path):

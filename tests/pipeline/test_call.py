@@ -1,12 +1,24 @@
 """What people hand to a call: numbers of every library, arrays, diffusers' arguments; and one line for all the rest."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from animatediff.checkpoints.identify import identify
+from animatediff.checkpoints.load import load_base
+from animatediff.checkpoints.textual_inversion import load_textual_inversion
+from animatediff.config.networks import LCM, distilled_schedule, lightning
+from animatediff.config.prompt_yaml import load_config
 from animatediff.features.noise import seeded
+from animatediff.models.tokenizer import Tokenizer
+from animatediff.models.twins import share_weights
+from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from animatediff.pipeline.save import save_model
 from animatediff.utils import UserError
+from tests.checkpoints.synthetic import write
 from tests.nano import entry, write_config
 
 FOX = "a fox"
@@ -18,7 +30,8 @@ ARRAY = PIXELS.permute(0, 2, 3, 1).numpy()
 @pytest.fixture
 def run(pipeline):
     def run(prompt=FOX, **arguments):
-        return pipeline(prompt, **{"seed": 3} | CALL | arguments).frames
+        seed = {} if "generator" in arguments else {"seed": 3}
+        return pipeline(prompt, **seed | CALL | arguments).frames
 
     return run
 
@@ -60,6 +73,10 @@ def test_other_ways_to_say_it(run, given, plain):
         ({"generator": 5}, "generator: got 5, expected a torch.Generator"),
         ({"generator": [1]}, "generator: got a list of 1"),
         ({"seed": -5}, "seed: got -5, expected 0 to"),
+        ({"seed": 5, "generator": seeded(5)}, "got both generator and seed"),
+        ({"lora_model_path": "other"}, "lora_model_path: got a list of 1, but the networks are loaded already"),
+        ({"motion_module": "other"}, "motion_module: got 'other', but the networks are loaded already"),
+        ({"controlnet_path": "other"}, "controlnet_path: got 'other', but the networks are loaded already"),
         ({"decode_chunk_size": 0}, "decode_chunk_size: got 0, expected at least 1"),
         ({"decode_chunk_size": 2.5}, "decode_chunk_size: got 2.5"),
         ({"callback_on_step_end": 5}, "callback_on_step_end: got 5, expected a function"),
@@ -82,6 +99,16 @@ def test_mistakes_are_one_line(run, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         run(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_files_of_the_pipeline_may_be_named_again(run, pipeline):
+    assert torch.equal(run(motion_module=pipeline.request.model.motion_module), run())
+
+
+def test_types_are_themselves_or_names(nano, tmp_path):
+    config = write_config(tmp_path / "a.yaml", entry(nano))
+    pipeline = AnimateDiffPipeline.from_config(config, dtype=torch.bfloat16)
+    assert pipeline.dtype == torch.bfloat16 and pipeline.to(torch.float32).dtype == torch.float32
 
 
 def test_outputs_by_every_name(pipeline):
@@ -120,3 +147,26 @@ def test_loras_are_added_scaled_and_saved(nano, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file, which is a file, expected a folder"):
         pipe.save(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("distilled", "file"), [(lightning(4), "motion_module"), (LCM, "image_model")])
+def test_a_distilled_model_is_saved_as_one(pipeline, tmp_path, distilled, file):
+    schedule = distilled_schedule(pipeline.model.schedule, distilled)
+    folder = save_model(replace(pipeline.model, distillation=distilled, schedule=schedule), tmp_path)
+    (checked,) = check_requests(load_config(folder / "config.yaml").entries)
+    facts = checked.headers.facts(checked.request)
+    assert (facts.distillation, facts.schedule) == (distilled, schedule)
+    assert {path.stem for path in folder.glob("*.safetensors") if identify(path).distillation} == {file}
+
+
+def test_added_words_are_saved(pipeline, tmp_path):
+    encoder, tokenizer = share_weights(pipeline.text_encoder), Tokenizer()
+    file = write(tmp_path / "x.safetensors", {"<my-cat>": torch.randn(2, 40)})
+    load_textual_inversion(file, encoder, tokenizer, name="Cat/1")
+    folder = save_model(replace(pipeline.model, text_encoder=encoder, tokenizer=tokenizer), tmp_path / "saved")
+    saved, taught = load_base(folder / "image_model.safetensors").text_encoder, Tokenizer()
+    assert (saved.config.vocab_size, encoder.config.vocab_size) == (49408, 49410)
+    (request,) = load_config(folder / "config.yaml").entries
+    (word,) = request.model.embeddings
+    load_textual_inversion(word.path, saved, taught, name=word.name)
+    assert torch.equal(saved(taught(["a cat/1"])[0]), encoder(tokenizer(["a cat/1"])[0]))

@@ -14,7 +14,7 @@ from animatediff.config.request import Request
 from animatediff.config.spellings import build_request
 from animatediff.media.sound import Sound, check_sound
 from animatediff.media.video import read_metadata, read_video, save_video
-from animatediff.pipeline.finish import Finisher, enlarged_size, second_pass, sound_of
+from animatediff.pipeline.finish import Finisher, enlarged_size, second_pass, second_size, sound_of
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.run import animate
 from animatediff.utils import UserError
@@ -167,6 +167,23 @@ def test_mask_and_extension(nano, tmp_path):
     assert read_video(clip)[0].shape == (18, 32, 32, 3)
 
 
+def test_sizes_that_requests_have():
+    """Of a VAE whose latent pixels are smaller than 8, too; of an MP4 without a second pass they are even."""
+    video = torch.zeros(1, 2, 3, 64, 40, dtype=torch.uint8)
+    for values, size in (
+        ({"strength": 0.5}, (80, 48)),
+        ({"format": "mp4"}, (84, 52)),
+        ({"format": "png"}, (83, 52)),
+    ):
+        finish = {"scale": 1.3, "strength": values.pop("strength", 0)}
+        asked = {"prompt": "a fox", "num_frames": 2, "height": 64, "width": 40, **values, "finish": finish}
+        request = build_request(asked, where="")
+        after = Finisher(request.finish, downsampling=4)(video, request, sample_darker)
+        assert after.shape[-2:] == size
+    second = second_pass(replace(request, finish=replace(request.finish, strength=0.5)))
+    assert (second.size.height, second.size.width) == second_size((64, 40), 1.3, 4) == (80, 48)
+
+
 def test_in_a_call(pipeline):
     plain = dict(num_frames=3, height=16, width=16, num_inference_steps=2, seed=1, output_type="pt", return_dict=False)
     (before,), (after,) = (pipeline("a fox", **plain, **more) for more in ({}, {"finish": FINISH}))
@@ -240,6 +257,7 @@ def test_sound_goes_along(tmp_path, monkeypatch):
         (["finish.scale=9"], "finish.scale: got 9, expected at most 8"),
         (["steps=3"], "got steps, expected options of finish"),
         (["finish.scalee=2"], "scale"),
+        (["scale=2"], "unknown key 'scale', expected finish.scale"),
         ([], "got nothing to do, expected finish.scale=2"),
     ],
 )

@@ -12,7 +12,7 @@ import yaml
 
 import animatediff
 from animatediff.checkpoints.files import file_sha256
-from animatediff.config.prompt_yaml import load_config
+from animatediff.config.prompt_yaml import config_of, load_config
 from animatediff.media.video import read_metadata, read_video
 from animatediff.pipeline import run
 from animatediff.pipeline.run import animate, file_words, plan
@@ -131,6 +131,14 @@ def test_files_of_a_run(nano, config, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("values", "told"), [({}, 1), ({"motion_module": ""}, 0), ({"L": 1}, 0)])
+def test_a_clip_of_unrelated_pictures_is_told(nano, tmp_path, capsys, values, told):
+    path = str(nano / "nano.safetensors")
+    given = {"pretrained_model_path": path, "prompt": "a fox", "L": 2, "H": 16, "W": 16, "steps": 1} | values
+    animate(config_of(given, name="sample"), output_dir=tmp_path / "out", device="cpu")
+    assert capsys.readouterr().out.count("every frame is a picture of its own") == told
+
+
 def test_an_interrupted_run_goes_on(config, finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the second clip: the first stays as it is, the rest is made, all as a recorded run has it."""
     recorded = load_config(finished / "config.yaml")

@@ -7,8 +7,11 @@ from PIL import Image
 
 from animatediff.checkpoints.files import file_sha256
 from animatediff.config.prompt_yaml import load_config
+from animatediff.config.spellings import build_request
+from animatediff.features.inputs import prepare_inputs
 from animatediff.features.noise import seeded
 from animatediff.media.video import read_metadata, read_video, save_video
+from animatediff.pipeline.finish import second_pass
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.run import animate
 from animatediff.utils import UserError
@@ -49,6 +52,30 @@ def test_a_run(nano, inputs, tmp_path, pipeline, capsys):
     assert torch.equal(read_video(first)[0], torch.from_numpy(np.stack(expected)))
     kept = pipeline("a red fox", video=frames, strength=0.0, output_type="pil", **call).frames[0]
     assert np.array_equal(read_video(second)[0][0].numpy(), np.asarray(kept[0])), "the first mask is black"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "frames"),
+    [({}, [0, 1]), ({"video_start": 2}, [2, 3]), ({"video_stride": 2}, [0, 2]), ({"video_fps": 4}, [0, 2])],
+)
+def test_a_mask_is_read_at_the_frames_of_its_video(tmp_path, chosen, frames):
+    """In the second pass, too; a mask that is one picture holds for all of them."""
+    shown = np.zeros((5, 8, 8, 3), np.uint8)
+    shown[range(5), range(5)] = 255  # frame i is white in row i
+    save_video(shown, tmp_path / "clip")
+    Image.fromarray(shown[1]).save(tmp_path / "one.png")
+    size = {"num_frames": 2, "height": 8, "width": 8}
+
+    def rows(name):
+        values = {"prompt": "a fox", "video": str(tmp_path / "clip"), "mask": str(tmp_path / name), **chosen}
+        request = build_request({**values, **size, "finish": {"strength": 0.5}}, where="")
+        read = prepare_inputs(request.inputs, frames=2, height=8, width=8, window=16)
+        again = second_pass(request, torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8))
+        masks = (read.mask, prepare_inputs(again.inputs, frames=2, height=8, width=8, window=16).mask)
+        return [clip[0, :, 0, :, 0].float().argmax(dim=-1).tolist() for clip in (read.video[:, :, :1], *masks)]
+
+    assert rows("clip") == [frames] * 3
+    assert rows("one.png") == [frames, [1], [1]]
 
 
 def test_a_chain_counts_its_steps(nano, inputs, make_entry):

@@ -52,7 +52,7 @@ def test_one_seed_and_no_tags_stay(make_entry):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("a <lora:styl:1>", "entry x: prompt: there is no LoRA 'styl' under models .*: the nearest are style"),
+        ("a <lora:styl:1>", "entry x: prompt: there is no LoRA 'styl' under models.*: the nearest are style"),
         ("a <lora:style:much>", "entry x: prompt: got '<lora:style:much>', expected a number"),
         ({0: "a <lora:style:1>", 1: "b <lora:style:0>"}, "got LoRA 'style' with 1 and 0 in one clip, expected one"),
     ],

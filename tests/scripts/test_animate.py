@@ -104,6 +104,7 @@ def test_as_a_module_with_the_official_options(tmp_path):
     ("arguments", "message"),
     [
         ([], 'error: got nothing to animate, expected --prompt "…" or --config FILE'),
+        (["prompt_map={0: a, 99: b}"], "prompt_map: got a keyframe at 99, expected 0 to 15"),
         (["--prompt", "x", "--sed", "3"], "error: unrecognized arguments: --sed"),
         (["--prompt", "x", "--L", "ten"], "error: override: L: got 'ten', expected a whole number"),
         (["--prompt", "x", "stepz=3"], "error: override: unknown key 'stepz', the nearest known one is 'steps'"),
