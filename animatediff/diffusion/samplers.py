@@ -103,11 +103,11 @@ def dpmpp_2m(x: Tensor, steps: Steps) -> Tensor:
     lambda = log(sqrt(abar) / sqrt(1 - abar)); the clean data is extrapolated along it from the last two predictions.
     The last step has nowhere to extrapolate to, lambda being infinite at clean data, and is of first order.
     """
-    previous, h_previous = None, 0.0
+    previous, h_previous = x, 0.0  # h is 0 where two timesteps are the same, as of 1000 steps with an offset
     for step, t, abar, abar_next in steps:
         clean, _ = steps.predict(x, t)
         h = _half_log_snr(abar_next) - _half_log_snr(abar)
-        middle = clean if previous is None or abar_next == 1 else clean + h / (2 * h_previous) * (clean - previous)
+        middle = clean if not h_previous or abar_next == 1 else clean + h / (2 * h_previous) * (clean - previous)
         shrink = ((1 - abar_next) / (1 - abar)) ** 0.5
         x = shrink * x + (abar_next**0.5 - shrink * abar**0.5) * middle
         previous, h_previous = clean, h
@@ -149,7 +149,7 @@ def lcm(x: Tensor, steps: Steps) -> Tensor:
         scaled = float(t) * LCM_TIMESTEP_SCALE
         norm = (scaled**2 + LCM_SIGMA_DATA**2) ** 0.5
         x = (LCM_SIGMA_DATA / norm) ** 2 * x + scaled / norm * clean
-        if abar_next < 1:
+        if step + 1 < len(steps.timesteps):
             x = abar_next**0.5 * x + (1 - abar_next) ** 0.5 * steps.draw(x)
         steps.report(step, x)
     return x

@@ -43,8 +43,8 @@ class ConsistencyStage(DiffusionStage):
         t, earlier, end = ((n * interval - 1) for n in (number + 1, number, number // each * each))
         low, high = self.guidance
         scale = low + (high - low) * torch.rand(batch_size, 1, 1, 1, 1, generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        x = self.schedule.add_noise(x0, noise, t).to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        x = self.schedule.add_noise(x0.to(device), noise, t)
         context = self.text_encoder(torch.cat([self.clips.empty.expand(tokens.shape).to(tokens), tokens]).to(device))
         conditional = context[batch_size:]
         scale = scale.to(device)

@@ -142,6 +142,21 @@ def test_lcm(steps):
     assert torch.equal(GOLDEN[f"lcm.linear.{steps}.denoised"][-1], GOLDEN[f"lcm.linear.{steps}.x"])
 
 
+def test_two_steps_at_one_timestep_are_no_division_by_zero():
+    schedule = NoiseSchedule(ScheduleConfig(steps_offset=1))
+    x = torch.randn(1, 2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert dpmpp_2m(x, Steps(lambda x, t: 0.5 * x, schedule, schedule.timesteps(1000))).isfinite().all()
+
+
+def test_lcm_ends_without_fresh_noise():
+    schedule = NoiseSchedule(ScheduleConfig(set_alpha_to_one=False))
+
+    def no_noise():
+        raise AssertionError("the last step draws none")
+
+    lcm(torch.ones(1, 2, 4, 2, 2), Steps(lambda x, t: x, schedule, schedule.timesteps(1), noise=no_noise))
+
+
 def test_zero_terminal_snr():
     schedule = spaced("trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True)
     assert schedule.alphas_cumprod[-1] == 0
