@@ -20,6 +20,7 @@ from animatediff_kernels import (
     use_backend,
 )
 from animatediff_kernels.calibration import Kernels
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -50,6 +51,17 @@ def gpu(monkeypatch, tmp_path):
 def table(tmp_path) -> dict:
     [only] = json.loads((tmp_path / "animatediff/kernels.json").read_text()).values()
     return only
+
+
+def test_gradient_checkpointing_while_kernels_are_tried(gpu):
+    def block(x):
+        return layer_norm(geglu(x), torch.ones(4), torch.zeros(4))
+
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    checkpoint(block, x, use_reentrant=False).square().sum().backward()
+    again = x.detach().clone().requires_grad_()
+    block(again).square().sum().backward()
+    assert torch.allclose(x.grad, again.grad, atol=1e-5)
 
 
 def test_the_fastest_is_kept_and_remembered(gpu, tmp_path, capsys):
