@@ -118,7 +118,7 @@ def check_networks(request: Request, loaded: Request) -> None:
         if got != had:
             raise UserError(
                 f"{called(request, option)}: got {describe(got)}, but the networks are loaded already: give it to "
-                "from_config, or add it by load_lora or load_textual_inversion"
+                "from_config; load_lora and load_textual_inversion add to them"
             )
 
 

@@ -138,7 +138,8 @@ def animate(
     for entry in plain:
         named = "model.motion_module" in entry.request.spelled
         if entry.request.size.num_frames > 1 and not entry.headers.motion and not named:
-            processes.tell_once("no motion_module: every frame is a picture of its own; motion_module=FILE animates")
+            alone = "without a motion_module, every frame is a picture of its own: motion_module=FILE animates"
+            processes.tell_once(f"entry {entry.request.output.name}: {alone}")
     rehearse(plain, loaded_next=True)
     checked = [fitted(entry, target, weights_dtype, processes.tell_once) for entry in plain]
     entries = (recorded(entry.request, fit.request) for entry, fit in zip(plain, checked, strict=True))
