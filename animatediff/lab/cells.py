@@ -14,7 +14,7 @@ import torch
 
 from animatediff.lab.results import device_name, read_result, write_result
 from animatediff.training.stage_config import StageConfig
-from animatediff.utils import UserError
+from animatediff.utils import UserError, keep_freed_memory
 
 Log = Callable[[str], None]
 
@@ -47,7 +47,7 @@ def run_tasks(tasks: Mapping[str, Task], *, jobs: int = 1, device: str = "cpu") 
     spawned = multiprocessing.get_context("spawn")
     running: dict[Future, str] = {}
     done: set[str] = set()
-    with ProcessPoolExecutor(jobs, mp_context=spawned, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawned, initializer=_start_worker) as pool:
         while waiting or running:
             for name in [n for n in waiting if tasks[n].needs <= done]:
                 waiting.remove(name)
@@ -60,6 +60,11 @@ def run_tasks(tasks: Mapping[str, Task], *, jobs: int = 1, device: str = "cpu") 
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
                 done.add(running.pop(future))
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def ordered(tasks: Mapping[str, Task]) -> list[str]:

@@ -33,8 +33,10 @@ class SampleConfig:
     prompt: Many[str] = opt(..., "one or several", min_length=1)
     n_prompt: str = opt("", "negative prompt", "negative_prompt")
     seed: Int = opt(0, "of the first prompt; the next has seed + 1", ge=0, le=2**63)
-    steps: Int = opt(25, "of sampling", "num_inference_steps", ge=1)
-    guidance_scale: Float = opt(7.5, "of classifier-free guidance", ge=0, le=MAX_FACTOR)
+    steps: Int | None = opt(None, "of sampling; by default 25, or those of the few that are trained for",
+                            "num_inference_steps", ge=1)  # fmt: skip
+    guidance_scale: Float | None = opt(None, "of classifier-free guidance; by default 7.5, or 1 for few steps", ge=0,
+                                       le=MAX_FACTOR)  # fmt: skip
     L: Int = opt(16, "frames; 1 where no motion module takes part", "num_frames", ge=1, le=MAX_FRAMES)
     H: Int = opt(256, "pixels", "height", ge=8, le=MAX_SIDE, multiple_of=8)
     W: Int = opt(256, "pixels", "width", ge=8, le=MAX_SIDE, multiple_of=8)
@@ -64,7 +66,13 @@ class SampleClips:
             )
         if motion and config.L > motion.max_frames:
             raise UserError(f"samples: L: got {config.L}, expected at most {motion.max_frames}, what the module holds")
+        few = components.distillation
+        self.steps = config.steps or (few.steps if few else 25)
         self.pictures = self._pictures(components.networks)
+        with naming("samples"):  # steps or a scale that a network of few steps cannot do
+            self.pipeline.request_for(
+                {"prompt": "", "num_inference_steps": self.steps, "guidance_scale": config.guidance_scale}
+            )
 
     def _pictures(self, networks: Collection[str]) -> dict[str, Any]:
         """Options of the call that give the network in training its pictures."""
@@ -98,7 +106,7 @@ class SampleClips:
                 clip = self.pipeline(
                     prompt,
                     num_frames=config.L,
-                    num_inference_steps=config.steps,
+                    num_inference_steps=self.steps,
                     guidance_scale=config.guidance_scale,
                     negative_prompt=config.n_prompt,
                     generator=seeded(config.seed + number),

@@ -17,7 +17,14 @@ from animatediff.checkpoints.export import save_image_model, save_motion_module
 from animatediff.checkpoints.load import ImageModel, load_motion_module
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.checkpoints.sparsectrl_files import load_sparsectrl, save_sparsectrl
-from animatediff.config.networks import MOTION_VERSIONS, MotionConfig, ScheduleConfig
+from animatediff.config.networks import (
+    MOTION_VERSIONS,
+    Distillation,
+    MotionConfig,
+    ScheduleConfig,
+    consistency,
+    distilled_schedule,
+)
 from animatediff.config.request import SD15_FOLDER
 from animatediff.config.settings import Float, Int, Many, limits, opt, options
 from animatediff.models.lora import LoRAStack
@@ -146,6 +153,10 @@ class Training(StageConfig):
         """`Model.networks` of the clips drawn during training."""
         return {}
 
+    def sample_distillation(self) -> Distillation | None:
+        """How these clips have to be sampled, where not as usual."""
+        return None
+
     def _sampler(self, base: ImageModel, base_path: Path, trainable: nn.Module, log: Log) -> SampleClips | None:
         if self.samples is None:
             return None
@@ -154,9 +165,10 @@ class Training(StageConfig):
             vae=base.vae,
             text_encoder=base.text_encoder,
             tokenizer=load_tokenizer(base_path),
-            schedule=base.schedule,
+            schedule=distilled_schedule(base.schedule, distillation := self.sample_distillation()),
             loras=LoRAStack(base.unet, base.text_encoder),
             networks=self.sample_networks(trainable),
+            distillation=distillation,
         )
         return SampleClips(self.samples, parts, log)
 
@@ -319,6 +331,9 @@ class ConsistencyTraining(ClipTraining):
                 f"got timesteps {self.timesteps} and phases {self.phases}, expected a divisor of 1000 and one of that: "
                 "100 and 1, or 20 and 4"
             )
+        for name, unused in (("loss", MEAN_SQUARE), ("high_noise_fraction", 0.0)):
+            if getattr(self, name) != unused:
+                raise UserError(f"got {name}, which the stage consistency has no use for: remove it")
 
     def networks(self, base: ImageModel, log: Log) -> UNet:
         return self.with_module(self.adapted(base.unet, log), self.motion_module, log)
@@ -334,6 +349,9 @@ class ConsistencyTraining(ClipTraining):
 
     def stage_options(self) -> dict[str, Any]:
         return {"guidance": self.guidance_range, "timesteps": self.timesteps, "phases": self.phases}
+
+    def sample_distillation(self) -> Distillation:
+        return consistency(self.timesteps, self.phases)
 
 
 @options

@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ SDPA = {  # torch's attention kernels
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 REPEATS = 5
+MEMORY = "out of memory"  # in a failure that says nothing of the kernel
+TRIES = 3  # at most, in a process, at calls of a class that cannot be compared
 NOISE = 1e-6  # relative error of float32 results that nobody is blamed for
 Inputs = Sequence[Tensor | None]
 Results = list[Tensor]
@@ -89,6 +92,7 @@ class Entry:
 
 tables: dict[str, dict[str, Entry]] = {}  # device, as `Call.place` spells it -> class of calls -> what was found
 _lock = threading.RLock()  # a linear layer's gate is measured while the layer is
+_in_vain: Counter[tuple[str, str]] = Counter()  # device and class of what could not be compared -> how often
 _announced: list[str] = []
 
 
@@ -114,21 +118,29 @@ def calibrate(call: Any, kernels: Kernels, inputs: Inputs, options: Mapping[str,
     """Measure a call that no table knows, or `anew`, and remember what was found."""
     with _lock:
         load(call.place)
-        if lookup(call) is not None and not anew:
+        this = call.place, key(call)
+        if (lookup(call) is not None or _in_vain[this] == TRIES) and not anew:
             return
         # what is tried here is none of what gradient checkpointing counts and computes again
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        with _on(call.place), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             found = measure(call, kernels, inputs, options)
-        if found is not None:
-            tables[call.place][key(call)] = found
-            _save(call.place)
+        if found is None:
+            _in_vain[this] += 1
+            return
+        tables[call.place][key(call)] = found
+        _save(call.place)
 
 
 def measure(call: Any, kernels: Kernels, inputs: Inputs, options: Mapping[str, Any]) -> Entry | None:
-    """Try all kernels; None where torch's own result is not finite, so that there is nothing to compare with."""
+    """Try all kernels; None where there is nothing to compare with: torch's own result is not finite, or there is not
+    the memory for a second one.
+    """
     tail, part = kernels.tail(inputs, options)
     tail = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in tail]
-    exact = _results(kernels.reference, [x if x is None else _double(x) for x in tail], options, call.grad)
+    try:
+        exact = _results(kernels.reference, [x if x is None else _double(x) for x in tail], options, call.grad)
+    except torch.OutOfMemoryError:
+        return None
     errors, ms, wrong = {}, {}, {}
     for name in kernels.names:
         function = functools.partial(_call, kernels, name)
@@ -138,7 +150,7 @@ def measure(call: Any, kernels: Kernels, inputs: Inputs, options: Mapping[str, A
             got = [whole, *_results(function, tail, options, call.grad)[1:]]
             errors[name] = max(_relative_error(a, b) for a, b in zip(got, exact, strict=True))
             ms[name] = milliseconds(lambda f=function: _results(f, inputs, options, call.grad))
-        except _failures() as failure:
+        except Exception as failure:  # no such kernel for these sizes, a compiler's refusal or none, no memory
             wrong[name] = (str(failure) or type(failure).__name__).strip().splitlines()[0][:100]
     allowed = 2 * errors.get("torch", math.inf) + NOISE
     if not math.isfinite(allowed):
@@ -151,6 +163,11 @@ def measure(call: Any, kernels: Kernels, inputs: Inputs, options: Mapping[str, A
     ]
     fields = asdict(call) | {"dtype": str(call.dtype)[6:], "shape": dict(call.shape)}
     return Entry(min(ms, key=ms.__getitem__), ms, wrong, fields, described, dict(options))
+
+
+def _on(place: str) -> contextlib.AbstractContextManager:
+    """The device whose clock is read."""
+    return torch.cuda.device(place) if place.startswith("cuda") else contextlib.nullcontext()
 
 
 def milliseconds(function: Callable[[], object]) -> float:
@@ -187,15 +204,6 @@ def _results(function: Callable[..., Tensor], inputs: Inputs, options: Mapping[s
 def _relative_error(got: Tensor, exact: Tensor) -> float:
     error = ((got.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
     return error if math.isfinite(error) else math.inf
-
-
-def _failures() -> tuple[type[BaseException], ...]:
-    """What a kernel that cannot do a call raises: no memory, no such kernel for these sizes, a compiler's refusal."""
-    with contextlib.suppress(ImportError):
-        from triton.errors import TritonError
-
-        return RuntimeError, ValueError, TritonError
-    return RuntimeError, ValueError
 
 
 def show(place: str = "cuda:0", *, remeasure: bool = False, tell: Callable[[str], None] = print) -> None:
@@ -273,6 +281,7 @@ def forget() -> None:
     """Leave what is in memory; what is in the file is read again."""
     with _lock:
         tables.clear()
+        _in_vain.clear()
 
 
 def _read() -> dict[str, dict[str, Any]]:
@@ -294,7 +303,8 @@ def _save(place: str) -> None:
     name = environment(place)
     _tell(f"timing kernels on {name.split(', torch')[0]} where it meets them first; remembered in {path()}")
     everything = _read()
-    everything[name] = everything.get(name, {}) | {k: asdict(entry) for k, entry in tables[place].items()}
+    lasting = {k: asdict(e) for k, e in tables[place].items() if not any(MEMORY in why for why in e.wrong.values())}
+    everything[name] = everything.get(name, {}) | lasting
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
         with _replacing(path()) as file:

@@ -1,7 +1,9 @@
 """Kernels that are measured where they run, on a GPU that is made up: Triton's interpreter and a clock of our own."""
 
 import json
+import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -36,6 +38,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "used", {})
     monkeypatch.setattr(calibration, "tables", {})
     monkeypatch.setattr(calibration, "_announced", [])
+    monkeypatch.setattr(calibration, "_in_vain", Counter())
     monkeypatch.setattr(Kernels, "run", lambda self, name, *args: started.append(name) or real(self, name, *args))
 
     def milliseconds(function):
@@ -138,15 +141,23 @@ def slips():
         y[..., -1] = 0
         return y
 
-    def fails(x):
-        raise RuntimeError("no kernel image is available\nfor this device")
-
     return {
         "a wrong number": (last_number, False, "error "),
         "unwritten memory": (lambda x: geglu_op(x) * torch.nan, False, "error inf, expected at most"),
         "a wrong gradient": (WrongGradient.apply, True, "error "),
-        "a failure": (fails, False, "no kernel image is available"),
+        "a failure": (
+            raises(RuntimeError("no kernel image is available\nfor this device")),
+            False,
+            "no kernel image is available",
+        ),
     }
+
+
+def raises(failure: Exception):
+    def kernel(*args, **options):
+        raise failure
+
+    return kernel
 
 
 @pytest.mark.parametrize("slip", ["a wrong number", "unwritten memory", "a wrong gradient", "a failure"])
@@ -165,6 +176,53 @@ def test_what_cannot_be_compared_is_not_remembered(gpu, tmp_path):
     assert geglu(x * torch.nan).isnan().all() and not (tmp_path / "animatediff").exists()
     geglu(x)
     assert list(provenance().values()) == ["triton"]
+
+
+def test_what_can_never_be_compared_is_tried_three_times(gpu, monkeypatch):
+    measured, real = [], calibration.measure
+    monkeypatch.setattr(calibration, "measure", lambda call, *rest: measured.append(call) or real(call, *rest))
+    for _ in range(5):
+        geglu(torch.full((2, 3, 8), torch.nan))
+    assert len(measured) == 3
+
+
+def test_no_memory_for_the_comparison(gpu, monkeypatch):
+    """In float64 the call is computed as if there were no kernels; it is tried again."""
+    module = sys.modules["animatediff_kernels.geglu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "KERNELS", replace(module.KERNELS, reference=raises(torch.OutOfMemoryError("CUDA"))))
+        geglu(torch.randn(2, 3, 8))
+        assert calibration.tables["cpu"] == {} and list(provenance().values()) == ["torch"]
+    geglu(torch.randn(2, 3, 8))
+    assert list(provenance().values()) == ["triton"]
+
+
+def test_no_memory_for_a_kernel_is_not_remembered_beyond_this_process(gpu, monkeypatch, tmp_path):
+    module = sys.modules["animatediff_kernels.geglu"]
+    failure = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(module, "KERNELS", replace(module.KERNELS, triton=raises(failure)))
+    geglu(torch.randn(2, 3, 8))
+    [entry] = calibration.tables["cpu"].values()
+    assert entry.kernel == "torch" and entry.wrong["triton"].startswith("CUDA out of memory") and table(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        subprocess.CalledProcessError(1, "gcc"),
+        AssertionError("libcuda.so cannot found!"),
+        PermissionError(13, "Permission denied"),
+        ImportError("undefined symbol"),
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+def test_a_kernel_that_cannot_be_built_is_not_used(gpu, monkeypatch, failure):
+    module = sys.modules["animatediff_kernels.geglu"]
+    monkeypatch.setattr(module, "KERNELS", replace(module.KERNELS, triton=raises(failure)))
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(geglu(x), geglu(x, backend="torch"))
+    [entry] = calibration.tables["cpu"].values()
+    assert entry.kernel == "torch" and entry.wrong["triton"]
 
 
 def test_rows_count_up_to_a_factor_of_two(gpu):

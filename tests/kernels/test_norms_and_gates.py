@@ -1,5 +1,7 @@
 """GroupNorm + SiLU, LayerNorm + frame code and GEGLU, in Triton's interpreter."""
 
+import mmap
+
 import pytest
 import torch
 from animatediff_kernels import geglu, group_norm_silu, launch, layer_norm
@@ -66,6 +68,18 @@ def test_group_norm_of_shifted_images(frames, rows, dtype):
 )
 def test_group_norm_of_any_layout(layout):
     check_group_norm(layout(torch.randn(2, 8, 3, 5)), 4, 1)
+
+
+def test_group_norm_of_an_image_of_more_than_2_31_numbers():
+    """Where its last channel lies does not fit into 32 bits. The memory between the channels is never touched."""
+    channels, stride = 5, 2**29
+    memory = mmap.mmap(-1, 2 * (stride * (channels - 1) + 2))
+    x = torch.frombuffer(memory, dtype=torch.float16).as_strided((1, channels, 1, 2), (stride * channels, stride, 2, 1))
+    x.copy_(torch.randn(x.shape))
+    weight, bias = torch.ones(2, channels, dtype=torch.float16)
+    found = group_norm_silu(x, 1, weight, bias, eps=1e-5, backend="triton")
+    expected = group_norm_silu(x.contiguous(), 1, weight, bias, eps=1e-5, backend="triton")
+    assert torch.equal(found, expected)
 
 
 def test_group_norm_keeps_the_memory_format():

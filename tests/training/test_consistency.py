@@ -1,6 +1,7 @@
 """Latent consistency distillation: the loss against a hand computation, and a training that is taken up."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,13 @@ import yaml
 
 from animatediff.checkpoints.files import read_state_dict
 from animatediff.checkpoints.identify import identify
+from animatediff.checkpoints.load import load_base
 from animatediff.checkpoints.lora_files import read_lora
-from animatediff.config.networks import ScheduleConfig
+from animatediff.config.networks import LCM, ScheduleConfig
 from animatediff.config.networks import consistency as consistency_needs
 from animatediff.diffusion.schedule import NoiseSchedule
 from animatediff.lab.stage_table import load_train_config
+from animatediff.pipeline.pipeline import AnimateDiffPipeline
 from animatediff.training import consistency
 from animatediff.training.consistency import HUBER, ConsistencyStage, consistency_loss
 from animatediff.utils import UserError
@@ -76,6 +79,38 @@ def test_phases_that_do_not_fit_are_told(tmp_path):
     for values in (["timesteps=30"], ["timesteps=20", "phases=3"]):
         with pytest.raises(UserError, match="expected a divisor of 1000 and one of that: 100 and 1, or 20 and 4"):
             load_train_config(Path(config), values)
+
+
+def test_values_that_this_loss_does_not_have_are_refused():
+    config = Path("configs/train/shapes_consistency.yaml")
+    for values, name in ((["loss.noise_offset=0.1"], "loss"), (["high_noise_fraction=0.5"], "high_noise_fraction")):
+        with pytest.raises(UserError, match=f"got {name}, which the stage consistency has no use for: remove it"):
+            load_train_config(config, values)
+
+
+@pytest.mark.parametrize(
+    ("phases", "sampled"), [(4, ("ddim", "trailing", 4, 1.0)), (1, ("lcm", "lcm", LCM.steps, 1.0))]
+)
+def test_samples_are_drawn_in_the_steps_that_are_trained_for(tmp_path, monkeypatch, phases, sampled):
+    path = write_files(tmp_path) / "nano.safetensors"
+    values = {"every": 1, "prompt": "a", "L": 1, "H": 32, "W": 32}
+    seen, sample = [], AnimateDiffPipeline.sample
+
+    def watched(self, request, **rest):
+        seen.append(request.sampling)
+        return sample(self, request, **rest)
+
+    def sampler(**changes):
+        samples = [f"samples.{name}={value}" for name, value in (values | changes).items()]
+        config = load_train_config(Path("configs/train/shapes_consistency.yaml"), [f"phases={phases}", *samples])
+        base = replace(load_base(path), schedule=ScheduleConfig())
+        return config._sampler(base, path, torch.nn.Identity(), lambda line: None)
+
+    monkeypatch.setattr(AnimateDiffPipeline, "sample", watched)
+    sampler()(tmp_path, 1)
+    assert [(s.sampler, s.timestep_spacing, s.steps, s.guidance_scale) for s in seen] == [sampled]
+    with pytest.raises(UserError, match="^samples: .*guidance_scale: got 7.5, expected at most 2 with a LoRA of the"):
+        sampler(guidance_scale=7.5)
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def test_keys_within_keys_have_defaults():
     text = explain_stage("motion_module")
     for key, default in (("loop.weight_decay", "0.01"), ("loop.max_grad_norm", "1.0"), ("loop.warmup_steps", "100"),
                          ("loop.ema_decay", "0.999"), ("zero_init", "true"), ("world.style", "plain"),
-                         ("motion.resolutions", "[1, 2, 4, 8]"), ("samples.steps", "25")):  # fmt: skip
+                         ("motion.resolutions", "[1, 2, 4, 8]"), ("samples.fps", "8.0")):  # fmt: skip
         assert re.search(rf"^  {re.escape(key)} .*; {re.escape(default)}\)$", text, re.MULTILINE)
 
 

@@ -44,13 +44,13 @@ def backward_kernel(
     TOKEN_BLOCK: tl.constexpr,
     CHANNEL_BLOCK: tl.constexpr,
 ):
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)  # an image may have more than 2^31 numbers
     channel_blocks: tl.constexpr = (CHANNELS + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK
     chunks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
     channel = pid % channel_blocks * CHANNEL_BLOCK + tl.arange(0, CHANNEL_BLOCK)
     chunk = pid // channel_blocks % chunks
     token = (chunk * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK))[:, None]
-    image = (pid // channel_blocks // chunks).to(tl.int64)
+    image = pid // channel_blocks // chunks
     there = channel < CHANNELS
     valid = (token < tokens) & there[None, :]
     group = image // frames * (CHANNELS // PER_GROUP) + channel // PER_GROUP

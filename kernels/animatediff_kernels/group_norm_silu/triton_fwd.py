@@ -32,12 +32,12 @@ def parts_kernel(
     CHANNEL_BLOCK: tl.constexpr,
 ):
     """Mean and sum of squared deviations of each channel over one chunk of tokens, both (images, chunks, channels)."""
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)  # an image may have more than 2^31 numbers
     channel_blocks: tl.constexpr = (CHANNELS + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK
     chunks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
     channel = pid % channel_blocks * CHANNEL_BLOCK + tl.arange(0, CHANNEL_BLOCK)
     chunk = pid // channel_blocks % chunks
-    image = (pid // channel_blocks // chunks).to(tl.int64)
+    image = pid // channel_blocks // chunks
     token = chunk * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
     valid = (token < tokens)[:, None] & (channel < CHANNELS)[None, :]
     at = image * image_stride + token[:, None] * token_stride + channel[None, :] * channel_stride
@@ -121,12 +121,12 @@ def apply_kernel(
     TOKEN_BLOCK: tl.constexpr,
     CHANNEL_BLOCK: tl.constexpr,
 ):
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)  # an image may have more than 2^31 numbers
     channel_blocks: tl.constexpr = (CHANNELS + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK
     chunks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
     channel = pid % channel_blocks * CHANNEL_BLOCK + tl.arange(0, CHANNEL_BLOCK)
     token = (pid // channel_blocks % chunks * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK))[:, None]
-    image = (pid // channel_blocks // chunks).to(tl.int64)
+    image = pid // channel_blocks // chunks
     there = channel < CHANNELS
     valid = (token < tokens) & there[None, :]
     at = image * image_stride + token * token_stride + channel[None, :] * channel_stride
