@@ -62,6 +62,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-dir", help="by default samples/<config>-<time>; of an unfinished run: goes on there")
     parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16; by default float16 on CUDA, else float32")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="the UNet by torch.compile: takes minutes at first, pays for many clips on a GPU; equal but for rounding",
+    )
     parser.add_argument("--plan", action="store_true", help="say how much memory and time it will take, and stop")
     parser.add_argument(
         "--split-clips",
@@ -149,7 +154,14 @@ def run(argv: list[str] | None, processes: OneProcess) -> None:
         gc.freeze()  # modules are no garbage: looking through torch's takes a third of a second at the end
     if args.split_clips:
         processes = processes.splitting()
-    animate(config, output_dir=args.output_dir, device=args.device, dtype=args.dtype, processes=processes)
+    animate(
+        config,
+        output_dir=args.output_dir,
+        device=args.device,
+        dtype=args.dtype,
+        compiled=args.compile,
+        processes=processes,
+    )
 
 
 if __name__ == "__main__":

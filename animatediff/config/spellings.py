@@ -174,7 +174,7 @@ def _put_group(nested: dict[str, Any], spelled: dict[str, str], group: str, valu
     known = {n: o for o in all_options().values() if o.group == group for n in (o.name, *o.spellings)}
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"{group}: {unknown_key(name, [o.name for o in known.values()])}")
+            raise UserError(f"{group}: {unknown_key(name, list(dict.fromkeys(o.name for o in known.values())))}")
         _put(nested, spelled, known[name], name, value, typed + name * typed.endswith("."))
 
 

@@ -12,6 +12,8 @@ from animatediff_kernels import calibration
 from torch import Tensor, nn
 
 Tell = Callable[[str], None]
+NO_LIMIT = 10_000
+MOST_GRAPHS = 8  # shapes and LoRA scales that are compiled for one network
 
 
 @dataclass
@@ -21,6 +23,7 @@ class CompiledUNet:
     Attributes:
         graphs: compilations so far, one per shape of the inputs and set of constants, such as LoRA scales.
         seconds: that they took. failure: why the network runs uncompiled from now on, or None.
+        steered: whether it was called while something reached into it.
     """
 
     unet: nn.Module
@@ -29,11 +32,24 @@ class CompiledUNet:
     graphs: int = 0
     seconds: float = 0.0
     failure: str | None = None
+    steered: bool = False
     met: set[Any] = field(default_factory=set)  # shapes that have been run once, so that their kernels are known
 
     def undo(self) -> None:
         """Run the network as it was."""
         self.unet.__dict__.pop("forward", None)
+
+    def is_steered(self) -> bool:
+        """Whether something reaches into the network now, which a graph made without it would not notice."""
+        found = any(m._forward_hooks or m._forward_pre_hooks or getattr(m, "image_prompts", None)
+                    for m in self.unet.modules())  # fmt: skip
+        if found and not self.steered:
+            self.steered = True
+            self.tell(
+                "the UNet runs uncompiled while something reaches into it: an IP-Adapter, FreeU, PAG, motion_scale, "
+                "a camera, offload=blocks or another hook"
+            )
+        return found
 
     def fall_back(self, reason: str) -> None:
         self.failure = reason
@@ -43,7 +59,7 @@ class CompiledUNet:
 def compile_unet(
     unet: nn.Module,
     *,
-    most_graphs: int = 8,
+    most_graphs: int = MOST_GRAPHS,
     cuda_graphs: bool = False,
     backend: str | Callable[..., Any] = "inductor",
     tell: Tell = print,
@@ -52,38 +68,44 @@ def compile_unet(
 
     The network stays the same module; parameters, merged LoRAs and LoRA layers are read as they are at each call. A
     LoRA whose scale changes is compiled again, as a new shape is. After `most_graphs` compilations, or where there is
-    no compiler, the network runs uncompiled; either is told in one line. On a GPU the first call with new shapes runs
-    uncompiled, which lets the kernels be timed (`animatediff_kernels.calibration`).
+    no compiler, the network runs uncompiled, and so it does while forward hooks or an IP-Adapter reach into it; each is
+    told in one line. On a GPU the first call with new shapes runs uncompiled, which lets the kernels be timed
+    (`animatediff_kernels.calibration`).
 
     Args:
+        unet: where it is compiled already, it is so anew.
         most_graphs: at least 1.
         cuda_graphs: replay kernels as CUDA graphs; the output is copied, since a replay writes over the last one.
         backend: of torch.compile.
     Returns: the record, whose `undo()` takes it back.
     """
+    if (earlier := getattr(unet.forward, "record", None)) is not None:
+        earlier.undo()
     record = CompiledUNet(unet, most_graphs, tell)
     plain = unet.forward
     whole = torch.compile(plain, dynamic=False, fullgraph=True, backend=_counted(record, backend, cuda_graphs))
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
-        if record.failure is not None or _is_new_on_gpu(record, args, kwargs):
+        if record.failure is not None or record.is_steered() or _is_new_on_gpu(record, args, kwargs):
             return plain(*args, **kwargs)
         if cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         try:
-            out = whole(*args, **kwargs)
+            with torch._dynamo.config.patch(cache_size_limit=NO_LIMIT):  # of all UNets of a process; ours is per UNet
+                out = whole(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             record.fall_back(_first_line(error))
             return plain(*args, **kwargs)
         return out.clone() if cuda_graphs else out
 
+    forward.record = record  # type: ignore[attr-defined]
     unet.forward = forward
     return record
 
 
 def _counted(record: CompiledUNet, backend: str | Callable[..., Any], cuda_graphs: bool) -> Callable[..., Any]:
     """The compiler's backend, which counts its calls, and compiles nothing once it failed or reached the bound."""
-    options = {"triton.cudagraphs": True} if cuda_graphs else {}
+    options = {"config_patches": {"triton.cudagraphs": True}} if cuda_graphs else {}  # of inductor's compile_fx
     compiler = torch._dynamo.lookup_backend(backend)
 
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -93,7 +115,7 @@ def _counted(record: CompiledUNet, backend: str | Callable[..., Any], cuda_graph
             return graph.forward
         start = time.perf_counter()
         try:
-            compiled = compiler(graph, inputs, options=options) if options else compiler(graph, inputs)
+            compiled = compiler(graph, inputs, **options)
         except (RuntimeError, OSError) as error:  # a compiler that is not there, or cannot do it
             record.fall_back(_first_line(error))
             return graph.forward
@@ -117,4 +139,5 @@ def _is_new_on_gpu(record: CompiledUNet, args: tuple, kwargs: dict[str, Any]) ->
 
 
 def _first_line(error: BaseException) -> str:
+    error = getattr(error, "inner_exception", error)  # what dynamo or inductor wraps
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -39,6 +39,7 @@ from animatediff.pipeline.call import (
     generators_of,
     given_latents,
 )
+from animatediff.pipeline.compiled import MOST_GRAPHS, CompiledUNet, compile_unet
 from animatediff.pipeline.device import pick_device, pick_dtype, to_device
 from animatediff.pipeline.finish import Finisher, enlarged_latents
 from animatediff.pipeline.fit import fitted
@@ -165,6 +166,17 @@ class AnimateDiffPipeline:
         for module in self.model.modules():
             to_device(module, torch.device(device), dtype)
         return self
+
+    def compile(
+        self, *, most_graphs: int = MOST_GRAPHS, cuda_graphs: bool = False, tell: Callable[[str], None] = print
+    ) -> CompiledUNet:
+        """Compile the UNet by torch.compile at the next calls; the clips stay the same but for rounding.
+
+        Args: see `compiled.compile_unet`. `tell` is told how long each compilation took.
+
+        Returns: the record of what was compiled, whose `undo()` takes it back.
+        """
+        return compile_unet(self.model.unet, most_graphs=most_graphs, cuda_graphs=cuda_graphs, tell=tell)
 
     def load_textual_inversion(self, path: str | Path, token: str | None = None) -> None:
         """Let a word of the prompts stand for a textual inversion; see `checkpoints.textual_inversion`.

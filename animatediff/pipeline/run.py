@@ -97,6 +97,7 @@ def animate(
     output_dir: str | Path | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    compiled: bool = False,
     assembler: Assembler | None = None,
     follower: Follower | None = None,
     processes: OneProcess | None = None,
@@ -114,6 +115,7 @@ def animate(
             taken up where it stopped.
         device: auto, cuda, mps or cpu; of several processes on a machine, each has a GPU of its own.
         dtype: float32, float16 or bfloat16; by default that of an earlier run of the config, or what suits the device.
+        compiled: the UNets by torch.compile, which takes a while for each entry and pays for many clips or steps.
         assembler: of earlier runs, with what it has read; on its device and in its dtype.
         follower: is told how far the run is.
         processes: from `launched()`, where torchrun has started several: they share the prompts out among them, or,
@@ -162,6 +164,8 @@ def animate(
             with one_line_when_full(entry.request):
                 pipeline = AnimateDiffPipeline(assembler.assemble(entry))
                 finisher = _finisher(entry.request, pipeline)
+            if compiled:
+                pipeline.compile(tell=processes.tell)
             for line in pipeline.model.reports:
                 processes.tell_once(line)
             follower.loaded(pipeline)

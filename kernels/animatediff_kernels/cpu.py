@@ -24,6 +24,7 @@ NARROWEST = 128  # network whose products are worth a switch
 FEWEST_TILES = 4  # in an image: 8x8 pixels
 TILES = 192  # worked on at a time: enough to read the weights seldom, few enough to stay in the cache
 WEIGHT_BYTES = 16 * 2**20  # of transformed weights that are worked on at a time, where there are no more tiles
+FLOAT32_ERROR = 1e-5  # relative, of a sum of 640 equal numbers; in bfloat16 3e-3
 WORTH_SWITCHING = 1.3  # oneDNN's speed over MKL's
 
 # Winograd's F(4, 3) with the points 0, ±1, ±2 and infinity (Lavin and Gray 2016, arXiv 1509.09308, sec. 4.3): the
@@ -250,18 +251,22 @@ def products_choice(x: Tensor, weight: Tensor) -> Choice:
 def onednn_or_mkl() -> Choice:
     """Which library multiplies float32 matrices faster on this CPU: measured once, in about 30 ms.
 
-    MKL runs below half of AMD's AVX-512 CPUs' speed. With AMX torch's switch would really compute in bfloat16.
+    MKL runs below half of AMD's AVX-512 CPUs' speed. With AMX, or bfloat16 on ARM, torch's switch would really compute
+    in bfloat16.
     """
     if not torch.backends.mkldnn.is_available():
         return Choice("torch", "this torch has no oneDNN")
     if _has_amx():
         return Choice("torch", "with AMX the switch computes in bfloat16")
-    x, weight = torch.ones(512, 640), torch.ones(640, 640)
+    x, weight = torch.full((512, 640), 1.003), torch.ones(640, 640)  # 1.003 is 1 in bfloat16
     own = _get_precision()
     seconds = {}
     try:
         for setting in ("bf16", own):
             _set_precision(setting)
+            error = (F.linear(x, weight).double() / (640 * x[0, 0].double()) - 1).abs().max()
+            if error > FLOAT32_ERROR:
+                return Choice("torch", f"the switch computes in fewer bits on this CPU: error {error:.0e}")
             seconds[setting] = min(_seconds_of(x, weight) for _ in range(4))
     finally:
         _set_precision(own)

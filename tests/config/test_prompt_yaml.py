@@ -145,6 +145,10 @@ def test_resolved_config_reads_back(read, tmp_path):
     [
         ("- promt: [a]", "unknown key 'promt', the nearest known one is 'prompt'"),
         ("- prompt: [a]\n  guidance: 7", r"guidance: got 7, expected keys .*, or guidance_scale=7"),
+        (
+            "- prompt: [a]\n  windows: {x: 1}",
+            "expected one of schedule, length, overlap, fuse, stride: correct",
+        ),
         ("- prompt: [a]\n  l: 8", "unknown key 'l', the nearest known one is 'L'"),
         ("- steps: 5", "prompt is missing"),
         ("- prompt: []", "prompt: got an empty list"),

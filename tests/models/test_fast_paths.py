@@ -224,9 +224,26 @@ def test_amx_is_left_alone(monkeypatch):
     assert cpu.onednn_or_mkl.__wrapped__().backend == "torch"
 
 
+def test_a_switch_that_computes_in_bfloat16_is_not_taken(monkeypatch):
+    """As on ARM's CPUs, however fast it is."""
+    own, linear = cpu._get_precision(), F.linear
+
+    def rounded(x, weight):
+        fewer = cpu._get_precision() == ON
+        return linear(x.bfloat16(), weight.bfloat16()).float() if fewer else linear(x, weight)
+
+    monkeypatch.setattr(cpu, "_has_amx", lambda: False)
+    monkeypatch.setattr(cpu, "_seconds_of", lambda x, w: 1.0 if cpu._get_precision() == ON else 2.0)
+    monkeypatch.setattr(cpu.F, "linear", rounded)
+    choice = cpu.onednn_or_mkl.__wrapped__()
+    assert choice.backend == "torch" and choice.reason.startswith("the switch computes in fewer bits on this CPU")
+    assert cpu._get_precision() == own
+
+
 @pytest.mark.parametrize(("onednn_seconds", "backend"), [(1.0, "onednn"), (2.0, "torch")])
 def test_the_faster_library_is_taken(monkeypatch, onednn_seconds, backend):
     monkeypatch.setattr(cpu, "_has_amx", lambda: False)
+    monkeypatch.setattr(cpu, "FLOAT32_ERROR", 1)  # of whatever CPU the test runs on
     own = cpu._get_precision()
     monkeypatch.setattr(cpu, "_seconds_of", lambda x, w: onednn_seconds if cpu._get_precision() == ON else 2.0)
     assert cpu.onednn_or_mkl.__wrapped__().backend == backend

@@ -1,5 +1,8 @@
 """The compiled UNet: the same numbers, one graph per shape, a bound, and a way on where there is no compiler."""
 
+import functools
+import shutil
+
 import pytest
 import torch
 from animatediff_kernels import geglu
@@ -8,7 +11,10 @@ from torch import Tensor, nn
 from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.models.lora import LoRAStack
+from animatediff.pipeline import pipeline
 from animatediff.pipeline.compiled import compile_unet
+from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from tests.nano import entry, write_config
 
 WIDTH = 8
 
@@ -89,11 +95,85 @@ def test_without_a_compiler_the_network_runs_on(error):
 
 
 def test_what_cannot_be_one_graph_runs_uncompiled():
-    unet, told, call = SmallUNet(), [], inputs()
+    class Breaks(SmallUNet):
+        def forward(self, *call):
+            torch._dynamo.graph_break()
+            return super().forward(*call)
+
+    unet, told, call = Breaks(), [], inputs()
     expected = unet(*call)
-    unet.conv_in.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     compile_unet(unet, backend=uncompiled, tell=told.append)
     assert torch.equal(unet(*call), expected) and len(told) == 1
+
+
+def test_hooks_are_heard_whenever_they_are_there():
+    """A graph that was made without one would leave it out."""
+    unet, told, call = SmallUNet(), [], inputs()
+    plain, doubled = unet(*call), 2 * unet(*call)
+    record = compile_unet(unet, backend=uncompiled, tell=told.append)
+    for _ in range(2):
+        assert torch.equal(unet(*call), plain)
+        hook = unet.out.register_forward_hook(lambda layer, given, out: 2 * out)
+        assert torch.equal(unet(*call), doubled)
+        hook.remove()
+    assert record.graphs == 1 and len(told) == 2 and "while something reaches into it" in told[1]
+
+
+def test_compiled_anew():
+    unet, call = SmallUNet(), inputs()
+    expected = unet(*call)
+    first, second = (compile_unet(unet, backend=uncompiled, tell=lambda line: None) for _ in range(2))
+    assert torch.equal(unet(*call), expected) and (first.graphs, second.graphs) == (0, 1)
+    second.undo()
+    assert "forward" not in unet.__dict__
+
+
+def test_the_bound_is_of_each_network():
+    """torch's own, of all that runs the same code, is 8."""
+    for _ in range(3):
+        unet = SmallUNet()
+        record = compile_unet(unet, backend=uncompiled, tell=lambda line: None)
+        for frames in range(2, 6):
+            unet(*inputs(frames))
+        assert record.graphs == 4 and record.failure is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_torch_s_own_compiler(cuda_graphs):
+    unet, call = SmallUNet(), inputs()
+    expected = unet(*call)
+    record = compile_unet(unet, cuda_graphs=cuda_graphs, tell=lambda line: None)
+    for _ in range(2):
+        torch.testing.assert_close(unet(*call), expected, rtol=1e-4, atol=1e-5)
+    assert record.graphs == 1 and record.failure is None and record.seconds > 0
+
+
+CALLS = [
+    {"num_frames": 3},
+    {"num_frames": 6, "windows": {"schedule": "open", "length": 3, "overlap": 1}},
+    {"num_frames": 3, "motion_scale": 0.5},
+    {"num_frames": 3, "pe_stretch": 2.0},
+    {"num_frames": 3, "pag_scale": 2.0},
+]
+
+
+@pytest.mark.slow
+def test_a_compiled_pipeline_makes_the_same_clips(nano, monkeypatch):
+    """Whatever reaches into the network; whole clips and windows of them share a graph."""
+    pipe = AnimateDiffPipeline.from_config(write_config(nano / "compiled.yaml", entry(nano)), device="cpu")
+
+    def clips():
+        same = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent", "seed": 3}
+        return [pipe("a fox", **same, **call).frames for call in CALLS]
+
+    expected, told = clips(), []
+    monkeypatch.setattr(pipeline, "compile_unet", functools.partial(compile_unet, backend=uncompiled))
+    record = pipe.compile(tell=told.append)
+    for found, right in zip(clips(), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert record.failure is None and record.graphs == 2, told  # one of stretched clips
 
 
 @pytest.mark.slow

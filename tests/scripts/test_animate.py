@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from animatediff.media.video import read_metadata, read_video
+from animatediff.pipeline import pipeline
 from animatediff.utils import UserError
 from scripts.animate import collect_overrides, main, parse
 from tests.nano import entry, flat, write_config, write_files
@@ -63,6 +64,20 @@ def test_a_run(config, tmp_path):
     assert settings["guidance_scale"] == 3.0
     assert read_video(clip)[0].shape == (2, 24, 16, 3)
     assert "xformers is never used" in err and "100%" in err and "Traceback" not in err
+
+
+def test_compile_is_for_every_entry_s_network(nano, tmp_path, monkeypatch, capsys):
+    compiled = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "compile_unet", lambda unet, tell, **rest: tell("told") or compiled.append(unet))
+    config = write_config(
+        tmp_path / "two.yaml", entry(nano), entry(nano, motion_module=str(nano / "mm_v2.safetensors"))
+    )
+    main(["--config", str(config), "--output-dir", "plain"])
+    assert not compiled and "told" not in capsys.readouterr().err
+    main(["--config", str(config), "--output-dir", "compiled", "--compile"])
+    assert [unet.config.motion.version for unet in compiled] == ["v3", "v2"]
+    assert capsys.readouterr().err.count("told") == 2
 
 
 def test_ctrl_c_and_again(nano, tmp_path, monkeypatch, capsys):
