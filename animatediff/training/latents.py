@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,10 +101,9 @@ class LatentClips:
         cls, path: Path, vae: VAE, world: World, *, condition: Condition | None = None, log: Log = print
     ) -> LatentClips:
         """Clips of Shapes; oversampled motions are drawn more often."""
-
         clips = cls.build(
             path,
-            {"world": world.key()},
+            world_key(world, vae),
             (ClipBatch(*world.render(numbers), []) for numbers in in_chunks(world.clips)),
             vae,
             Tokenizer(),
@@ -162,6 +162,15 @@ class LatentClips:
         drawn = {"conditions": clips.conditions} if condition else {}
         write_tensors(path, {**key, "latents": clips.latents, "tokens": clips.tokens, "files": files, **drawn})
         return clips
+
+
+def world_key(world: World, vae: VAE) -> dict[str, Any]:
+    """What latents of Shapes are made from: the clips, and the weights that encode them, as a file has them."""
+    digest = hashlib.sha256(repr(vae.config.scaling_factor).encode())
+    for name, weight in vae.state_dict().items():
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(weight.detach().half().cpu().numpy().tobytes())
+    return {"world": world.key(), "vae": digest.hexdigest()}
 
 
 def made_from(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from animatediff.training.data.images import ImageConfig, Images
 from animatediff.training.data.reader import ClipReader
 from animatediff.training.diffusion_stages import ClipSource
 from animatediff.training.distributed import first_process_first
-from animatediff.training.latents import Condition, LatentClips, StreamedClips, in_chunks, made_from
+from animatediff.training.latents import Condition, LatentClips, StreamedClips, in_chunks, made_from, world_key
 from animatediff.training.stage_config import Log
 from animatediff.utils import UserError
 from animatediff.world.series import World
@@ -111,7 +111,7 @@ class Data:
 
     def _of_world(self, world: World, vae: VAE, base_path: Path, folder: Path, log: Log) -> LatentClips:
         beside = base_path.parent / "clips.pt"  # the image stage may have encoded the same clips
-        key = {"world": world.key()} | dict(self.condition.key if self.condition else {})
+        key = world_key(world, vae) | dict(self.condition.key if self.condition else {})
         path = beside if made_from(beside, key) else folder / "clips.pt"
         with first_process_first():
             clips = LatentClips.of_world(path, vae, world, condition=self.condition, log=log)

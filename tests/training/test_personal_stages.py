@@ -237,6 +237,18 @@ def test_the_world_as_a_source(files, tmp_path):
     assert latents.shape == (2, 1, 4, 8, 8) and tokens.shape == (2, 77) and len(styled.names) == 2
 
 
+def test_latents_of_another_vae_are_not_taken(files, tmp_path):
+    vae, path, world = load_base(files / "nano.safetensors").vae, tmp_path / "clips.pt", World(1)
+    first = LatentClips.of_world(path, vae, world, log=quiet)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 1  # which encodes nothing
+        written = path.stat().st_mtime_ns
+        assert torch.equal(LatentClips.of_world(path, vae, world, log=quiet).latents, first.latents)
+        assert path.stat().st_mtime_ns == written
+        vae.encoder.conv_out.bias += 1
+        assert not torch.equal(LatentClips.of_world(path, vae, world, log=quiet).latents, first.latents)
+
+
 def test_a_style_is_learnt_from_the_world(files, tmp_path):
     file = run(files, tmp_path, "image_lora", image_data=None, world={"clips": 2, "style": "hatched"})
     assert read_lora(file).kind == "lora"

@@ -199,6 +199,10 @@ def test_words_the_world_never_says_stay_zero(trained):
     assert 5 < (table.abs().sum(1) > 0).sum() < 200
 
 
+def test_the_image_stage_s_latents_serve_the_motion_stage_too(trained):
+    assert (trained / "image/clips.pt").exists() and not (trained / "motion/clips.pt").exists()
+
+
 def test_oversampled_motions_are_drawn_more_often(trained):
     motions = [make_scene(i).motion for i in range(4)]
     file, vae = trained / "image/clips.pt", load_base(trained / "image/image.safetensors").vae
