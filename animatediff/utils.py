@@ -11,12 +11,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 TEMPORARY_PREFIX = ".tmp-"  # of the hidden folders in which files are written before they take their place
+LOCK = ".lock"  # in a folder that has a writer
 
 
 class UserError(ValueError):
@@ -125,6 +126,51 @@ def write_cache(name: str, entries: dict[str, Any], *, most: int) -> None:
             temporary.write_text(json.dumps(dict(list(entries.items())[-most:])), encoding="utf-8")
     except (OSError, ValueError, RuntimeError):  # a `UserError` is a ValueError
         return
+
+
+@contextmanager
+def only_writer(folder: Path, *, option: str, work: str) -> Iterator[None]:
+    """Have a folder for this process alone, however it ends, cleared of what a killed one left half written.
+
+    Args:
+        option: that names the folder, and `work`, what is done in it, for the message.
+
+    Raises:
+        UserError: another process has it.
+    """
+    path = folder / LOCK
+    while True:
+        file = open(path, "a")  # noqa: SIM115
+        try:
+            _lock(file.fileno())
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise UserError(
+                f"got {option} {folder}, in which another {work} is at work, expected a folder of its own: wait for "
+                "it, or choose another"
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # whoever had it before removed it meanwhile
+    with file:
+        remove_leftovers(folder)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # Windows keeps what is open
+                path.unlink()
+
+
+def _lock(file: int) -> None:
+    """Until the process ends, however it does; forked children do not hold it."""
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -149,14 +149,32 @@ def animate(
     for entry in checked if processes.spread else ():
         _check_split(entry.request)
     provenance = made_on(target, weights_dtype) | versions()
-    folder, config, batches = processes.once(partial(_begin, config, output_dir, provenance, checked))
-    _check_shared(folder)
-    checked = [as_begun(entry, begun) for entry, begun in zip(checked, config.entries, strict=True)]
+    with ExitStack() as held:
+        begin = partial(_begin, config, output_dir, provenance, checked, held)
+        folder, config, batches = processes.once(begin)
+        _check_shared(folder)
+        checked = [as_begun(entry, begun) for entry, begun in zip(checked, config.entries, strict=True)]
+        assembler = assembler or Assembler(target, weights_dtype)
+        _make(config, folder, checked, batches, assembler, follower, processes, compiled=compiled)
+    return folder
+
+
+def _make(
+    config: RunConfig,
+    folder: Path,
+    checked: Sequence[Checked],
+    batches: Sequence[Batch],
+    assembler: Assembler,
+    follower: Follower,
+    processes: OneProcess,
+    *,
+    compiled: bool,
+) -> None:
+    """Make the clips of all batches, and the grid."""
     jobs, waiting = plan(config, folder), [job for batch in batches for job in batch.jobs]
     if done := len(jobs) - len(waiting):
         processes.tell_once(f"{done} of {len(jobs)} prompts are there already")
     with _progress(checked, jobs, waiting, processes) as bar, _hint_on_interrupt(folder, jobs, processes):
-        assembler = assembler or Assembler(target, weights_dtype)
         for index, todo in groupby(processes.take(batches, bar), key=lambda batch: batch.entry):
             entry = checked[index]
             hashes = _hashes(entry)
@@ -179,7 +197,6 @@ def animate(
     grid = folder / ("sample-grid" if config.entries[0].output.format == "png" else f"sample.{_format(config)}")
     if processes.first and len(jobs) > 1 and (waiting or not grid.exists()):
         _write_grid(grid, config, jobs)
-    return folder
 
 
 def check_control_images(entry: Request) -> None:
@@ -217,10 +234,14 @@ def file_words(prompt: str) -> str:
 
 
 def _begin(
-    config: RunConfig, output_dir: str | Path | None, provenance: Mapping[str, Any], checked: list[Checked]
+    config: RunConfig,
+    output_dir: str | Path | None,
+    provenance: Mapping[str, Any],
+    checked: list[Checked],
+    held: ExitStack,
 ) -> tuple[Path, RunConfig, list[Batch]]:
     """The folder, its config and the clips that are to be made; the hashes of all their files are in config.yaml."""
-    folder, config = open_folder(config, output_dir, provenance)
+    folder, config = open_folder(config, output_dir, provenance, held)
     waiting = [job for job in plan(config, folder) if not job.made]
     for index in sorted({job.entry for job in waiting}):
         config = record_hashes(config, folder, _by_path(_hashes(checked[index]), checked[index]))

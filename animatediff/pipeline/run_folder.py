@@ -6,7 +6,9 @@ import datetime
 import platform
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,21 @@ from animatediff.config.prompt_yaml import RunConfig, dump_config, load_config
 from animatediff.config.request import Request
 from animatediff.config.spellings import as_values, called, files, group_classes
 from animatediff.features.noise import draw_seed
-from animatediff.utils import TEMPORARY_PREFIX, UserError, remove_leftovers, replacing
+from animatediff.utils import LOCK, TEMPORARY_PREFIX, UserError, only_writer, replacing
 
 
 def open_folder(
-    config: RunConfig, output_dir: str | Path | None, provenance: Mapping[str, Any]
+    config: RunConfig, output_dir: str | Path | None, provenance: Mapping[str, Any], held: ExitStack
 ) -> tuple[Path, RunConfig]:
     """The folder to write to and the config with all seeds drawn, new or as the folder's own config.yaml has them.
 
+    Args:
+        held: has the folder for this run alone until it is closed.
+
     Raises:
-        UserError: a folder of something else, or of another run.
+        UserError: a folder of something else, of another run, or in which one is at work.
     """
+    alone = partial(only_writer, option="--output-dir", work="run")
     if output_dir is None:
         folder = new_folder(config.name)
     else:
@@ -35,7 +41,7 @@ def open_folder(
         if not str(output_dir).strip():
             raise UserError("got --output-dir '', expected a folder")
         if (folder / "config.yaml").is_file():
-            remove_leftovers(folder)
+            held.enter_context(alone(folder))
             return folder, _resume(config, folder, provenance)
         if folder.exists() and not _is_fresh(folder):
             raise UserError(
@@ -43,6 +49,7 @@ def open_folder(
                 "unfinished run: choose another"
             )
         _make_folder(folder, exist_ok=True)
+    held.enter_context(alone(folder))
     entries = tuple(_draw_seeds(entry) for entry in config.entries)
     config = RunConfig(config.name, entries, dict(provenance))
     write_config(folder, config)
@@ -137,7 +144,9 @@ def new_folder(name: str, root: str | Path = "samples") -> Path:
 
 def _is_fresh(folder: Path) -> bool:
     """Whether it holds nothing but what a run left that was killed before it began."""
-    return folder.is_dir() and all(file.name.startswith(TEMPORARY_PREFIX) for file in folder.iterdir())
+    return folder.is_dir() and all(
+        file.name == LOCK or file.name.startswith(TEMPORARY_PREFIX) for file in folder.iterdir()
+    )
 
 
 def _make_folder(folder: Path, *, exist_ok: bool = False) -> None:

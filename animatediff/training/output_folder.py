@@ -12,7 +12,7 @@ import torch
 
 from animatediff.checkpoints.pickles import DAMAGE
 from animatediff.training.distributed import rank_and_world_size
-from animatediff.utils import UserError, remove_leftovers, replacing
+from animatediff.utils import UserError, only_writer, replacing
 
 
 @contextmanager
@@ -27,28 +27,8 @@ def training_folder(path: str | Path) -> Iterator[Path]:
     if rank_and_world_size()[0] > 0:  # the first process has it for all
         yield path
         return
-    with open(path / ".lock", "a") as file:
-        try:
-            _lock(file.fileno())
-        except (BlockingIOError, PermissionError):
-            raise UserError(
-                f"got output_dir {path}, in which another training is at work, expected a folder of its own: wait for "
-                "it, or choose another"
-            ) from None
-        remove_leftovers(path)
+    with only_writer(path, option="output_dir", work="training"):
         yield path
-
-
-def _lock(file: int) -> None:
-    """Until the process ends, however it does; forked readers of clips do not hold it."""
-    if os.name == "nt":
-        import msvcrt
-
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def write_tensors(path: Path, state: Mapping[str, Any], *, previous: Path | None = None) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from animatediff.media.video import read_metadata, read_video
 from animatediff.pipeline import pipeline
-from animatediff.utils import UserError
+from animatediff.utils import UserError, only_writer
 from scripts.animate import collect_overrides, main, parse
 from tests.nano import entry, flat, write_config, write_files
 
@@ -78,6 +78,17 @@ def test_compile_is_for_every_entry_s_network(nano, tmp_path, monkeypatch, capsy
     main(["--config", str(config), "--output-dir", "compiled", "--compile"])
     assert [unet.config.motion.version for unet in compiled] == ["v3", "v2"]
     assert capsys.readouterr().err.count("told") == 2
+
+
+def test_one_run_in_a_folder_at_a_time(config, tmp_path):
+    """The second would clear away what the first is writing."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with only_writer(folder, option="--output-dir", work="run"):
+        code, out, err = call(tmp_path, "--config", config, "--output-dir", folder)
+        assert code == 2 and out == "" and err.count("\n") == 1 and "in which another run is at work" in err
+    assert call(tmp_path, "--config", config, "--output-dir", folder)[0] == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "sample"]
 
 
 def test_ctrl_c_and_again(nano, tmp_path, monkeypatch, capsys):

@@ -68,6 +68,7 @@ def test_a_killed_training_frees_its_folder_at_once_and_its_leftovers_are_remove
     try:
         with training_folder(tmp_path) as folder:
             assert sorted(path.name for path in folder.iterdir()) == [".lock", "reader"]
+        assert [path.name for path in tmp_path.iterdir()] == ["reader"]
     finally:
         os.kill(int((tmp_path / "reader").read_text()), signal.SIGKILL)
 
