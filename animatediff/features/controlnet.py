@@ -87,7 +87,7 @@ def read_hints(options: Options, request: Request) -> tuple[Tensor, list[int]]:
             video = ((given.video[0] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
             pictures: dict[int, Image.Image] = dict(enumerate(map(Image.fromarray, video)))
     if len(options.images):
-        pictures = read_pictures(options.images, most=frames)
+        pictures = read_pictures(options.images, most=frames, beside=request.inputs)
     keyed = isinstance(options.images, dict)
     if not keyed and len(pictures) not in (1, frames):
         raise UserError(f"images: got {len(pictures)} hints for {frames} frames, expected one for all, or {frames}")

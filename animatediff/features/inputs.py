@@ -17,9 +17,9 @@ from torch import Tensor
 from animatediff.checkpoints.files import file_sha256
 from animatediff.checkpoints.known_files import find_file, missing_file
 from animatediff.config.refusals import STRENGTHS
-from animatediff.config.request import Inputs
+from animatediff.config.request import Inputs, Request
 from animatediff.media.pictures import BLACK, WHITE, fit_frames
-from animatediff.media.video import list_pictures, read_video
+from animatediff.media.video import VIDEO_SUFFIXES, list_pictures, read_video
 from animatediff.utils import UserError, naming
 
 PICTURES = ("video", "image", "last_image", "mask")
@@ -38,6 +38,19 @@ class PixelInputs:
     inversion: bool
     extend: int
     image_ramp: float
+
+
+def other_speed(request: Request) -> str | None:
+    """A line where the frames of the video file that a clip starts from are not as many a second as the clip's."""
+    i, fps = request.inputs, request.output.fps
+    path = find_file(i.video) if isinstance(i.video, str) else None
+    if path is None or path.suffix.lower() not in (*VIDEO_SUFFIXES, ".gif"):
+        return None
+    own = read_video(path, most=1, **_speed(i))[1]
+    if 0.95 < own / fps < 1.05:
+        return None
+    kept = fps * i.video_stride
+    return f"video: {own:.4g} of its frames are a second, {fps:g} of the clip's: video_fps={kept:g} keeps its speed"
 
 
 def steps_taken(steps: int, strength: float) -> int:
@@ -97,20 +110,32 @@ def prepare_inputs(
     )
 
 
-def _read(inputs: Inputs, name: str, frames: int) -> list[Image.Image]:
-    """The pictures of a file or folder; of a video that is extended all, else as many as the clip has.
+def read_beside_video(path: Path, inputs: Inputs, frames: int, *, background: int = WHITE) -> Tensor:
+    """At most `frames` frames (f, H, W, 3), uint8, of what belongs to the inputs' video, such as a mask.
 
-    A mask of more frames than that belongs to the video's: it is read at the same start, stride and speed.
+    A file of more frames than that is as long as the video: it is read at the same start, stride and speed.
     """
+    video, _ = read_video(path, most=frames + 1, background=background)
+    if len(video) > frames:
+        video, _ = read_video(path, most=frames, background=background, **_speed(inputs))
+    return video
+
+
+def _speed(inputs: Inputs) -> dict[str, Any]:
+    return {"start": inputs.video_start, "stride": inputs.video_stride, "fps": inputs.video_fps}
+
+
+def _read(inputs: Inputs, name: str, frames: int) -> list[Image.Image]:
+    """The pictures of a file or folder; of a video that is extended all, else as many as the clip has."""
     path = find_file(getattr(inputs, name))
     with naming(name):
         if path is None:
             raise UserError(missing_file(getattr(inputs, name)))
-        most = None if inputs.extend and name == "video" else frames
-        options: dict[str, Any] = {}
-        if name == "video" or (name == "mask" and len(read_video(path, most=frames + 1)[0]) > frames):
-            options = {"start": inputs.video_start, "stride": inputs.video_stride, "fps": inputs.video_fps}
-        video, _ = read_video(path, most=most, background=BLACK if name == "mask" else WHITE, **options)
+        if name == "mask":
+            video = read_beside_video(path, inputs, frames, background=BLACK)
+        else:
+            speed = _speed(inputs) if name == "video" else {}
+            video, _ = read_video(path, most=None if inputs.extend and name == "video" else frames, **speed)
     return [Image.fromarray(frame) for frame in video.numpy()]
 
 

@@ -22,7 +22,7 @@ from animatediff.config.prompt_yaml import RunConfig
 from animatediff.config.request import Request
 from animatediff.config.spellings import files
 from animatediff.features.feature import in_turn
-from animatediff.features.inputs import input_sha256
+from animatediff.features.inputs import input_sha256, other_speed
 from animatediff.media.video import FrameStream, is_complete, read_video, save_video, tile
 from animatediff.pipeline.assemble import Assembler
 from animatediff.pipeline.device import own_device, pick_dtype
@@ -142,6 +142,8 @@ def animate(
         if entry.request.size.num_frames > 1 and not entry.headers.motion and not named:
             alone = "without a motion_module, every frame is a picture of its own: motion_module=FILE animates"
             processes.tell_once(f"entry {entry.request.output.name}: {alone}")
+        if (line := other_speed(entry.request)) is not None:
+            processes.tell_once(f"entry {entry.request.output.name}: {line}")
     rehearse(plain, loaded_next=True)
     checked = [fitted(entry, target, weights_dtype, processes.tell_once) for entry in plain]
     entries = (recorded(entry.request, fit.request) for entry, fit in zip(plain, checked, strict=True))

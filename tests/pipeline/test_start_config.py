@@ -8,13 +8,15 @@ from PIL import Image
 from animatediff.checkpoints.files import file_sha256
 from animatediff.config.prompt_yaml import load_config
 from animatediff.config.spellings import build_request
-from animatediff.features.inputs import prepare_inputs
+from animatediff.features.controlnet import read_hints
+from animatediff.features.inputs import other_speed, prepare_inputs
 from animatediff.features.noise import seeded
 from animatediff.media.video import read_metadata, read_video, save_video
 from animatediff.pipeline.finish import second_pass
 from animatediff.pipeline.headers import check_requests
 from animatediff.pipeline.run import animate
 from animatediff.utils import UserError
+from tests.media.videos import write
 from tests.nano import entry, flat, write_config
 
 
@@ -58,7 +60,7 @@ def test_a_run(nano, inputs, tmp_path, pipeline, capsys):
     ("chosen", "frames"),
     [({}, [0, 1]), ({"video_start": 2}, [2, 3]), ({"video_stride": 2}, [0, 2]), ({"video_fps": 4}, [0, 2])],
 )
-def test_a_mask_is_read_at_the_frames_of_its_video(tmp_path, chosen, frames):
+def test_masks_and_hints_are_read_at_the_frames_of_their_video(tmp_path, chosen, frames):
     """In the second pass, too; a mask that is one picture holds for all of them."""
     shown = np.zeros((5, 8, 8, 3), np.uint8)
     shown[range(5), range(5)] = 255  # frame i is white in row i
@@ -76,6 +78,35 @@ def test_a_mask_is_read_at_the_frames_of_its_video(tmp_path, chosen, frames):
 
     assert rows("clip") == [frames] * 3
     assert rows("one.png") == [frames, [1], [1]]
+
+    net = {"path": "net.safetensors", "images": [str(tmp_path / "clip")]}
+    values = {"prompt": "a fox", "video": str(tmp_path / "clip"), "controlnet": net, **chosen}
+    request = build_request({**values, **size}, where="")
+    hints, _ = read_hints(request.controlnets.nets[0], request)
+    assert hints[:, 0, :, 0].argmax(dim=-1).tolist() == frames
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"video": "a.mp4"}, "video: 25 of its frames are a second, 8 of the clip's: video_fps=8 keeps its speed"),
+        (
+            {"video": "a.mp4", "video_stride": 2},
+            "video: 12.5 of its frames are a second, 8 of the clip's: video_fps=16",
+        ),
+        ({"video": "a.mp4", "video_fps": 8}, None),
+        ({"video": "a.mp4", "fps": 25}, None),
+        ({"video": "a.mp4", "video_stride": 3}, None),
+        ({"video": "folder"}, None),
+        ({}, None),
+    ],
+)
+def test_another_speed_is_told(tmp_path, monkeypatch, values, told):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.mp4", frames=8)
+    save_video(np.zeros((4, 8, 8, 3), np.uint8), tmp_path / "folder")
+    line = other_speed(build_request({"prompt": "a fox", **values}, where=""))
+    assert line is None if told is None else line.startswith(told)
 
 
 def test_a_chain_counts_its_steps(nano, inputs, make_entry):
