@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from animatediff.checkpoints.load import ImageModel
+from animatediff.config.request import Request
 from animatediff.features.feature import FrameDenoise, Run
 from animatediff.models.attention import Attention, SpatialTransformerBlock
 from animatediff.models.unet import UNet
@@ -45,6 +48,12 @@ def attention_perturbed(unet: UNet, layers: Sequence[str], parts: int) -> Iterat
         for attention in find_attentions(unet, layers):
             stack.callback(attention.register_forward_hook(hook).remove)
         yield
+
+
+def load(request: Request, headers: Any, image: ImageModel, unet: UNet) -> None:
+    """No network of its own. Raises: UserError where the UNet has no such layers."""
+    if request.pag.scale:
+        find_attentions(unet, request.pag.layers)
 
 
 def find_attentions(unet: UNet, layers: Sequence[str]) -> list[Attention]:

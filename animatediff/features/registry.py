@@ -7,6 +7,7 @@ from animatediff.features import controlnet as controlnet_feature
 from animatediff.features import image_to_video as image_to_video_feature
 from animatediff.features import ip_adapter as ip_adapter_feature
 from animatediff.features import motion_mixture as motion_mixture_feature
+from animatediff.features import perturbed_attention as perturbed_attention_feature
 from animatediff.features import pia as pia_feature
 from animatediff.features import sparsectrl as sparsectrl_feature
 from animatediff.features.camera_motion import camera
@@ -29,9 +30,10 @@ FEATURES: tuple[Feature, ...] = (
     *(ip_adapter, pia, image_to_video, motion_mixture, camera, controlnet, sparsectrl),
 )
 
-# group of the request -> what loads its networks: (request, headers, image model, UNet with its motion module) ->
-# a network and a line for the log, or None
+# group of the request -> what loads its networks, or looks at what is there: (request, headers, image model, UNet with
+# its motion module) -> a network and a line for the log, or None
 NETWORKS = {
+    "pag": perturbed_attention_feature.load,
     "sparsectrl": sparsectrl_feature.load,
     "controlnets": controlnet_feature.load,
     "ip_adapters": ip_adapter_feature.load,

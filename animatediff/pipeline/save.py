@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -11,6 +12,8 @@ from animatediff.checkpoints.distilled import distillation_metadata
 from animatediff.checkpoints.export import save_image_model, save_motion_module
 from animatediff.checkpoints.motion_condition_files import motion_condition_tensors
 from animatediff.checkpoints.textual_inversion import save_words
+from animatediff.config.inference_yaml import OF_IMAGES
+from animatediff.config.networks import distilled_schedule
 from animatediff.config.settings import dump_yaml
 from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import Tokenizer
@@ -25,6 +28,8 @@ def save_model(model: Model, folder: Path) -> Path:
     LoRAs are written as they are merged, at their present scales, added words as textual inversions. The files say how
     they have to be sampled, if they were distilled to few steps. ControlNets, IP-Adapters and other networks that are
     used as they were read are in their own files and stay there.
+
+    A noise schedule that is not their family's, as an inference YAML may ask for, is written as such a file.
 
     Raises:
         UserError: the folder is a file, or cannot be written to.
@@ -47,11 +52,22 @@ def save_model(model: Model, folder: Path) -> Path:
         told = distillation_metadata(model.distillation, motion_module=True)
         save_motion_module(model.unet, files["motion_module"], condition=condition, metadata=told)
     words = [{"path": str(path), "name": word} for word, path in save_words(model.text_encoders(), folder).items()]
+    if own := _own_schedule(model):
+        files["inference_config"] = folder / "inference.yaml"
+        with replacing(files["inference_config"]) as temporary:
+            temporary.write_text(dump_yaml({"noise_scheduler_kwargs": own}), encoding="utf-8")
     networks = {name: str(path) for name, path in files.items()} | ({"embeddings": words} if words else {})
     entry = {"model": networks, "prompts": {"prompt": [""]}}
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(dump_yaml([entry]), encoding="utf-8")
     return folder
+
+
+def _own_schedule(model: Model) -> dict[str, Any]:
+    """What of the noise schedule neither the family of the networks nor the metadata of their files tell."""
+    told = {name: getattr(model.schedule, name) for name in OF_IMAGES}
+    usual = distilled_schedule(replace(model.recipe.schedule, **told), model.distillation)
+    return {name: value for name, value in asdict(model.schedule).items() if value != getattr(usual, name)}
 
 
 def _without_words(encoder: TextEncoder | None, tokenizer: Tokenizer | None) -> TextEncoder | None:

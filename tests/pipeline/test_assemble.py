@@ -174,6 +174,10 @@ def test_a_text_encoder_of_another_vocabulary(nano, make_entry):
         ({"steps": 1001}, "steps: got 1001, expected at most 1000"),
         ({"version": "v2"}, "mm_v3.safetensors is a v3 module, but the entry says `version: v2`"),
         ({"motion_module": "{nano}/odd.safetensors"}, "motion_module: .*odd.safetensors: got max_frames 'many'"),
+        (
+            {"pag_scale": 2, "pag_layers": "top"},
+            "pag_layers: got 'top', expected layers with attention, such as down",
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_is_sampled(nano, make_entry, values, message):
