@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from animatediff.config.prompt_yaml import BUNDLED, load_config
-from animatediff.utils import Parser, UserError, run_main
+from animatediff.utils import Parser, UserError, printable, run_main
 
 WORLD = {  # options that make the clips of Shapes, the toy data set, and their defaults
     "config": BUNDLED,
@@ -135,6 +135,8 @@ def measure_videos(args: argparse.Namespace, folder: Path) -> str:
         extractor=extractor,
         against=args.fvd_against,
     )
+    for reason in result["left_out"].values():
+        print(f"left out: {printable(reason)}", file=sys.stderr)
     return format_table(result)
 
 

@@ -67,10 +67,10 @@ def evaluate_videos(
         over the `clips` that have it; `diversity`: for each prompt with several clips of one size and length, how many
         `clips` and their `diversity`; with an extractor `fvd`: the `distance` of `clips` clips from `against` others
         by `features` numbers of each. The prompt is read from the clip; clips that name none count as clips of one
-        prompt, and have no text alignment.
+        prompt, and have no text alignment. `left_out`: clips that cannot be read, and why.
 
     Raises:
-        UserError: what `find_clips` and `find_pictures` refuse, a file that cannot be read, a folder that cannot be
+        UserError: what `find_clips` and `find_pictures` refuse, no clip that can be read, a folder that cannot be
             made, fewer than two clips for the distance, and what encoder and extractor refuse.
     """
     files, pictures = find_clips(paths), find_pictures(references)
@@ -80,9 +80,16 @@ def evaluate_videos(
             raise UserError(f"{name}: got {len(found)} clip, expected at least two for the Fréchet distance")
     folder = None if output_dir is None else _made(Path(output_dir))
     seen = torch.cat([encode_frames(encoder, read_pictures(p)) for p in pictures]) if encoder and pictures else None
-    clips = [
-        _measure(i, path, encoder, seen, extractor) for i, path in enumerate(tqdm(files, desc="clips", unit="clip"))
-    ]
+    clips, left_out = [], {}
+    for i, path in enumerate(tqdm(files, desc="clips", unit="clip")):
+        try:
+            read = _read(path)
+        except UserError as error:
+            left_out[str(path)] = str(error)
+            continue
+        clips.append(_measure(i, path, read, encoder, seen, extractor))
+    if not clips:
+        raise UserError(next(iter(left_out.values())))
     names = (*AVERAGED, *(EMBEDDED if encoder else ()))
     given = {"encoder": encoder and encoder.name, "references": references, "against": against}
     result = {
@@ -90,6 +97,7 @@ def evaluate_videos(
         "clips": len(clips),
         "measures": {name: _spread([clip.row[name] for clip in clips]) for name in names},
         "diversity": _diversities(clips),
+        "left_out": left_out,
     }
     if extractor:
         features = torch.stack([clip.features for clip in clips if clip.features is not None])
@@ -168,9 +176,14 @@ def _made(folder: Path) -> Path:
 
 
 def _measure(
-    index: int, path: Path, encoder: Encoder | None, references: Tensor | None, extractor: Extractor | None
+    index: int,
+    path: Path,
+    read: tuple[Tensor, float, dict[str, Any]],
+    encoder: Encoder | None,
+    references: Tensor | None,
+    extractor: Extractor | None,
 ) -> _Clip:
-    video, fps, settings = _read(path)
+    video, fps, settings = read
     given, seed = prompt_and_seed(settings)
     prompt, frames = _text(given), video.movedim(1, -1).numpy()
     row = {"index": index, "path": str(path), "prompt": prompt, "seed": seed}

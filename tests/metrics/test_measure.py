@@ -130,6 +130,14 @@ def test_damaged_clips_are_named(tmp_path):
         evaluate_videos([frames])
 
 
+def test_a_clip_that_cannot_be_read_is_left_out(tmp_path):
+    whole = save_video(gray(0, 100), tmp_path / "a.gif")
+    (tmp_path / "b.gif").write_text("hello")
+    result = evaluate_videos([tmp_path], output_dir=tmp_path / "out")
+    assert result["clips"] == 1 and [row["path"] for row in rows(tmp_path / "out")] == [str(whole)]
+    assert "b.gif, expected a picture" in result["left_out"][str(tmp_path / "b.gif")]
+
+
 @pytest.mark.parametrize("prompt", [7, 1.5, True, [1, None], {"0": 3}, "a\nb\x1b[2J", "x" * 10_000, None])
 def test_what_a_file_says_of_its_prompt_may_be_anything(tmp_path, prompt):
     for name in ("a\nb", "c"):  # a name of two lines, too

@@ -152,6 +152,12 @@ def test_doctor_shows_what_made_a_clip(made, capsys):
     assert rows[rows.index("file        inputs.image = first.png") + 2] == "now       there, unchanged"
 
 
+def test_doctor_says_which_clips_a_run_has(made, capsys):
+    assert doctor([str(made.parents[1])]) == 2
+    err = capsys.readouterr().err
+    assert f"the folder of a run, expected one of its clips, such as {made.parent}" in err and err.count("\n") == 1
+
+
 def test_doctor_shows_what_others_made(here, capsys):
     hostile = SD15.replace("a cat", "a \x1b[31mcat")
     assert doctor([str(as_png(here / "their.png", parameters=hostile))]) == 0
