@@ -44,7 +44,9 @@ class Grid:
     animate: str = opt(..., "the prompt config whose sampling the clips are made with")
     cells: dict[str, dict[str, Any] | None] = opt(..., "name -> values that differ from it, nested as they are there")
     common: dict[str, Any] = opt({}, "values that differ from it in every cell")
-    quick: dict[str, Any] = opt({}, "with --quick: fields of this grid; `common` is added to the one above")
+    quick: dict[str, Any] = opt(
+        {}, "with --quick: fields of this grid; `common` and `cells` are added to those above, cells of null left out"
+    )
     sampling: dict[str, Any] = opt({}, "keys of the prompt config that differ in every cell")
     seeds: Many[Int] = opt((0, 1, 2), "of the trainings of each cell")
     captions: Int = opt(100, "clips that are scored")
@@ -77,7 +79,10 @@ def load_grid(path: str | Path, *, quick: bool = False) -> Grid:
     values = read_yaml(path)
     grid = build(Grid, values, where=str(path))
     if quick:
-        grid = build(Grid, merged(values, grid.quick), where=f"{path}: quick")
+        left_out = {cell for cell, changes in grid.quick.get("cells", {}).items() if changes is None}
+        values = merged(values, grid.quick)
+        values["cells"] = {cell: changes for cell, changes in values["cells"].items() if cell not in left_out}
+        grid = build(Grid, values, where=f"{path}: quick")
     return grid
 
 
