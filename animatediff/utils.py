@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 TEMPORARY_PREFIX = ".tmp-"  # of the hidden folders in which files are written before they take their place
 LOCK = ".lock"  # in a folder that has a writer
@@ -141,36 +141,45 @@ def only_writer(folder: Path, *, option: str, work: str) -> Iterator[None]:
     path = folder / LOCK
     while True:
         file = open(path, "a")  # noqa: SIM115
-        try:
-            _lock(file.fileno())
-        except (BlockingIOError, PermissionError):
+        if not try_lock(file):
             file.close()
             raise UserError(
                 f"got {option} {folder}, in which another {work} is at work, expected a folder of its own: wait for "
                 "it, or choose another"
-            ) from None
+            )
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()  # whoever had it before removed it meanwhile
     with file:
-        remove_leftovers(folder)
         try:
+            remove_leftovers(folder)
             yield
         finally:
-            with suppress(OSError):  # Windows keeps what is open
+            if os.name == "nt":
+                file.close()  # what is open cannot be removed there
+            with suppress(OSError):
                 path.unlink()
 
 
-def _lock(file: int) -> None:
-    """Until the process ends, however it does; forked children do not hold it."""
-    if os.name == "nt":
-        import msvcrt
+def try_lock(file: IO[Any]) -> bool:
+    """Have an open file for this process, however it ends; forked children do not hold it.
 
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
+    Returns: False where another process has it. Where the file system has no locks, nobody is kept away.
+    """
+    try:
+        if os.name == "nt":
+            import msvcrt
 
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -46,8 +46,8 @@ def other_speed(request: Request) -> str | None:
     path = find_file(i.video) if isinstance(i.video, str) else None
     if path is None or path.suffix.lower() not in (*VIDEO_SUFFIXES, ".gif"):
         return None
-    own = read_video(path, most=1, **_speed(i))[1]
-    if 0.95 < own / fps < 1.05:
+    frames, own = read_video(path, most=request.size.num_frames, **_speed(i))
+    if len(frames) == 1 or 0.95 < own / fps < 1.05:
         return None
     kept = fps * i.video_stride
     return f"video: {own:.4g} of its frames are a second, {fps:g} of the clip's: video_fps={kept:g} keeps its speed"

@@ -67,7 +67,8 @@ def evaluate_videos(
         over the `clips` that have it; `diversity`: for each prompt with several clips of one size and length, how many
         `clips` and their `diversity`; with an extractor `fvd`: the `distance` of `clips` clips from `against` others
         by `features` numbers of each. The prompt is read from the clip; clips that name none count as clips of one
-        prompt, and have no text alignment. `left_out`: clips that cannot be read, and why.
+        prompt, and have no text alignment. `left_out`: clips that cannot be read, and why;
+        where that leaves fewer than two, there is no distance.
 
     Raises:
         UserError: what `find_clips` and `find_pictures` refuse, no clip that can be read, a folder that cannot be
@@ -82,14 +83,15 @@ def evaluate_videos(
     seen = torch.cat([encode_frames(encoder, read_pictures(p)) for p in pictures]) if encoder and pictures else None
     clips, left_out = [], {}
     for i, path in enumerate(tqdm(files, desc="clips", unit="clip")):
-        try:
-            read = _read(path)
-        except UserError as error:
-            left_out[str(path)] = str(error)
-            continue
-        clips.append(_measure(i, path, read, encoder, seen, extractor))
+        if read := _read_or_tell(path, left_out):
+            clips.append(_measure(i, path, read, encoder, seen, extractor))
     if not clips:
         raise UserError(next(iter(left_out.values())))
+    apart = [
+        extractor(signed(read[0])[None])
+        for path in (tqdm(others, desc="against", unit="clip") if extractor else ())
+        if (read := _read_or_tell(path, left_out))
+    ]
     names = (*AVERAGED, *(EMBEDDED if encoder else ()))
     given = {"encoder": encoder and encoder.name, "references": references, "against": against}
     result = {
@@ -99,9 +101,8 @@ def evaluate_videos(
         "diversity": _diversities(clips),
         "left_out": left_out,
     }
-    if extractor:
-        features = torch.stack([clip.features for clip in clips if clip.features is not None])
-        other = torch.cat([extractor(signed(_read(p)[0])[None]) for p in tqdm(others, desc="against", unit="clip")])
+    if len(clips) > 1 and len(apart) > 1:
+        features, other = torch.stack([clip.features for clip in clips if clip.features is not None]), torch.cat(apart)
         result["fvd"] = {
             "distance": _rounded(frechet_distance(features, other)),
             "clips": len(features),
@@ -200,6 +201,15 @@ def _measure(
         np.stack([_thumbnail(frame) for frame in frames[shown]]),
         extractor(signed(video)[None])[0] if extractor else None,
     )
+
+
+def _read_or_tell(path: Path, left_out: dict[str, str]) -> tuple[Tensor, float, dict[str, Any]] | None:
+    """As `_read`; of a clip that cannot be read None, and why in `left_out`."""
+    try:
+        return _read(path)
+    except UserError as error:
+        left_out[str(path)] = str(error)
+        return None
 
 
 def _read(path: Path) -> tuple[Tensor, float, dict[str, Any]]:

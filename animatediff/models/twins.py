@@ -28,7 +28,8 @@ def share_weights(module: M, weights: Mapping[int, Tensor] | None = None) -> M:
             twins[id(b)] = weights.get(id(b), b).detach()
     for m in modules:
         own = vars(twins[id(m)])
-        own |= {k: v.copy() if isinstance(v, (dict, list, set)) else v for k, v in vars(m).items()}
+        remembered = {k: v for k, v in vars(m).items() if k != "forward"}  # one of its own knows its module alone
+        own |= {k: v.copy() if isinstance(v, (dict, list, set)) else v for k, v in remembered.items()}
         for held in ("_parameters", "_buffers", "_modules"):
             own[held] = {name: twins.get(id(value)) for name, value in own[held].items()}
     return twins[id(module)]

@@ -328,7 +328,7 @@ class Page:
         """Put it into the queue, as this tab's."""
         session = {"tab": secrets.token_hex(16), **session}
         self.queue.resume(session["tab"])
-        return session, gr.update(visible=False)
+        return session, gr.update(visible=bool(self.queue.journal.unfinished))
 
     def forget_unfinished(self) -> Any:
         self.queue.journal.forget()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from animatediff.utils import UserError, replacing
+from animatediff.utils import UserError, replacing, try_lock
 
 WAITING, RUNNING, DONE, FAILED, CANCELLED = "waiting", "running", "done", "failed", "cancelled"
 MAX_WAITING = 200  # jobs: more than anybody waits for
@@ -126,14 +126,8 @@ def _lock(path: Path) -> Any:
         UserError: another process does.
     """
     file = path.open("w")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows
-        pass
-    except OSError:
-        raise UserError(f"got {path.parent}, in which another page is at work: choose another --output-dir") from None
+    if not try_lock(file):
+        raise UserError(f"got {path.parent}, in which another page is at work: choose another --output-dir")
     return file
 
 
@@ -173,11 +167,14 @@ class JobQueue:
         return job
 
     def resume(self, owner: str) -> int:
-        """Put what an earlier run of the program did not finish at the end; how many jobs."""
-        taken, self.journal.unfinished = self.journal.unfinished, []
-        for job in taken:
+        """Put what an earlier run of the program did not finish at the end, as much as may wait; how many jobs."""
+        count = 0
+        while self.journal.unfinished and len(self.waiting()) < MAX_WAITING:
+            job = self.journal.unfinished[0]
             self.submit(owner, job.title, job.settings, note=job.note, id=job.id)
-        return len(taken)
+            self.journal.unfinished.pop(0)
+            count += 1
+        return count
 
     def cancel(self, owner: str, ids: list[str]) -> None:
         """Call off jobs, those of this owner: what waits at once, what runs as soon as it asks."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -39,16 +41,31 @@ class Maker:
         self.output, self.journal, self.assembler, self.decoders = output, journal, assembler, decoders
 
     def __call__(self, job: Job) -> str:
-        """The clip's path. A job that was begun before goes on in its folder."""
-        config = RunConfig(NAME, (build_request({"name": "1", **job.settings}, where=""),))
+        """The clip's path. A job that was begun before goes on in its folder, if that may be: not with another dtype,
+        nor where another program is at work in it.
+        """
+        request = build_request(job.settings, where="")
+        config = RunConfig(NAME, (replace(request, output=replace(request.output, name="1")),))
         begun = Path(job.note) if job.note else None
-        folder = begun if begun and (begun / "config.yaml").is_file() else new_folder(NAME, self.output)
+        if begun and (begun / "config.yaml").is_file():
+            with suppress(UserError):
+                return self._make(job, config, begun)
+        folder = new_folder(NAME, self.output)
+        try:
+            return self._make(job, config, folder)
+        except UserError:
+            _remove_empty(folder)
+            raise
+
+    def _make(self, job: Job, config: RunConfig, folder: Path) -> str:
         job.note, job.message = str(folder), "Loading the model"
         self.journal.write(job)
         follower = JobFollower(job, config.entries[0].output.fps, self.decoders)
         try:
             animate(config, output_dir=folder, assembler=self.assembler, follower=follower)
-        except BaseException:
+        except UserError:
+            raise
+        except BaseException:  # it was called off, say
             _remove_empty(folder)
             raise
         finally:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,10 @@ class Places:
         """Look for weight files; those that are known already are not read again."""
         found: dict[str, tuple[tuple[int, int], FileInfo | str]] = {}
         for path in (*_weights(self.models), *_weights(ASSETS)):
-            name, stat = self.shown(path), path.stat()
+            try:
+                name, stat = self.shown(path), path.stat()
+            except OSError:  # a link to what is gone
+                continue
             stamp = (stat.st_size, stat.st_mtime_ns)
             if self._known.get(name, (None,))[0] == stamp:
                 found[name] = self._known[name]
@@ -128,9 +132,13 @@ class Places:
 
     def clips(self, most: int) -> list[Path]:
         """What was made, the newest first: files, and folders of pictures."""
-        found = [path for path in self.output.glob("*/sample/*") if not path.name.startswith(".")]
-        known = [path for path in found if path.is_dir() or path.suffix.lower() in MEDIA_SUFFIXES]
-        return sorted(known, key=lambda path: path.stat().st_mtime, reverse=True)[:most]
+        made: dict[Path, float] = {}
+        for path in self.output.glob("*/sample/*"):
+            pictures = path.is_dir() and any(path.glob("*.png"))
+            if not path.name.startswith(".") and (pictures or path.suffix.lower() in MEDIA_SUFFIXES):
+                with suppress(OSError):  # removed meanwhile, or a link to what is gone
+                    made[path] = path.stat().st_mtime
+        return sorted(made, key=made.__getitem__, reverse=True)[:most]
 
     # ---- uploads --------------------------------------------------------------------------------------------------
 

@@ -180,7 +180,12 @@ class Form:
                 wanted = [value] if isinstance(value, str) else value
                 if missing := [path for path in wanted if self.places.find_media(path) is None]:
                     lost.append(f"{field.option}: there is no {missing[0]} in the folders of this page")
-                there = [self.places.keep(found) for path in wanted if (found := self.places.find_media(path))]
+                there = []
+                for found in filter(None, map(self.places.find_media, wanted)):
+                    try:
+                        there.append(self.places.keep(found))
+                    except UserError as error:
+                        lost.append(f"{field.option}: {error}")
                 value = (there if field.takes == "medias" else there[0]) if there else None
             elif isinstance(component, gr.Textbox):
                 value = text_of(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,15 +13,16 @@ from animatediff_kernels import calibration
 from torch import Tensor, nn
 
 Tell = Callable[[str], None]
-NO_LIMIT = 10_000
+NO_LIMIT = {"cache_size_limit": 10_000, "accumulated_cache_size_limit": 10_000}  # of all that a process compiles
 MOST_GRAPHS = 8  # shapes and LoRA scales that are compiled for one network
 
 
 @dataclass
 class CompiledUNet:
-    """What `compile_unet` did to a UNet, and what came of it.
+    """What `compile_unet` put in place of a UNet's `forward`, and what came of it.
 
     Attributes:
+        whole: the compiled `forward`. plain: what it was.
         graphs: compilations so far, one per shape of the inputs and set of constants, such as LoRA scales.
         seconds: that they took. failure: why the network runs uncompiled from now on, or None.
         steered: whether it was called while something reached into it.
@@ -28,12 +30,33 @@ class CompiledUNet:
 
     unet: nn.Module
     most_graphs: int
+    cuda_graphs: bool
     tell: Tell
+    plain: Callable[..., Tensor]
+    whole: Callable[..., Tensor]
     graphs: int = 0
     seconds: float = 0.0
     failure: str | None = None
     steered: bool = False
     met: set[Any] = field(default_factory=set)  # shapes that have been run once, so that their kernels are known
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.failure is not None or self.is_steered() or self._is_new_on_gpu(args, kwargs):
+            return self.plain(*args, **kwargs)
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            with torch._dynamo.config.patch(NO_LIMIT):
+                out = self.whole(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self.fall_back(_first_line(error))
+            return self.plain(*args, **kwargs)
+        return out.clone() if self.cuda_graphs else out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Tensor]:
+        """A copy of the network runs uncompiled: what was compiled is of this one."""
+        copied = memo[id(self.unet)]
+        return MethodType(type(copied).forward, copied)
 
     def undo(self) -> None:
         """Run the network as it was."""
@@ -54,6 +77,41 @@ class CompiledUNet:
     def fall_back(self, reason: str) -> None:
         self.failure = reason
         self.tell(f"the UNet runs uncompiled: {reason}")
+
+    def compiler(self, backend: str | Callable[..., Any]) -> Callable[..., Any]:
+        """A backend that counts its calls, and compiles nothing once it failed or reached the bound."""
+        options = (
+            {"config_patches": {"triton.cudagraphs": True}} if self.cuda_graphs else {}
+        )  # of inductor's compile_fx
+        compiler = torch._dynamo.lookup_backend(backend)
+
+        def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+            if self.failure is None and self.graphs >= self.most_graphs:
+                self.fall_back(f"{self.graphs} shapes or LoRA scales were compiled, the most that is allowed")
+            if self.failure is not None:
+                return graph.forward
+            start = time.perf_counter()
+            try:
+                compiled = compiler(graph, inputs, **options)
+            except (RuntimeError, OSError) as error:  # a compiler that is not there, or cannot do it
+                self.fall_back(_first_line(error))
+                return graph.forward
+            seconds = time.perf_counter() - start
+            self.graphs, self.seconds = self.graphs + 1, self.seconds + seconds
+            self.tell(f"compiled the UNet in {seconds:.0f} s ({self.graphs} of {self.most_graphs})")
+            return compiled
+
+        return compile_graph
+
+    def _is_new_on_gpu(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if not any(x.is_cuda for x in tensors):
+            return False
+        calibration.load(str(tensors[0].device))
+        shapes = tuple((*x.shape, x.dtype, x.requires_grad) for x in tensors)
+        new = shapes not in self.met
+        self.met.add(shapes)
+        return new
 
 
 def compile_unet(
@@ -79,63 +137,13 @@ def compile_unet(
         backend: of torch.compile.
     Returns: the record, whose `undo()` takes it back.
     """
-    if (earlier := getattr(unet.forward, "record", None)) is not None:
-        earlier.undo()
-    record = CompiledUNet(unet, most_graphs, tell)
+    if isinstance(unet.forward, CompiledUNet):
+        unet.forward.undo()
     plain = unet.forward
-    whole = torch.compile(plain, dynamic=False, fullgraph=True, backend=_counted(record, backend, cuda_graphs))
-
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        if record.failure is not None or record.is_steered() or _is_new_on_gpu(record, args, kwargs):
-            return plain(*args, **kwargs)
-        if cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        try:
-            with torch._dynamo.config.patch(cache_size_limit=NO_LIMIT):  # of all UNets of a process; ours is per UNet
-                out = whole(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            record.fall_back(_first_line(error))
-            return plain(*args, **kwargs)
-        return out.clone() if cuda_graphs else out
-
-    forward.record = record  # type: ignore[attr-defined]
-    unet.forward = forward
+    record = CompiledUNet(unet, most_graphs, cuda_graphs, tell, plain, plain)
+    record.whole = torch.compile(plain, dynamic=False, fullgraph=True, backend=record.compiler(backend))
+    unet.forward = record
     return record
-
-
-def _counted(record: CompiledUNet, backend: str | Callable[..., Any], cuda_graphs: bool) -> Callable[..., Any]:
-    """The compiler's backend, which counts its calls, and compiles nothing once it failed or reached the bound."""
-    options = {"config_patches": {"triton.cudagraphs": True}} if cuda_graphs else {}  # of inductor's compile_fx
-    compiler = torch._dynamo.lookup_backend(backend)
-
-    def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        if record.failure is not None or record.graphs >= record.most_graphs:
-            if record.failure is None:
-                record.fall_back(f"{record.graphs} shapes or LoRA scales were compiled, the most that is allowed")
-            return graph.forward
-        start = time.perf_counter()
-        try:
-            compiled = compiler(graph, inputs, **options)
-        except (RuntimeError, OSError) as error:  # a compiler that is not there, or cannot do it
-            record.fall_back(_first_line(error))
-            return graph.forward
-        seconds = time.perf_counter() - start
-        record.graphs, record.seconds = record.graphs + 1, record.seconds + seconds
-        record.tell(f"compiled the UNet in {seconds:.0f} s ({record.graphs} of {record.most_graphs})")
-        return compiled
-
-    return compile_graph
-
-
-def _is_new_on_gpu(record: CompiledUNet, args: tuple, kwargs: dict[str, Any]) -> bool:
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    if not any(x.is_cuda for x in tensors):
-        return False
-    calibration.load(str(tensors[0].device))
-    shapes = tuple((*x.shape, x.dtype, x.requires_grad) for x in tensors)
-    new = shapes not in record.met
-    record.met.add(shapes)
-    return new
 
 
 def _first_line(error: BaseException) -> str:

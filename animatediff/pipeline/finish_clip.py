@@ -60,10 +60,8 @@ def finish_clip(
     path = Path(path)
     settings = read_metadata(path)
     if "finish" in settings:
-        raise UserError(
-            f"got {path}, which is finished already: finish the clip that it was made from, or make it again by "
-            f"animate.py --config {path} finish.…"
-        )
+        again = f", or make it again by animate.py --config {path} finish.…" if is_ours(settings) else ""
+        raise UserError(f"got {path}, which is finished already: finish the clip that it was made from{again}")
     frames, fps = read_video(path)
     video = frames.movedim(-1, 1)
     request = _request(path, settings, overrides, len(video), fps)
@@ -119,7 +117,7 @@ def _format(path: Path) -> str:
 def _target(path: Path, request: Request, output: str | Path | None) -> Path:
     form = request.output.format
     ending = "" if form == "png" else f".{form}"
-    stem = path.absolute().name if path.is_dir() else path.stem
+    stem = path.absolute().name.replace(".", "-") if path.is_dir() else path.stem  # a folder's has no ending
     target = Path(output) if output is not None else path.parent / f"{stem}-finished{ending}"
     if target.suffix != ending:
         raise UserError(f"got --output {target} for {form}, expected a name ending in {ending or 'nothing'}")

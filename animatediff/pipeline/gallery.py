@@ -72,6 +72,11 @@ def write_gallery(folder: str | Path, output: str | Path | None = None) -> tuple
     output = folder / "index.html" if output is None else Path(output)
     if output.exists() and not (output.is_file() and OURS.encode() in output.read_bytes()[:2000]):
         raise UserError(f"got {output} to write to, which is no gallery: choose another by --output")
+    try:
+        os.path.relpath(folder.absolute(), output.absolute().parent)
+    except ValueError:  # Windows
+        raise UserError(f"got {output} on another drive than {folder}, expected the same: choose another --output")\
+            from None  # fmt: skip
     clips, problems = read_clips(find_clips(folder))
     if not clips:
         raise UserError(f"got {folder}, in which there are no clips: expected some ({', '.join(PICTURES + VIDEOS)})")

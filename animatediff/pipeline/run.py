@@ -25,6 +25,7 @@ from animatediff.features.feature import in_turn
 from animatediff.features.inputs import input_sha256, other_speed
 from animatediff.media.video import FrameStream, is_complete, read_video, save_video, tile
 from animatediff.pipeline.assemble import Assembler
+from animatediff.pipeline.compiled import CompiledUNet
 from animatediff.pipeline.device import own_device, pick_dtype
 from animatediff.pipeline.finish import Finisher, compare, sound_of
 from animatediff.pipeline.fit import as_begun, fitted, parts_of, recorded
@@ -331,7 +332,7 @@ def _run(
         metadata = clip_settings(job.request, hashes) | made_on(pipeline.device, pipeline.dtype)
         save_video(clip, job.path, r.written_fps, metadata, loop=r.output.loop_count, sound=sound_of(r))
         processes.tell(str(job.path), sys.stdout)
-    if finisher is None and not processes.spread:
+    if finisher is None and not processes.spread and not isinstance(pipeline.unet.forward, CompiledUNet):
         remember(r, watch, pipeline.dtype)
 
 

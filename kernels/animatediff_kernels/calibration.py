@@ -132,14 +132,14 @@ def calibrate(call: Any, kernels: Kernels, inputs: Inputs, options: Mapping[str,
 
 
 def measure(call: Any, kernels: Kernels, inputs: Inputs, options: Mapping[str, Any]) -> Entry | None:
-    """Try all kernels; None where there is nothing to compare with: torch's own result is not finite, or there is not
-    the memory for a second one.
+    """Try all kernels; None where none could be compared: torch's own result is not finite, or there is not the memory
+    for a second one.
     """
     tail, part = kernels.tail(inputs, options)
     tail = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in tail]
     try:
         exact = _results(kernels.reference, [x if x is None else _double(x) for x in tail], options, call.grad)
-    except torch.OutOfMemoryError:
+    except RuntimeError:  # no memory, as torch or cuBLAS tell it
         return None
     errors, ms, wrong = {}, {}, {}
     for name in kernels.names:
@@ -158,6 +158,8 @@ def measure(call: Any, kernels: Kernels, inputs: Inputs, options: Mapping[str, A
     for name in [n for n in ms if not errors[n] <= allowed]:
         del ms[name]
         wrong[name] = f"error {errors[name]:.1e}, expected at most {allowed:.1e}"
+    if not ms:
+        return None
     described = [
         x if x is None else [list(x.shape), list(x.stride()), str(x.dtype)[6:], x.requires_grad] for x in inputs
     ]

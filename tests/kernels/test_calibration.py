@@ -197,6 +197,16 @@ def test_no_memory_for_the_comparison(gpu, monkeypatch):
     assert list(provenance().values()) == ["triton"]
 
 
+def test_no_memory_to_time_any_kernel(gpu, monkeypatch):
+    def milliseconds(function):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "milliseconds", milliseconds)
+        geglu(torch.randn(2, 3, 8))
+    assert calibration.tables["cpu"] == {} and list(provenance().values()) == ["torch"]
+
+
 def test_no_memory_for_a_kernel_is_not_remembered_beyond_this_process(gpu, monkeypatch, tmp_path):
     module = sys.modules["animatediff_kernels.geglu"]
     failure = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

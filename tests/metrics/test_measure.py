@@ -138,6 +138,24 @@ def test_a_clip_that_cannot_be_read_is_left_out(tmp_path):
     assert "b.gif, expected a picture" in result["left_out"][str(tmp_path / "b.gif")]
 
 
+def test_a_distance_of_what_can_be_read(tmp_path):
+    """All else is measured where too few are left."""
+    for folder in ("a", "b"):
+        for name in ("1", "2"):
+            save_video(gray(0, 100), tmp_path / folder / f"{name}.gif")
+
+    def features(video):
+        return video.mean((0, 1, 3, 4))[None]
+
+    def distance():
+        return evaluate_videos([tmp_path / "a"], extractor=features, against=[tmp_path / "b"])
+
+    assert distance()["fvd"]["against"] == 2
+    (tmp_path / "b/1.gif").write_text("hello")
+    result = distance()
+    assert result["clips"] == 2 and "fvd" not in result and list(result["left_out"]) == [str(tmp_path / "b/1.gif")]
+
+
 @pytest.mark.parametrize("prompt", [7, 1.5, True, [1, None], {"0": 3}, "a\nb\x1b[2J", "x" * 10_000, None])
 def test_what_a_file_says_of_its_prompt_may_be_anything(tmp_path, prompt):
     for name in ("a\nb", "c"):  # a name of two lines, too

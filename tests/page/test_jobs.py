@@ -1,6 +1,8 @@
 """The queue: one after the other, called off by its owner alone, and nothing forgotten by a process that was killed."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -142,9 +144,22 @@ def test_what_is_forgotten_is_not_named_again(tmp_path):
     assert not Journal(path).unfinished
 
 
+def test_no_more_is_taken_up_than_may_wait(gate, tmp_path):
+    """What is left is offered again."""
+    path = tmp_path / "page.jsonl"
+    path.write_text("".join(json.dumps({"id": id, "state": WAITING, "note": "", "title": id, "settings": {}}) + "\n"
+                            for id in "abc"))  # fmt: skip
+    queue = JobQueue(gate, Journal(path))
+    for n in range(MAX_WAITING):
+        queue.submit("me", str(n), {})
+    until(lambda: len(queue.waiting()) == MAX_WAITING - 1)  # one is at work
+    assert queue.resume("me") == 1 and [job.id for job in queue.journal.unfinished] == ["b", "c"]
+    queue.cancel("me", [job.id for job in queue.of("me")])
+
+
 def test_two_pages_in_one_folder(tmp_path):
-    pytest.importorskip("fcntl")
     first = Journal(tmp_path / "page.jsonl")
-    with pytest.raises(UserError, match="another page is at work"):
-        Journal(tmp_path / "page.jsonl")
+    second = "import sys, pathlib; from animatediff.page.jobs import Journal; Journal(pathlib.Path(sys.argv[1]))"
+    ended = subprocess.run([sys.executable, "-c", second, tmp_path / "page.jsonl"], capture_output=True, text=True)
+    assert ended.returncode == 1 and "in which another page is at work" in ended.stderr
     assert first.unfinished == []

@@ -17,11 +17,13 @@ from animatediff.config.spellings import build_request
 from animatediff.media.pictures import read_picture, write_picture
 from animatediff.media.video import read_video, save_video
 from animatediff.models.tiny_decoder import TinyDecoder
+from animatediff.page import maker
 from animatediff.page.fields import form_fields
 from animatediff.page.jobs import Job
-from animatediff.page.maker import JobFollower
+from animatediff.page.maker import JobFollower, Maker
 from animatediff.page.places import ASSETS, EXAMPLES, Places
 from animatediff.page.preview import SIDE, LatentPreview, animated, is_small, thumbnail
+from animatediff.pipeline.run_folder import write_config
 from animatediff.utils import UserError
 
 
@@ -86,6 +88,40 @@ def test_paths_inside_the_folders(places):
     places.check(load_config(BUNDLED).entries[0])
     values = {"prompt": "a", "model.base": str(places.models / "x"), "video": str(places.output / "y")}
     places.check(build_request(values, where=""))
+
+
+def test_what_is_gone_is_passed_over(tmp_path):
+    """Links to a disk that is not there; a folder among the clips that is none."""
+    places = Places(tmp_path / "models", tmp_path / "samples")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/lost.safetensors").symlink_to(tmp_path / "nowhere")
+    places.scan()
+    made = tmp_path / "samples/page-1/sample"
+    clip = save_video(np.zeros((2, 8, 8, 3), np.uint8), made / "0-a.gif")
+    frames = save_video(np.zeros((2, 8, 8, 3), np.uint8), made / "1-b")
+    (made / "lost.gif").symlink_to(tmp_path / "nowhere")
+    (made / "notes").mkdir()
+    assert set(places.clips(10)) == {clip, frames}
+
+
+@pytest.mark.parametrize("refused", ["dtype", "another run is at work"])
+def test_a_job_that_may_not_go_on_in_its_folder_gets_another(tmp_path, monkeypatch, refused):
+    """The page ran on another device before, say; what is in the first folder stays there."""
+    begun = tmp_path / "page-1"
+    begun.mkdir()
+    (begun / "config.yaml").write_text("- prompt: a")
+
+    def animate(config, *, output_dir, **rest):
+        if output_dir == begun:
+            raise UserError(f"got {refused}")
+        write_config(output_dir, config)
+
+    monkeypatch.setattr(maker, "animate", animate)
+    job = Job("me", "a", {"prompt": "a fox", "seed": 3, "output.name": "mine"}, note=str(begun))
+    made = Maker(tmp_path, SimpleNamespace(write=lambda job: None), None, tmp_path)(job)
+    assert Path(job.note).parent == tmp_path and Path(job.note) != begun
+    assert Path(made) == Path(job.note) / "sample/0-a-fox.gif"
+    assert (begun / "config.yaml").read_text() == "- prompt: a"
 
 
 def test_uploads_are_kept_by_their_content(places, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from animatediff.checkpoints.load import load_base, load_motion_module
 from animatediff.checkpoints.lora_files import read_lora
 from animatediff.models.lora import LoRAStack
+from animatediff.models.twins import share_weights
 from animatediff.pipeline import pipeline
 from animatediff.pipeline.compiled import compile_unet
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
@@ -126,6 +128,17 @@ def test_compiled_anew():
     assert torch.equal(unet(*call), expected) and (first.graphs, second.graphs) == (0, 1)
     second.undo()
     assert "forward" not in unet.__dict__
+
+
+@pytest.mark.parametrize("copy", [deepcopy, share_weights])
+def test_copies_are_not_compiled_and_have_their_own_weights(copy):
+    unet, call = SmallUNet(), inputs()
+    record = compile_unet(unet, backend=uncompiled, tell=lambda line: None)
+    expected, copied = unet(*call), copy(unet)
+    copied.out.weight = nn.Parameter(2 * copied.out.weight)
+    copied.out.bias = nn.Parameter(2 * copied.out.bias)
+    torch.testing.assert_close(copied(*call), 2 * expected)
+    assert torch.equal(unet(*call), expected) and record.graphs == 1
 
 
 def test_the_bound_is_of_each_network():

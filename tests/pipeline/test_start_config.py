@@ -98,6 +98,7 @@ def test_masks_and_hints_are_read_at_the_frames_of_their_video(tmp_path, chosen,
         ({"video": "a.mp4", "fps": 25}, None),
         ({"video": "a.mp4", "video_stride": 3}, None),
         ({"video": "folder"}, None),
+        ({"video": "still.gif", "fps": 16}, None),
         ({}, None),
     ],
 )
@@ -105,6 +106,7 @@ def test_another_speed_is_told(tmp_path, monkeypatch, values, told):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "a.mp4", frames=8)
     save_video(np.zeros((4, 8, 8, 3), np.uint8), tmp_path / "folder")
+    save_video(np.zeros((1, 8, 8, 3), np.uint8), tmp_path / "still.gif")
     line = other_speed(build_request({"prompt": "a fox", **values}, where=""))
     assert line is None if told is None else line.startswith(told)
 
