@@ -16,7 +16,6 @@ from animatediff.checkpoints.identify import FileInfo, identify, weight_files
 from animatediff.config.networks import Distillation
 from animatediff.config.settings import dump_yaml
 from animatediff.config.spellings import NamedFile, as_values, files
-from animatediff.media.video import by_numbers
 from animatediff.pipeline.remembered import is_clip, place_now, read_remembered
 from animatediff.utils import Parser, UserError, printable, run_main, told
 
@@ -44,12 +43,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe_path(path: Path) -> str:
-    """Raises: UserError where it is neither weights nor a clip, or several clips."""
-    if is_clip(path):
-        return describe_clip(path)
-    if (path / "config.yaml").is_file() and (made := sorted((path / "sample").glob("*"), key=by_numbers)):
-        raise UserError(f"got {path}, the folder of a run, expected one of its clips, such as {made[0]}")
-    return describe(identify(path), Values.of(path))
+    """Raises: UserError where it is neither weights nor a clip."""
+    of_run = (path / "config.yaml").is_file() and (path / "sample").is_dir()
+    return describe_clip(path) if is_clip(path) or of_run else describe(identify(path), Values.of(path))
 
 
 @dataclass

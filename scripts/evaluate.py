@@ -154,7 +154,7 @@ def measure_model(args: argparse.Namespace, folder: Path) -> str:
     entry = entries[args.entry]
     if len(entries) > 1:
         print(
-            f"entry {args.entry} ({entry.output.name}) of 0 to {len(entries) - 1}; --entry takes another",
+            f"entry {entry.output.name} is measured, --entry {args.entry} of 0 to {len(entries) - 1}",
             file=sys.stderr,
         )
 

@@ -333,6 +333,8 @@ def _check_safetensors_size(path: Path) -> None:
 def _refuse_other_content(head: bytes, path: Path) -> None:
     text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     what = None
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(f"got {path}, which is no weight file: a prompt config is for animate.py --config")
     if text.startswith(b"version https://git-lfs"):
         raise UserError(f"got a Git-LFS pointer, not weights, in {path}: run `git lfs pull` or download the file")
     if text.startswith(b"<"):  # as no pickle does

@@ -25,7 +25,7 @@ def prompt_warnings(prompts: Prompts) -> Iterator[str]:
     texts = [text for side in sides for text in side]
     advice = "name LoRAs by `lora_model_path: [{path: …, scale: …}]`"
     if not prompts.weighting and (tag := _first(LORA_TAG, texts)):
-        yield f"{tag} in a prompt is taken as words: {advice}, or prompt_weighting=true finds it under models/"
+        yield f"{tag} in a prompt is taken as words: {advice}, or prompt_weighting=true looks for it, in models/ first"
     if prompts.weighting and (tag := _first(LORA_TAG, sides[1])):
         yield f"{tag} in a negative prompt is taken as words: {advice}"
     if tag := _first(HYPERNETWORK, texts):

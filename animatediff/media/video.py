@@ -259,7 +259,14 @@ def read_texts(path: str | Path) -> dict[str, str]:
 
 def _first_file(path: str | Path) -> Path:
     path = Path(path)
-    return min(path.glob("*.png"), default=path / "0000.png") if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    if frames := sorted(path.glob("*.png")):
+        return frames[0]
+    made = sorted((path / "sample").glob("*"), key=by_numbers)  # the folder of a run
+    raise UserError(
+        f"got {path}, a folder without PNG frames, expected a clip{f', such as {made[0]}' * bool(made[:1])}"
+    )
 
 
 def is_complete(path: str | Path) -> bool:

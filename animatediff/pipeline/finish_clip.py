@@ -120,7 +120,10 @@ def _target(path: Path, request: Request, output: str | Path | None) -> Path:
     stem = path.absolute().name.replace(".", "-") if path.is_dir() else path.stem  # a folder's has no ending
     target = Path(output) if output is not None else path.parent / f"{stem}-finished{ending}"
     if target.suffix != ending:
-        raise UserError(f"got --output {target} for {form}, expected a name ending in {ending or 'nothing'}")
+        other = next((f for f in ("gif", "mp4", "webp") if target.suffix == f".{f}"), None)
+        hint = f": for a {other} add output.format={other}" if other else ""
+        wanted = f"ending in {ending}" if ending else "of a folder, without an ending"
+        raise UserError(f"got --output {target} for {form}, expected a name {wanted}{hint}")
     if target.exists():
         raise UserError(f"got {target} to write to, which is there already: remove it, or choose another by --output")
     return target

@@ -201,7 +201,7 @@ class AnimateDiffPipeline:
         return self.model.add_lora(path, scale, name)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the networks as one checkpoint per kind of file, which configs can name; returns the folder.
+        """Write the networks as one checkpoint per kind of file, and a config that names them; returns the folder.
 
         Raises:
             UserError: the folder cannot be written to.
@@ -209,7 +209,7 @@ class AnimateDiffPipeline:
         self._check_whole("saved")
         from animatediff.pipeline.save import save_model  # reads the export tables, which no call needs
 
-        return save_model(self.model, Path(folder))
+        return save_model(self.model, Path(folder), self.request)
 
     def _check_whole(self, what: str) -> None:
         m = self.model.memory

@@ -14,6 +14,7 @@ from animatediff.checkpoints.motion_condition_files import motion_condition_tens
 from animatediff.checkpoints.textual_inversion import save_words
 from animatediff.config.inference_yaml import OF_IMAGES
 from animatediff.config.networks import distilled_schedule
+from animatediff.config.request import Request
 from animatediff.config.settings import dump_yaml
 from animatediff.models.text import TextEncoder
 from animatediff.models.tokenizer import Tokenizer
@@ -22,8 +23,10 @@ from animatediff.pipeline.model import Model
 from animatediff.utils import UserError, replacing
 
 
-def save_model(model: Model, folder: Path) -> Path:
+def save_model(model: Model, folder: Path, request: Request | None = None) -> Path:
     """Write `image_model.safetensors`, `motion_module.safetensors` and a `config.yaml` that names them.
+
+    The config has the size and the sampler of `request`, if there is one.
 
     LoRAs are written as they are merged, at their present scales, added words as textual inversions. The files say how
     they have to be sampled, if they were distilled to few steps. ControlNets, IP-Adapters and other networks that are
@@ -36,6 +39,7 @@ def save_model(model: Model, folder: Path) -> Path:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"got {folder}, which is a file, expected a folder: choose another")
+    folder = folder.absolute()  # a config's paths are those of whoever reads it, wherever that is
     folder.mkdir(parents=True, exist_ok=True)
     files = {"base": folder / "image_model.safetensors"}
     plain = replace(
@@ -57,7 +61,12 @@ def save_model(model: Model, folder: Path) -> Path:
         with replacing(files["inference_config"]) as temporary:
             temporary.write_text(dump_yaml({"noise_scheduler_kwargs": own}), encoding="utf-8")
     networks = {name: str(path) for name, path in files.items()} | ({"embeddings": words} if words else {})
-    entry = {"model": networks, "prompts": {"prompt": [""]}}
+    kept = {"size": ("height", "width"), "sampling": ("sampler", "timestep_spacing")}
+    said = {group: {name: value for name in names if (value := getattr(getattr(request, group), name))}
+            for group, names in kept.items() if request}  # fmt: skip
+    entry = {"model": networks, "prompts": {"prompt": [""]}} | {
+        group: values for group, values in said.items() if values
+    }
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(dump_yaml([entry]), encoding="utf-8")
     return folder

@@ -162,10 +162,12 @@ def test_a_distilled_model_is_saved_as_one(pipeline, tmp_path, distilled, file):
 def test_a_schedule_of_its_own_is_saved(nano, tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("noise_scheduler_kwargs: {beta_schedule: scaled_linear, beta_end: 0.014, clip_sample: true}")
-    config = write_config(tmp_path / "run.yaml", entry(nano, inference_config=str(own)))
+    config = write_config(tmp_path / "run.yaml", entry(nano, inference_config=str(own), sampler="euler"))
     pipe = AnimateDiffPipeline.from_config(config, device="cpu")
     saved = AnimateDiffPipeline.from_config(pipe.save(tmp_path / "saved") / "config.yaml", device="cpu")
     assert saved.model.schedule == pipe.model.schedule and pipe.model.schedule.beta_end == 0.014
+    kept = [(r.size.height, r.size.width, r.sampling.sampler) for r in (saved.request, pipe.request)]
+    assert kept[0] == kept[1] and kept[0][0] == 16
     again = saved.save(tmp_path / "again")
     assert (again / "inference.yaml").read_text() == (tmp_path / "saved/inference.yaml").read_text()
 

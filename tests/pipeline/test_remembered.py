@@ -155,7 +155,7 @@ def test_doctor_shows_what_made_a_clip(made, capsys):
 def test_doctor_says_which_clips_a_run_has(made, capsys):
     assert doctor([str(made.parents[1])]) == 2
     err = capsys.readouterr().err
-    assert f"the folder of a run, expected one of its clips, such as {made.parent}" in err and err.count("\n") == 1
+    assert f"a folder without PNG frames, expected a clip, such as {made.parent}" in err and err.count("\n") == 1
 
 
 def test_doctor_shows_what_others_made(here, capsys):
