@@ -263,10 +263,9 @@ def _first_file(path: str | Path) -> Path:
         return path
     if frames := sorted(path.glob("*.png")):
         return frames[0]
-    made = sorted((path / "sample").glob("*"), key=by_numbers)  # the folder of a run
-    raise UserError(
-        f"got {path}, a folder without PNG frames, expected a clip{f', such as {made[0]}' * bool(made[:1])}"
-    )
+    made = sorted((path / "sample").glob("*"), key=by_numbers)  # of the folder of a run
+    such = f", such as {made[0]}" if made else ""
+    raise UserError(f"got {path}, a folder without PNG frames, expected a clip{such}")
 
 
 def is_complete(path: str | Path) -> bool:

@@ -442,3 +442,11 @@ def test_complete_clips(tmp_path, ending):
     for content in (file.read_bytes()[:-40], b""):
         file.write_bytes(content)
         assert not is_complete(path)
+
+
+def test_a_folder_that_is_no_clip(tmp_path):
+    with pytest.raises(UserError, match="a folder without PNG frames, expected a clip$"):
+        read_metadata(tmp_path)
+    made = save_video(np.zeros((1, 8, 8, 3), np.uint8), tmp_path / "sample/0-a.gif")
+    with pytest.raises(UserError, match=f"expected a clip, such as {made}"):
+        read_metadata(tmp_path)
