@@ -6,8 +6,8 @@ python kernels/benchmarks/step.py --device cpu --part decode --frames 2 --size 2
 
 The networks run in turns, with the same weights and inputs: all in one process on CUDA, each in its own on the CPU,
 where memory is only known of a process. There ours has the allocator setting of our command line; ours-torch is
-without it and without fast paths, diffusers-tuned is diffusers given that setting and oneDNN's products, and of
-diffusers-compiled the second run is timed. The least of `--repeat` runs counts. The ratio is of seconds on CUDA, of
+without it and without fast paths, diffusers-tuned is diffusers given that setting and oneDNN's products, and of the
+compiled ones the second run is timed. The least of `--repeat` runs counts. The ratio is of seconds on CUDA, of
 CPU seconds on the CPU, to diffusers run eagerly. The motion module's GroupNorm is pooled over frames, as diffusers
 has it.
 """
@@ -42,11 +42,13 @@ from animatediff.config.networks import MotionConfig, VAEConfig
 from animatediff.models.motion import positional_encoding
 from animatediff.models.unet import UNet
 from animatediff.models.vae import VAE
+from animatediff.pipeline.compiled import compile_unet
 from animatediff.utils import keep_freed_memory
 
 NETWORKS = ("ours", "diffusers")
-ON_CPU = ("ours-torch", "diffusers-tuned", "diffusers-compiled")  # beside them
+ON_CPU = ("ours-torch", "ours-compiled", "diffusers-tuned", "diffusers-compiled")  # beside them
 ON_CUDA = ("ours-torch", "ours-triton", "ours-compiled", "diffusers-compiled")  # beside them
+ALL = tuple(dict.fromkeys(NETWORKS + ON_CPU + ON_CUDA))
 BACKENDS = {
     "": "auto",
     "torch": "torch",
@@ -72,7 +74,7 @@ def main() -> None:
     if args.breakdown:
         return breakdown(make_step(args, "ours").run, torch.device(args.device), getattr(torch, args.dtype))
     if args.worker:
-        if args.worker in ("ours", "diffusers-tuned"):
+        if args.worker in ("ours", "ours-compiled", "diffusers-tuned"):
             keep_freed_memory()
         step = make_step(args, args.worker)
         if args.worker.endswith("compiled"):
@@ -108,7 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--breakdown", action="store_true", help="print our step's time by kind of work, and stop")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS + ON_CUDA + ON_CPU, help="by default all")
+    parser.add_argument("--networks", nargs="+", choices=ALL, help="by default all")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of step.csv")
     parser.add_argument("--worker", choices=NETWORKS + ON_CPU, help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
@@ -148,7 +150,9 @@ def make_step(args: argparse.Namespace, name: str) -> Step:
     network.to(device, dtype)
     if device.type == "cuda":
         network.to(memory_format=torch.channels_last)
-    if how == "compiled":
+    if how == "compiled" and isinstance(network, UNet):
+        compile_unet(network, tell=lambda line: print(line, file=sys.stderr))
+    elif how == "compiled":
         network.compile()
     side = args.size // 8
     generator = torch.Generator().manual_seed(0)
