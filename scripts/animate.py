@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from animatediff.config.help import explain_options
-from animatediff.config.prompt_yaml import BUNDLED, RunConfig, config_of, load_config
-from animatediff.config.settings import parse_value
+from animatediff.config.prompt_yaml import BUNDLED, RunConfig, config_from, config_of, load_config
+from animatediff.config.settings import parse_value, read_yaml
 from animatediff.config.spellings import all_options, flat_names, nest, parse_assignments
 from animatediff.pipeline.processes import OneProcess, launched
 from animatediff.utils import Parser, UserError, give_back_freed_memory, run_main
@@ -112,7 +112,9 @@ def read_config(args: argparse.Namespace, overrides: dict[str, Any], tell: Calla
         raise UserError("got --config '', expected a file")
     if args.config is None and {"pretrained_model_path", "model.base"} & set(overrides):
         return config_of(overrides, name="sample")  # nothing of the bundled model fits another one
-    path = Path(args.config or BUNDLED)
+    if args.config is None:
+        return config_from(read_yaml(BUNDLED), "the bundled model", name=BUNDLED.stem, overrides=overrides)
+    path = Path(args.config)
     if path.suffix.lower() in YAMLS:
         config = load_config(path, overrides)
         if not config.provenance:
