@@ -65,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="the UNet by torch.compile: takes minutes at first, pays for many clips on a GPU; equal but for rounding",
+        help="the UNet by torch.compile: minutes at first, for many clips on a GPU; equal but for rounding",
     )
     parser.add_argument("--plan", action="store_true", help="say how much memory and time it will take, and stop")
     parser.add_argument(
