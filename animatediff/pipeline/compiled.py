@@ -45,9 +45,10 @@ class CompiledUNet:
             return self.plain(*args, **kwargs)
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
+        same = [x.contiguous() if isinstance(x, Tensor) else x for x in args]  # windows are views of a clip
         try:
             with torch._dynamo.config.patch(NO_LIMIT):
-                out = self.whole(*args, **kwargs)
+                out = self.whole(*same, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.fall_back(_first_line(error))
             return self.plain(*args, **kwargs)

@@ -136,7 +136,7 @@ def test_a_clip_of_unrelated_pictures_is_told(nano, tmp_path, capsys, values, to
     path = str(nano / "nano.safetensors")
     given = {"pretrained_model_path": path, "prompt": "a fox", "L": 2, "H": 16, "W": 16, "steps": 1} | values
     animate(config_of(given, name="sample"), output_dir=tmp_path / "out", device="cpu")
-    assert capsys.readouterr().out.count("every frame is a picture of its own") == told
+    assert capsys.readouterr().err.count("every frame is a picture of its own") == told
 
 
 def test_an_interrupted_run_goes_on(config, finished, tmp_path, monkeypatch, capsys):
