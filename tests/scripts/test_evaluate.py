@@ -53,7 +53,7 @@ def test_an_entry_and_motions_of_the_camera(config, tmp_path, capsys):
         ["--config", str(both), "--entry", "1", "--motions", "zoom_in", "orbit", "--captions", "2", "--device", "cpu"]
         + ["--output-dir", str(tmp_path / "out")]
     )
-    assert "entry 1 (second) of 0 to 1" in capsys.readouterr().err
+    assert "entry second is measured, --entry 1 of 0 to 1" in capsys.readouterr().err
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["settings"]["entry"] == "second" and summary["settings"]["guidance_scale"] == 1.5
     assert list(summary["rendered"]["by_motion"]) == ["zoom_in", "orbit"] == summary["settings"]["motions"]

@@ -44,13 +44,13 @@ def backward_kernel(
     TOKEN_BLOCK: tl.constexpr,
     CHANNEL_BLOCK: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)  # an image may have more than 2^31 numbers
+    pid = tl.program_id(0)
     channel_blocks: tl.constexpr = (CHANNELS + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK
     chunks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
     channel = pid % channel_blocks * CHANNEL_BLOCK + tl.arange(0, CHANNEL_BLOCK)
     chunk = pid // channel_blocks % chunks
     token = (chunk * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK))[:, None]
-    image = pid // channel_blocks // chunks
+    image = (pid // channel_blocks // chunks).to(tl.int64)
     there = channel < CHANNELS
     valid = (token < tokens) & there[None, :]
     group = image // frames * (CHANNELS // PER_GROUP) + channel // PER_GROUP
@@ -60,9 +60,10 @@ def backward_kernel(
         own = tl.load(shift + image // images_per_shift * CHANNELS + channel, mask=there, other=0.0)
         middle -= own.to(tl.float32)
     w = tl.load(weight + channel, mask=there, other=0.0).to(tl.float32)[None, :]
-    at = image * image_stride + token * token_stride + channel[None, :] * channel_stride
+    far = channel.to(tl.int64)[None, :]  # an image may have more than 2^31 numbers
+    at = image * image_stride + token.to(tl.int64) * token_stride + far * channel_stride
     normalised = (tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle[None, :]) * scale
-    grad_at = image * tokens * CHANNELS + token * grad_token_stride + channel[None, :] * grad_channel_stride
+    grad_at = image * tokens * CHANNELS + token.to(tl.int64) * grad_token_stride + far * grad_channel_stride
     dz = tl.load(dy + grad_at, mask=valid, other=0.0).to(tl.float32)
     if SILU:
         z = normalised * w + tl.load(bias + channel, mask=there, other=0.0).to(tl.float32)[None, :]

@@ -32,15 +32,16 @@ def parts_kernel(
     CHANNEL_BLOCK: tl.constexpr,
 ):
     """Mean and sum of squared deviations of each channel over one chunk of tokens, both (images, chunks, channels)."""
-    pid = tl.program_id(0).to(tl.int64)  # an image may have more than 2^31 numbers
+    pid = tl.program_id(0)
     channel_blocks: tl.constexpr = (CHANNELS + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK
     chunks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
     channel = pid % channel_blocks * CHANNEL_BLOCK + tl.arange(0, CHANNEL_BLOCK)
     chunk = pid // channel_blocks % chunks
-    image = pid // channel_blocks // chunks
+    image = (pid // channel_blocks // chunks).to(tl.int64)
     token = chunk * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
     valid = (token < tokens)[:, None] & (channel < CHANNELS)[None, :]
-    at = image * image_stride + token[:, None] * token_stride + channel[None, :] * channel_stride
+    rows, columns = token.to(tl.int64) * token_stride, channel.to(tl.int64) * channel_stride  # beyond 2^31 numbers
+    at = image * image_stride + rows[:, None] + columns[None, :]
     value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     mean = tl.sum(value, 0) / tl.minimum(TOKEN_BLOCK, tokens - chunk * TOKEN_BLOCK)
     distance = tl.where(valid, value - mean[None, :], 0.0)
@@ -121,15 +122,16 @@ def apply_kernel(
     TOKEN_BLOCK: tl.constexpr,
     CHANNEL_BLOCK: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)  # an image may have more than 2^31 numbers
+    pid = tl.program_id(0)
     channel_blocks: tl.constexpr = (CHANNELS + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK
     chunks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
     channel = pid % channel_blocks * CHANNEL_BLOCK + tl.arange(0, CHANNEL_BLOCK)
     token = (pid // channel_blocks % chunks * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK))[:, None]
-    image = pid // channel_blocks // chunks
+    image = (pid // channel_blocks // chunks).to(tl.int64)
     there = channel < CHANNELS
     valid = (token < tokens) & there[None, :]
-    at = image * image_stride + token * token_stride + channel[None, :] * channel_stride
+    far = channel.to(tl.int64)[None, :]  # an image may have more than 2^31 numbers
+    at = image * image_stride + token.to(tl.int64) * token_stride + far * channel_stride
     group = image // frames * (CHANNELS // PER_GROUP) + channel // PER_GROUP
     value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32)
     scale = tl.load(rstd + group, mask=there, other=0.0) * tl.load(weight + channel, mask=there, other=0.0)
@@ -141,7 +143,7 @@ def apply_kernel(
     z = (value - middle[None, :]) * scale[None, :] + b[None, :]
     if SILU:
         z = z / (1.0 + tl.exp(-z))
-    at = image * tokens * CHANNELS + token * y_token_stride + channel[None, :] * y_channel_stride
+    at = image * tokens * CHANNELS + token.to(tl.int64) * y_token_stride + far * y_channel_stride
     tl.store(y + at, z.to(y.dtype.element_ty), mask=valid)
 
 
