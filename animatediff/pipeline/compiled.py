@@ -81,9 +81,8 @@ class CompiledUNet:
 
     def compiler(self, backend: str | Callable[..., Any]) -> Callable[..., Any]:
         """A backend that counts its calls, and compiles nothing once it failed or reached the bound."""
-        options = (
-            {"config_patches": {"triton.cudagraphs": True}} if self.cuda_graphs else {}
-        )  # of inductor's compile_fx
+        # of inductor's compile_fx
+        options = {"config_patches": {"triton.cudagraphs": True}} if self.cuda_graphs else {}
         compiler = torch._dynamo.lookup_backend(backend)
 
         def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
