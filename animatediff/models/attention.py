@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from animatediff.config.networks import UNetConfig
 from animatediff.models.chunks import Chunked, in_parts
-from animatediff.models.layers import GroupNorm, LayerNorm, is_plain
+from animatediff.models.layers import Conv, GroupNorm, LayerNorm, is_plain
 
 CPU_ROWS = 2048  # tokens whose feed-forward stays in the cache
 
@@ -109,7 +109,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = self._projection(channels)
 
     def _projection(self, channels: int) -> nn.Module:
-        return nn.Linear(channels, channels) if self.linear_projection else nn.Conv2d(channels, channels, 1)
+        return nn.Linear(channels, channels) if self.linear_projection else Conv(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x: ((b f), c, h, w); context: (b, l, context_dim), one row per video, or ((b f), l, context_dim)."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from animatediff_kernels.cpu import laid_out, with_fast_products
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -104,6 +105,7 @@ class ControlNet(ResidualEncoder):
         """
         return self.controlnet_cond_embedding(hint.flip(1) if self.config.bgr else hint)
 
+    @with_fast_products
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, embedded: Tensor, **added: Tensor
     ) -> tuple[list[Tensor], Tensor]:
@@ -117,7 +119,7 @@ class ControlNet(ResidualEncoder):
             added: `pooled` and `time_ids` of `UNet.forward`, for SDXL.
         """
         frames = x.shape[1]
-        h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w"))
+        h = self.conv_in(laid_out(rearrange(x, "b f c h w -> (b f) c h w"), self.conv_in.weight))
         h = h + embedded.repeat(len(h) // len(embedded), 1, 1, 1)
         down, mid = self.residuals(h, t, context, frames, **added)
         if not self.config.pooled:

@@ -10,10 +10,14 @@ import math
 import torch
 import torch.nn.functional as F
 from animatediff_kernels import group_norm_silu, layer_norm
-from animatediff_kernels.cpu import conv3x3, on_cpu, upsampled_conv3x3
+from animatediff_kernels.cpu import on_cpu, takes_channels_last
+from animatediff_kernels.cpu_convolutions import conv2d, conv_choice, upsampled_conv3x3, winograd
+from animatediff_kernels.group_norm_silu.channels_last import channel_affine
 from torch import Tensor, nn
 
 from animatediff.models.chunks import Chunked, in_parts
+
+CPU_PIXELS = 2**16  # of the images that a ResNet block takes at a time, if they are more: as fast, and less is kept
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -54,19 +58,32 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, code=positional_encoding, eps=self.eps)
 
 
-class Conv3x3(nn.Conv2d):
-    """3x3 convolution that keeps height and width; on a CPU, without gradients, by Winograd where that pays."""
+class Conv(nn.Conv2d):
+    """A convolution of square kernels; on a CPU, without gradients, by Winograd or as a product where that pays."""
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int | None = None
+    ):
+        """`padding`: by default what keeps height and width."""
+        super().__init__(in_channels, out_channels, kernel, stride, kernel // 2 if padding is None else padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv3x3(x, self.weight, self.bias)
+        return conv2d(x, self.weight, self.bias, stride=self.stride[0], padding=int(self.padding[0]))
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a layer can be computed from its weights: nothing stands in its place (a LoRA) or hooks into it."""
     return type(layer) is kind and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def norm_conv(norm: GroupNorm, conv: Conv, x: Tensor, frames: int, shift: Tensor | None = None) -> Tensor:
+    """conv(silu(norm(x + shift))); on a CPU, where Winograd pays, what is normalised is never in memory as a whole."""
+    plain = is_plain(norm, GroupNorm) and is_plain(conv, Conv) and takes_channels_last(x)
+    if not plain or conv_choice(x, conv.weight).backend != "winograd":
+        return conv(norm(x, frames, silu=True, shift=shift))
+    pooled = frames if norm.over_frames else 1
+    before = channel_affine(x, norm.weight, norm.bias, shift, num_groups=norm.num_groups, eps=norm.eps, frames=pooled)
+    return winograd(x, conv.weight, conv.bias, before=before)
 
 
 class ResnetBlock(Chunked):
@@ -84,15 +101,16 @@ class ResnetBlock(Chunked):
     ):
         super().__init__()
         self.norm1 = GroupNorm(groups, in_channels, eps=eps, over_frames=norm_over_frames)
-        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.conv1 = Conv(in_channels, out_channels, 3)
         self.time_emb_proj = nn.Linear(time_channels, out_channels) if time_channels else None
         self.norm2 = GroupNorm(groups, out_channels, eps=eps, over_frames=norm_over_frames)
-        self.conv2 = Conv3x3(out_channels, out_channels)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv(out_channels, out_channels, 3)
+        self.conv_shortcut = Conv(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Tensor | None = None, frames: int = 1) -> Tensor:
         """x: ((b f), c, h, w); time: (b, time_channels), one row per video."""
-        images = self.chunk // x.shape[-2:].numel() if self.chunk else len(x)
+        pixels = self.chunk or (CPU_PIXELS if on_cpu(x) and not torch.is_grad_enabled() else x[:, 0].numel())
+        images = pixels // x.shape[-2:].numel()
         if self.norm1.over_frames:  # whose statistics need whole clips
             images -= images % frames
             images = max(images, frames)
@@ -104,13 +122,14 @@ class ResnetBlock(Chunked):
         return in_parts(lambda x, rows: self._forward(x, rows, frames), max(images, 1), x, rows)
 
     def _forward(self, x: Tensor, time: Tensor | None, frames: int) -> Tensor:
-        y = self.conv1(self.norm1(x, frames, silu=True))
+        y = norm_conv(self.norm1, self.conv1, x, frames)
         shift = None
         if self.time_emb_proj is not None:
             assert time is not None
             shift = self.time_emb_proj(F.silu(time))
-        y = self.conv2(self.norm2(y, frames, silu=True, shift=shift))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        y = norm_conv(self.norm2, self.conv2, y, frames, shift)
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return y.add_(x) if is_plain(self.conv2, Conv) and not torch.is_grad_enabled() else y + x
 
 
 class Downsample(nn.Module):
@@ -119,7 +138,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, *, asymmetric: bool = False):
         super().__init__()
         self.asymmetric = asymmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+        self.conv = Conv(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
@@ -130,7 +149,7 @@ class Upsample(Chunked):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = Conv(channels, channels, 3)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         twice = (2 * x.shape[-2], 2 * x.shape[-1])
@@ -140,6 +159,6 @@ class Upsample(Chunked):
 
     def _forward(self, x: Tensor, size: tuple[int, int], twice: tuple[int, int]) -> Tensor:
         measured = on_cpu(x) and x.dtype == self.conv.weight.dtype == torch.float32
-        if measured and size == twice and is_plain(self.conv, Conv3x3) and not torch.is_grad_enabled():
+        if measured and size == twice and is_plain(self.conv, Conv) and not torch.is_grad_enabled():
             return upsampled_conv3x3(x, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

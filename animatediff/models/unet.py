@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
-from animatediff_kernels.cpu import with_fast_products
+from animatediff_kernels.cpu import laid_out, with_fast_products
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -174,7 +174,7 @@ class UNet(nn.Module):
         if context.dim() == 4:
             context = rearrange(context, "b f l d -> (b f) l d")
         time = embed_time(self, t, pooled, time_ids, x.dtype)
-        h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w"))
+        h = self.conv_in(laid_out(rearrange(x, "b f c h w -> (b f) c h w"), self.conv_in.weight))
         if input_residual is not None:
             h = h + input_residual
         skips = [h]
@@ -188,7 +188,7 @@ class UNet(nn.Module):
         for block in self.up_blocks:
             h = block(h, time, context, frames, skips)
         h = self.conv_out(self.conv_norm_out(h, frames, silu=True))
-        return rearrange(h, "(b f) c h w -> b f c h w", b=b)
+        return rearrange(h, "(b f) c h w -> b f c h w", b=b).contiguous()
 
 
 class Timed(Protocol):

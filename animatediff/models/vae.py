@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from animatediff_kernels import attention
-from animatediff_kernels.cpu import with_fast_products
+from animatediff_kernels.cpu import laid_out, with_fast_products
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -82,10 +82,10 @@ class Encoder(nn.Module):
 
     @with_fast_products
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(laid_out(x, self.conv_in.weight))
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x), silu=True))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x), silu=True)).contiguous()
 
 
 class Decoder(nn.Module):
@@ -104,10 +104,10 @@ class Decoder(nn.Module):
 
     @with_fast_products
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
+        x = self.mid_block(self.conv_in(laid_out(z, self.conv_in.weight)))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(x, silu=True))
+        return self.conv_out(self.conv_norm_out(x, silu=True)).contiguous()
 
 
 class VAE(nn.Module):
@@ -143,7 +143,9 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Pixels (n, 3, H, W), about [-1, 1] and not clamped, of unscaled latents (n, latent_channels, h, w)."""
         side = self.config.downsampling
-        return tiled(lambda part: self.decoder(self.post_quant_conv(part)), z, self.tile // side, grow=side)
+        return tiled(
+            lambda part: self.decoder(self.post_quant_conv(part)).contiguous(), z, self.tile // side, grow=side
+        )
 
     def encode_video(
         self, video: Tensor, *, generator: torch.Generator | None = None, chunk_frames: int | None = None

@@ -1,6 +1,5 @@
-"""float32 inference on CPUs, faster and equal to rounding: Winograd convolutions and oneDNN's products.
+"""float32 inference on CPUs, faster and equal to rounding: the layout of maps, and oneDNN's products.
 
-Nothing is packed or kept: weights are read at every call, so that merging, training and LoRA scales need no notice.
 What needs gradients, autocast or a compiler gets torch's own layers, and so does everything in `use_backend("torch")`.
 """
 
@@ -11,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +17,9 @@ from torch import Tensor, nn
 
 from animatediff_kernels.dispatch import Choice, requested
 
-FEWEST_CHANNELS = {False: 128, True: 256}  # below, Winograd's transforms take what its products save; True: enlarged
-NARROWEST = 128  # network whose products are worth a switch
-FEWEST_TILES = 4  # in an image: 8x8 pixels
-TILES = 192  # worked on at a time: enough to read the weights seldom, few enough to stay in the cache
-WEIGHT_BYTES = 16 * 2**20  # of transformed weights that are worked on at a time, where there are no more tiles
+NARROWEST = 128  # network whose products are worth a switch, and its maps another layout
 FLOAT32_ERROR = 1e-5  # relative, of a sum of 640 equal numbers; in bfloat16 3e-3
 WORTH_SWITCHING = 1.3  # oneDNN's speed over MKL's
-
-# Winograd's F(4, 3) with the points 0, ±1, ±2 and infinity (Lavin and Gray 2016, arXiv 1509.09308, sec. 4.3): the
-# transforms of inputs, weights and products. DOUBLED makes six pixels of the enlarged map of four of the small one.
-INPUT = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0]]
-INPUT += [[0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
-WEIGHT = [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]  # of 24
-OUTPUT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
-DOUBLED = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
 _counting = False  # whether tensors without contents go the way of the CPU's
@@ -54,35 +40,35 @@ def on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" or (_counting and x.is_meta)
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`conv2d(x, weight, bias, padding=1)` by what `conv3x3_choice` says. x: (n, c, h, w); weight: (o, c, 3, 3)."""
-    if conv3x3_choice(x, weight).backend == "winograd":
-        return _winograd(x, weight, bias, doubled=False)
-    return F.conv2d(x, weight, bias, padding=1)
+def laid_out(x: Tensor, weight: Tensor) -> Tensor:
+    """x (n, c, h, w), which a network's first convolution takes, in the layout that is fastest for those to come."""
+    return x if layout_choice(x, weight).backend == "torch" else x.contiguous(memory_format=torch.channels_last)
 
 
-def upsampled_conv3x3(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`conv3x3` of x enlarged twofold by nearest neighbour, (n, o, 2 h, 2 w), computed from the small map."""
-    if conv3x3_choice(x, weight, doubled=True).backend == "winograd":
-        return _winograd(x, weight, bias, doubled=True)
-    return _four_convs(x, weight, bias)
+def layout_choice(x: Tensor, weight: Tensor) -> Choice:
+    """ "channels_last" or "torch", and why.
 
-
-def conv3x3_choice(x: Tensor, weight: Tensor, *, doubled: bool = False) -> Choice:
-    """ "winograd" or "torch", and why."""
-    side, (o, c) = 2 if doubled else 4, weight.shape[:2]
-    if reason := _left_alone(x, weight):
+    Args:
+        x: what the network is given.
+        weight: of its first convolution, (width, …).
+    """
+    if reason := left_alone(x, weight) or _narrow(weight):
         return Choice("torch", reason)
-    if x.shape[-2] % side or x.shape[-1] % side:
-        return Choice("torch", f"a map of {x.shape[-2]}x{x.shape[-1]}, expected multiples of {side}")
-    if (tiles := x.shape[-2] * x.shape[-1] // side**2) < FEWEST_TILES:
-        return Choice("torch", f"{tiles} tiles in an image, Winograd pays from {FEWEST_TILES}")
-    if min(o, c) < (fewest := FEWEST_CHANNELS[doubled]):
-        return Choice("torch", f"{c} to {o} channels, Winograd pays from {fewest}")
-    return Choice("winograd", "fewer multiplications, equal to about 3e-6")
+    return Choice("channels_last", "Winograd's tiles and the transformers' tokens are read without being transposed")
 
 
-def _left_alone(x: Tensor, weight: Tensor) -> str:
+def takes_channels_last(x: Tensor) -> bool:
+    """Whether a layer of this package takes x, which is channels_last, in torch's place."""
+    return layout_of(x) == torch.channels_last and requested() == "auto" and not left_alone(x, x)
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """channels_last, or torch's default where x is contiguous in either."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def left_alone(x: Tensor, weight: Tensor) -> str:
     """Why torch's own kernels compute this, or nothing."""
     if not on_cpu(x) or not x.dtype == weight.dtype == torch.float32:
         return f"{x.dtype} on {x.device.type}, for float32 on CPUs"
@@ -93,84 +79,8 @@ def _left_alone(x: Tensor, weight: Tensor) -> str:
     return "asked for torch" if requested() == "torch" else ""
 
 
-def _winograd(x: Tensor, weight: Tensor, bias: Tensor, *, doubled: bool) -> Tensor:
-    """Tiles of 4x4 outputs as 36 products of transformed inputs and weights, in blocks that stay in the cache."""
-    (n, c, h, w), o = x.shape, len(weight)
-    taps, step = (4, 2) if doubled else (6, 4)  # pixels a side that a tile reads, and from one tile to the next
-    down, across = h // step, w // step
-    kept = type(x) is Tensor and not x.is_meta  # and no stand-in, whose constants have no contents
-    transforms = (_transforms if kept else _transforms.__wrapped__)(doubled)
-    of_input, of_weight, of_output = (t.to(x.device) for t in transforms)
-    fitting = max(1, TILES // across)  # rows of tiles in a block
-    images, lines = min(n, max(1, fitting // down)), min(down, fitting)  # some whole images, or a part of one
-    at_once = images == n and lines == down
-    outputs = max(1, min(o, WEIGHT_BYTES // (36 * c * x.itemsize))) if at_once else o
-    padded = x.new_zeros(images, step * lines + 2, w + 2, c)  # what a block reads
-    rows = padded.stride()
-    strides = (rows[1], rows[2], rows[0], step * rows[1], step * rows[2], 1)
-    out = x.new_empty(n, o, 4 * down, 4 * across)
-    tiles = images * lines * across
-    room = [x.new_empty(size) for size in (taps**2 * tiles * c, 36 * tiles * c, 36 * outputs * c)]
-    room += [x.new_empty(size * tiles * outputs) for size in (36, 16)]
-    for i, top in product(range(0, n, images), range(0, down, lines)):
-        k, d = min(images, n - i), min(lines, down - top)
-        _fill(padded[:k, :, 1:-1], x[i : i + k].permute(0, 2, 3, 1), top * step)
-        patches = padded.as_strided((taps, taps, k, d, across, c), strides)
-        read = _view(room[0], taps, taps, k, d, across, c).copy_(patches)
-        inputs = _view(room[1], 36, k * d * across, c)
-        torch.mm(of_input, read.view(taps**2, -1), out=inputs.view(36, -1))
-        for j in range(0, o, outputs):
-            part = slice(j, min(j + outputs, o))
-            size = part.stop - j
-            weights = _view(room[2], 36, size, c)
-            if at_once or i == top == 0:
-                torch.mm(of_weight, weight[part].reshape(size * c, 9).t(), out=weights.view(36, -1))
-            products = torch.bmm(inputs, weights.transpose(1, 2), out=_view(room[3], 36, k * d * across, size))
-            sums = _view(room[4], 4, 4, k, d, across, size)
-            torch.mm(of_output, products.view(36, -1), out=sums.view(16, -1))
-            target = out[i : i + k, part, 4 * top : 4 * (top + d)].unflatten(3, (across, 4)).unflatten(2, (d, 4))
-            torch.add(sums.permute(2, 5, 3, 0, 4, 1), bias[part].view(-1, 1, 1, 1, 1), out=target)
-    return out
-
-
-def _fill(padded: Tensor, x: Tensor, top: int) -> None:
-    """Rows `top` - 1 and on of x (n, h, w, c), as many as fit, and zeros beyond its edges."""
-    above, below = int(top == 0), min(len(padded[0]), x.shape[1] + 1 - top)  # rows that x has begin and end here
-    padded[:, :above], padded[:, below:] = 0, 0
-    padded[:, above:below] = x[:, top - 1 + above : top - 1 + below]
-
-
-def _view(buffer: Tensor, *shape: int) -> Tensor:
-    return buffer[: torch.Size(shape).numel()].view(shape)
-
-
-@functools.cache
-def _transforms(doubled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of 2-D tiles, inputs (36, taps²), weights (36, 9) and outputs (16, 36): each axis has its own."""
-    with torch.inference_mode(False):
-        one = [torch.tensor(rows, dtype=torch.float64) for rows in (INPUT, WEIGHT, OUTPUT, DOUBLED)]
-        of_input = one[0] @ one[3] if doubled else one[0]
-        return tuple(torch.kron(t, t).float() for t in (of_input, one[1] / 24, one[2]))  # type: ignore[return-value]
-
-
-def _four_convs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """An output row sees its three rows of the large map as two of the small one: an even row as (above, own, own), an
-    odd one as (own, own, below). The same holds for columns, so the 3x3 convolution is four 2x2 ones with the weights
-    of equal inputs summed: 4/9 of the work.
-    """
-    n, h, w = x.shape[0], *x.shape[-2:]
-    padded = F.pad(x, (1, 1, 1, 1))
-    out = x.new_empty(n, len(weight), h, 2, w, 2)
-    for i, rows in enumerate(_halves(weight, 2)):
-        for j, kernel in enumerate(_halves(rows, 3)):
-            out[:, :, :, i, :, j] = F.conv2d(padded[:, :, i : i + h + 1, j : j + w + 1], kernel, bias)
-    return out.view(n, len(weight), 2 * h, 2 * w)
-
-
-def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Three taps along an axis as the two of an even and the two of an odd output."""
-    first, middle, last = weight.unbind(dim)
-    return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+def _narrow(weight: Tensor) -> str:
+    return f"a network of {len(weight)} channels, expected at least {NARROWEST}" if len(weight) < NARROWEST else ""
 
 
 # ---- products ---------------------------------------------------------------------------------------------------
@@ -238,12 +148,12 @@ def products_choice(x: Tensor, weight: Tensor) -> Choice:
         x: what the network is given.
         weight: of its first layer, (width, …).
     """
-    if reason := _left_alone(x, weight):
+    if reason := left_alone(x, weight):
         return Choice("torch", reason)
     if type(x) is not Tensor or x.is_meta:
         return Choice("torch", "a stand-in without contents, which takes no time")
-    if len(weight) < NARROWEST:
-        return Choice("torch", f"a network of {len(weight)} channels, oneDNN pays from {NARROWEST}")
+    if reason := _narrow(weight):
+        return Choice("torch", reason)
     return onednn_or_mkl()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from animatediff_kernels import temporal_attention, use_backend
-from animatediff_kernels.cpu import conv3x3, upsampled_conv3x3
+from animatediff_kernels.cpu_convolutions import conv2d, upsampled_conv3x3
 from ops import OPS
 from run import RESULTS, device_label, provenance, time_once, write_rows
 from step import fill
@@ -55,7 +55,7 @@ def cases() -> Iterator[Case]:
     for into, width, side in ((320, 320, 32), (960, 320, 32), (640, 640, 16), (1280, 1280, 8), (2560, 1280, 8)):
         x, w, b = torch.randn(IMAGES, into, side, side), torch.randn(width, into, 3, 3) / into, torch.randn(width)
         old = lambda x=x, w=w, b=b: F.conv2d(x, w, b, padding=1)  # noqa: E731
-        yield f"3x3 convolution of {into}", width, side, old, lambda x=x, w=w, b=b: conv3x3(x, w, b)
+        yield f"3x3 convolution of {into}", width, side, old, lambda x=x, w=w, b=b: conv2d(x, w, b, padding=1)
     with torch.device("meta"):
         vae = VAE(VAEConfig())
     vae = fill(vae.to_empty(device="cpu")).eval()

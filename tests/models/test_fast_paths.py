@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from animatediff_kernels import cpu, geglu, group_norm_silu, use_backend
-from animatediff_kernels.cpu import upsampled_conv3x3
+from animatediff_kernels import cpu_convolutions as convolutions
+from animatediff_kernels.cpu_convolutions import upsampled_conv3x3
 from torch import nn
 
 from animatediff.models import attention, motion
-from animatediff.models.layers import Conv3x3, Upsample
+from animatediff.models.layers import Conv, Upsample
 
 ON, OFF = ("bf16", "ieee") if hasattr(torch.backends.mkldnn, "matmul") else ("medium", "highest")  # torch before 2.9
 
@@ -81,13 +82,12 @@ def test_in_place_arithmetic_leaves_the_input_alone(gated):
 @pytest.fixture
 def narrow(monkeypatch):
     """Winograd for networks of a few channels, too, in more than one block of images and of outputs."""
-    monkeypatch.setattr(cpu, "FEWEST_CHANNELS", {False: 1, True: 1})
-    monkeypatch.setattr(cpu, "FEWEST_TILES", 1)
+    monkeypatch.setattr(convolutions, "FEWEST_CHANNELS", {False: 1, True: 1})
 
 
 def conv_and_map(c=6, o=5, n=3, h=8, w=12):
     generator = torch.Generator().manual_seed(0)
-    conv = Conv3x3(c, o)
+    conv = Conv(c, o, 3)
     for parameter in conv.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
     return conv, torch.randn(n, c, h, w, generator=generator)
@@ -102,16 +102,16 @@ def relative(got, expected):
 def test_winograd_is_the_convolution(narrow, monkeypatch, tiles, weights):
     """However it is cut into blocks: up to rounding, which the transforms' numbers of up to 8 make some ten times
     larger than the convolution's own, about eps * sqrt(9 c)."""
-    monkeypatch.setattr(cpu, "TILES", tiles)
-    monkeypatch.setattr(cpu, "WEIGHT_BYTES", weights)
+    monkeypatch.setattr(convolutions, "TILES", tiles)
+    monkeypatch.setattr(convolutions, "WEIGHT_BYTES", weights)
     conv, x = conv_and_map()
     bound = 10 * torch.finfo(torch.float32).eps * 54**0.5
     exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
-    assert cpu.conv3x3_choice(x, conv.weight).backend == "winograd"
+    assert convolutions.conv_choice(x, conv.weight).backend == "winograd"
     assert relative(conv(x), exact) < bound and not torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
     enlarged = F.interpolate(x.double(), scale_factor=2)
     exact = F.conv2d(enlarged, conv.weight.double(), conv.bias.double(), padding=1)
-    assert cpu.conv3x3_choice(x, conv.weight, doubled=True).backend == "winograd"
+    assert convolutions.conv_choice(x, conv.weight, doubled=True).backend == "winograd"
     assert relative(upsampled_conv3x3(x, conv.weight, conv.bias), exact) < bound
 
 
@@ -120,12 +120,13 @@ def test_why_a_convolution_is_torchs(narrow, monkeypatch):
     conv, x = conv_and_map()
 
     def reason(x=x, weight=conv.weight, **options):
-        choice = cpu.conv3x3_choice(x, weight, **options)
+        choice = convolutions.conv_choice(x, weight, **options)
         assert choice.backend == "torch"
         return choice.reason
 
-    assert "map of 8x10, expected multiples of 4" in reason(x[..., :10])
-    assert "map of 8x11, expected multiples of 2" in reason(x[..., :11], doubled=True)
+    assert "tiles of 4x4 compute 64 pixels of a map of 40" in reason(x[..., :5])
+    assert "tiles of 2x2 compute 4 pixels of a map of 1" in reason(x[..., :1, :1], doubled=True)
+    assert "a 3x3 kernel of stride 2" in reason(stride=2)
     assert "torch.float64 on cpu" in reason(x.double())
     with torch.enable_grad():
         assert "gradients" in reason()
@@ -134,10 +135,8 @@ def test_why_a_convolution_is_torchs(narrow, monkeypatch):
     with use_backend("torch"):
         assert "asked for" in reason()
         assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
-    monkeypatch.setattr(cpu, "FEWEST_CHANNELS", {False: 6, True: 256})
+    monkeypatch.setattr(convolutions, "FEWEST_CHANNELS", {False: 6, True: 256})
     assert "6 to 5 channels, Winograd pays from 6" in reason()
-    monkeypatch.setattr(cpu, "FEWEST_TILES", 7)
-    assert "6 tiles in an image" in reason()
 
 
 @torch.no_grad()

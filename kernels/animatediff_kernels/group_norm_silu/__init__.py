@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from animatediff_kernels.calibration import Inputs, Kernels
+from animatediff_kernels.cpu import takes_channels_last
 from animatediff_kernels.dispatch import Call, run
+from animatediff_kernels.group_norm_silu.channels_last import group_norm_channels_last
 from animatediff_kernels.group_norm_silu.op import group_norm_silu_op
 from animatediff_kernels.group_norm_silu.reference import group_norm_silu_reference, shifted
 
@@ -59,6 +61,8 @@ def group_norm_silu(
 def _torch(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, num_groups: int, eps: float, frames: int, silu: bool
 ) -> Tensor:
+    if takes_channels_last(x):
+        return group_norm_channels_last(x, weight, bias, shift, num_groups, eps, frames, silu)
     x = shifted(x, shift)
     if frames == 1:
         y = F.group_norm(x, num_groups, weight, bias, eps)

@@ -3,18 +3,13 @@
 import torch
 from torch import Tensor
 
+from animatediff_kernels.cpu import layout_of
 from animatediff_kernels.dispatch import interpreting
 from animatediff_kernels.group_norm_silu.reference import group_norm_silu_reference, shifted
 
 
-def _format(x: Tensor) -> torch.memory_format:
-    """Of what is made from x: channels_last where x is, else torch's default."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
-
-
 def _dense_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=_format(x))
+    return torch.empty_like(x, memory_format=layout_of(x))
 
 
 def _forward(
@@ -43,7 +38,7 @@ def _backward(
     from animatediff_kernels.group_norm_silu.triton_bwd import backward
 
     dx = _dense_like(x)
-    dy = dy.contiguous(memory_format=_format(x))
+    dy = dy.contiguous(memory_format=layout_of(x))
     weight, bias = weight.contiguous(), bias.contiguous()
     shift = None if shift is None else shift.contiguous()
     dw, db = backward(x.flatten(2), dy.flatten(2), weight, bias, shift, mean, rstd, frames, silu, dx.flatten(2))
