@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from animatediff.config.networks import ControlNetConfig, UNetConfig
-from animatediff.models.layers import TimestepEmbedding
+from animatediff.models.layers import Conv, TimestepEmbedding
 from animatediff.models.unet import DownBlock, MidBlock, UNet, embed_time
 
 PIXEL_WIDTHS = (16, 32, 96, 256)  # of the released encoders of pixels; each after the first halves the size
@@ -61,9 +61,10 @@ class ResidualEncoder(nn.Module):
         skips = [channels[0]]
         for level, width in enumerate(channels):
             skips += [width] * (unet.layers_per_block + (level < len(channels) - 1))
-        self.controlnet_down_blocks = nn.ModuleList(zero(nn.Conv2d(width, width, 1)) for width in skips)
-        self.controlnet_mid_block = zero(nn.Conv2d(channels[-1], channels[-1], 1))
+        self.controlnet_down_blocks = nn.ModuleList(zero(Conv(width, width, 1)) for width in skips)
+        self.controlnet_mid_block = zero(Conv(channels[-1], channels[-1], 1))
 
+    @with_fast_products
     def residuals(
         self,
         h: Tensor,
@@ -77,6 +78,7 @@ class ResidualEncoder(nn.Module):
         """`down_residuals` and `mid_residual` of `UNet.forward` from what stands after `conv_in`, ((b f), c, h, w)."""
         context = context.flatten(0, -3)
         time = embed_time(self, t, pooled, time_ids, h.dtype)
+        h = laid_out(h, self.conv_in.weight)
         skips = [h]
         for block in self.down_blocks:
             h = block(h, time, context, frames, skips)
@@ -105,7 +107,6 @@ class ControlNet(ResidualEncoder):
         """
         return self.controlnet_cond_embedding(hint.flip(1) if self.config.bgr else hint)
 
-    @with_fast_products
     def forward(
         self, x: Tensor, t: Tensor, context: Tensor, embedded: Tensor, **added: Tensor
     ) -> tuple[list[Tensor], Tensor]:
@@ -119,7 +120,7 @@ class ControlNet(ResidualEncoder):
             added: `pooled` and `time_ids` of `UNet.forward`, for SDXL.
         """
         frames = x.shape[1]
-        h = self.conv_in(laid_out(rearrange(x, "b f c h w -> (b f) c h w"), self.conv_in.weight))
+        h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w"))
         h = h + embedded.repeat(len(h) // len(embedded), 1, 1, 1)
         down, mid = self.residuals(h, t, context, frames, **added)
         if not self.config.pooled:

@@ -4,7 +4,8 @@ Importing this package imports no triton; without triton, or without a GPU, ever
 """
 
 from animatediff_kernels.attention import attention
-from animatediff_kernels.dispatch import explain, provenance, use_backend
+from animatediff_kernels.dispatch import provenance, use_backend
+from animatediff_kernels.explain import explain
 from animatediff_kernels.geglu import geglu
 from animatediff_kernels.group_norm_silu import group_norm_silu
 from animatediff_kernels.layer_norm import layer_norm

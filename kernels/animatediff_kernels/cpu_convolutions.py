@@ -17,7 +17,6 @@ from animatediff_kernels.dispatch import Choice
 
 MOST_COMPUTED = 1.5  # pixels of Winograd's tiles for one of the map
 FEWEST_CHANNELS = {False: 128, True: 256}  # below, Winograd's transforms take what its products save; True: enlarged
-ROW_NUMBERS = 2**22  # of the rows of a convolution that are there at a time: 16 MB
 TILES = 192  # worked on at a time: enough to read the weights seldom, few enough to stay in the cache
 WEIGHT_BYTES = 16 * 2**20  # of transformed weights that are worked on at a time, where there are no more tiles
 
@@ -63,32 +62,31 @@ def conv_choice(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 1,
         reason = f"{c} to {o} channels, Winograd pays from {fewest}"
     else:
         return Choice("winograd", "fewer multiplications, equal to about 1e-6")
-    last = layout_of(x) == torch.channels_last
-    return Choice("rows" if last and not doubled else "torch", reason)
+    pixels = len(x) * out_size(x.shape[-2], k, stride, padding) * out_size(x.shape[-1], k, stride, padding)
+    if layout_of(x) == torch.channels_last and pixels < o and not doubled:
+        return Choice("rows", f"{pixels} pixels, fewer than {o} channels: torch would reorder the weights first")
+    return Choice("torch", reason)
+
+
+def out_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - kernel) // stride + 1
 
 
 def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """A convolution of a channels_last map as a product of matrices: a row is what one pixel of the output sees."""
+    """A convolution of a channels_last map as a product of matrices: a row is what one pixel of the output sees.
+
+    The weights are read as they lie, (o, c k k); torch brings them into another order first, at every call.
+    """
     (n, c, h, w), k = x.shape, weight.shape[-1]
     if h == w == 1 and k == 3 and padding == 1:  # the other taps see zeros alone
         weight, k, padding = weight[:, :, 1:2, 1:2], 1, 0
     padded = x.permute(0, 2, 3, 1)
     if padding:
         padded = F.pad(padded, (0, 0, padding, padding, padding, padding))
-    down, across = ((size + 2 * padding - k) // stride + 1 for size in (h, w))
+    down, across = (out_size(size, k, stride, padding) for size in (h, w))
     image, line, pixel, _ = padded.stride()
-    seen = padded.as_strided((n, down, across, k, k, c), (image, stride * line, stride * pixel, line, pixel, 1))
-    if k > 1 and seen.numel() < weight.numel():  # rather the smaller one is put in the other's order
-        seen, matrix = seen.permute(0, 1, 2, 5, 3, 4), weight.flatten(1)
-    else:
-        matrix = weight.permute(0, 2, 3, 1).flatten(1)
-    images = n if k == 1 else max(1, ROW_NUMBERS // seen[0].numel())
-    if images >= n:
-        return F.linear(seen.flatten(3), matrix, bias).permute(0, 3, 1, 2)
-    out = x.new_empty(n, down, across, len(weight))
-    for i in range(0, n, images):
-        out[i : i + images] = F.linear(seen[i : i + images].flatten(3), matrix, bias)
-    return out.permute(0, 3, 1, 2)
+    shape, strides = (n, down, across, c, k, k), (image, stride * line, stride * pixel, 1, line, pixel)
+    return F.linear(padded.as_strided(shape, strides).flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def winograd(
@@ -186,7 +184,7 @@ def _four_convs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty((n, len(weight), 2 * h, 2 * w), dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     for i, rows in enumerate(_halves(weight, 2)):
         for j, kernel in enumerate(_halves(rows, 3)):
-            out[:, :, i::2, j::2] = F.conv2d(padded[:, :, i : i + h + 1, j : j + w + 1], kernel, bias)
+            out[:, :, i::2, j::2] = conv2d(padded[:, :, i : i + h + 1, j : j + w + 1], kernel, bias)
     return out
 
 

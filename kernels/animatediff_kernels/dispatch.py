@@ -225,12 +225,12 @@ def provenance() -> Mapping[str, str]:
 
 def requested() -> str:
     """The backend asked for by `use_backend` or the environment."""
-    return _requested[-1][0] if _requested else _known(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+    return _requested[-1][0] if _requested else known(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
 def choose(call: Call, backend: str | None = None) -> Choice:
     """The backend of a call and why. Raises ValueError where "triton" was asked for and cannot be had."""
-    backend = requested() if backend is None else _known(backend, "backend")
+    backend = requested() if backend is None else known(backend, "backend")
     if backend == "auto":
         return auto(call)
     if backend == "triton":
@@ -247,7 +247,7 @@ def use_backend(backend: str) -> Iterator[None]:
     It holds for the whole process; of several threads the last to enter is heard. Call `backward` within it too where
     activations are checkpointed: recomputing a block asks again.
     """
-    asked = [_known(backend, "backend")]
+    asked = [known(backend, "backend")]
     with _lock:
         _requested.append(asked)
     try:
@@ -257,43 +257,7 @@ def use_backend(backend: str) -> Iterator[None]:
             _requested[:] = [other for other in _requested if other is not asked]
 
 
-def explain(
-    op: str,
-    *,
-    rows: int,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    grad: bool = False,
-    backend: str | None = None,
-    **shape: int,
-) -> Choice:
-    """Print and return which backend such a call would get, and why.
-
-    Args:
-        rows: tokens of all images: 32 * 64 * 64 at the finest level of a guided clip of 16 frames at 512x512.
-        device: a device, or as `Call.device` spells it: "sm_90", "cpu", …
-        shape: the sizes of `Call.shape`, such as frames=16, head_dim=40.
-
-    Raises: ValueError for an operation or a size that there is not.
-    """
-    if op not in SIZES:
-        raise ValueError(f"got op={op!r}, expected one of {', '.join(SIZES)}")
-    if unknown := sorted(shape.keys() - set(SIZES[op])):
-        raise ValueError(f"got {unknown[0]}, expected sizes of {op}: {', '.join(SIZES[op])}")
-    place = ""
-    if isinstance(device, torch.device) or (device.startswith("cuda") and torch.cuda.is_available()):
-        place = str(torch.empty(0, device=device).device)
-        device = device_name(torch.device(device))
-        if device.startswith("sm_"):
-            calibration.load(place)
-    sizes = tuple((name, shape[name]) for name in SIZES[op] if name in shape)
-    call = Call(op, device, dtype, grad, rows, sizes, place)
-    choice = choose(call, backend)
-    print(f"{' '.join(call.key)} rows={rows}: {choice.backend}, {choice.reason}")
-    return choice
-
-
-def _known(backend: str, name: str) -> str:
+def known(backend: str, name: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"got {name}={backend!r}, expected one of {', '.join(BACKENDS)}")
     return backend

@@ -9,6 +9,7 @@ import torch
 from animatediff_kernels import (
     attention,
     calibration,
+    cpu,
     dispatch,
     explain,
     geglu,
@@ -18,7 +19,7 @@ from animatediff_kernels import (
     temporal_attention,
     use_backend,
 )
-from animatediff_kernels.dispatch import Call, auto, choose, read_measurements, refusal
+from animatediff_kernels.dispatch import Call, Choice, auto, choose, read_measurements, refusal
 
 
 def call(op="temporal_attention", device="sm_90", dtype=torch.bfloat16, grad=False, rows=1000, **shape):
@@ -176,6 +177,32 @@ def test_explain_knows_operations_sizes_and_devices(capsys):
         explain("temporal_atention", **given)
     with pytest.raises(ValueError, match="got heads, expected sizes of geglu: width"):
         explain("geglu", **given, heads=8)
+
+
+@torch.no_grad()
+def test_explain_the_ways_of_cpus(capsys, monkeypatch):
+    monkeypatch.setattr(cpu, "onednn_or_mkl", lambda: Choice("onednn", "2.00 times as fast as MKL on this CPU"))
+    wide = {"rows": 4 * 64, "channels": 320, "outputs": 640, "height": 8, "width": 8}
+    assert explain("conv2d", **wide) == ("winograd", "fewer multiplications, equal to about 1e-6")
+    assert capsys.readouterr().out.startswith(
+        "conv2d cpu float32 forward channels=320 outputs=640 height=8 width=8 rows=256: winograd, fewer"
+    )
+    assert explain("conv2d", **wide, kernel=1) == (
+        "rows",
+        "256 pixels, fewer than 640 channels: torch would reorder the weights first",
+    )
+    assert explain("conv2d", **wide | {"rows": 64 * 64}, stride=2).backend == "torch"
+    assert explain("conv2d", **wide | {"outputs": 64}) == ("torch", "320 to 64 channels, Winograd pays from 128")
+    assert explain("conv2d", **wide, doubled=1).backend == "winograd"
+    for op, there in (("conv2d", wide), ("layout", {"width": 320}), ("products", {"width": 320})):
+        assert explain(op, **there).backend != "torch"
+        assert explain(op, **there, grad=True) == ("torch", "gradients may be needed")
+        assert explain(op, **there, backend="torch") == ("torch", "asked for torch")
+        assert explain(op, **there, dtype=torch.bfloat16).reason == "torch.bfloat16 on cpu, for float32 on CPUs"
+        assert explain(op, **there, device="sm_90").reason == "sm_90 has no way of its own, only CPUs have"
+        with pytest.raises(ValueError, match="got no width, expected sizes of"):
+            explain(op, **{name: size for name, size in there.items() if name != "width"})
+    assert explain("products", width=64).reason == "a network of 64 channels, expected at least 128"
 
 
 def test_two_threads_that_ask_for_backends_leave_nothing_behind(monkeypatch):
