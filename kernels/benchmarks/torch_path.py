@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from animatediff_kernels import temporal_attention, use_backend
-from animatediff_kernels.cpu_convolutions import conv2d, upsampled_conv3x3
+from animatediff_kernels.cpu import fast_products
+from animatediff_kernels.cpu_convolutions import upsampled_conv3x3
 from ops import OPS
 from run import RESULTS, device_label, provenance, time_once, write_rows
 from step import fill
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from animatediff.config.networks import VAEConfig
 from animatediff.models.attention import FeedForward
+from animatediff.models.layers import ResnetBlock
 from animatediff.models.vae import VAE
 from animatediff.utils import keep_freed_memory
 
@@ -52,10 +54,12 @@ def cases() -> Iterator[Case]:
         x, w, b = torch.randn(IMAGES, width, side, side), torch.randn(width, width, 3, 3) / width, torch.randn(width)
         old = lambda x=x, w=w, b=b: F.conv2d(F.interpolate(x, scale_factor=2), w, b, padding=1)  # noqa: E731
         yield "upsampling", width, side, old, lambda x=x, w=w, b=b: upsampled_conv3x3(x, w, b)
-    for into, width, side in ((320, 320, 32), (960, 320, 32), (640, 640, 16), (1280, 1280, 8), (2560, 1280, 8)):
-        x, w, b = torch.randn(IMAGES, into, side, side), torch.randn(width, into, 3, 3) / into, torch.randn(width)
-        old = lambda x=x, w=w, b=b: F.conv2d(x, w, b, padding=1)  # noqa: E731
-        yield f"3x3 convolution of {into}", width, side, old, lambda x=x, w=w, b=b: conv2d(x, w, b, padding=1)
+    for into, width, side in ((320, 320, 32), (960, 320, 32), (640, 640, 16), (1280, 1280, 8), (1280, 1280, 4)):
+        block = fill(ResnetBlock(into, width, groups=32, eps=1e-5, time_channels=1280))
+        x, time = torch.randn(IMAGES, into, side, side), torch.randn(2, 1280)
+        last = x.to(memory_format=torch.channels_last)
+        new = lambda f=block, x=last, t=time: within(f, x, t)  # noqa: E731
+        yield f"ResNet block of {into}", width, side, lambda f=block, x=x, t=time: without(f, x, t), new
     with torch.device("meta"):
         vae = VAE(VAEConfig())
     vae = fill(vae.to_empty(device="cpu")).eval()
@@ -63,10 +67,16 @@ def cases() -> Iterator[Case]:
     yield "VAE decodes one frame", 512, 32, lambda: without(vae.decode, latents), lambda: vae.decode(latents)
 
 
-def without(way: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def without(way: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Without Winograd and oneDNN's products."""
     with use_backend("torch"):
-        return way(x)
+        return way(*inputs)
+
+
+def within(layer: ResnetBlock, x: Tensor, time: Tensor) -> Tensor:
+    """As in a network, which chooses the library of its products."""
+    with fast_products(x, layer.conv1.weight):
+        return layer(x, time, FRAMES)
 
 
 def whole(layer: FeedForward, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """GroupNorm on CPUs of maps whose channels lie side by side, as the Winograd convolutions take and give them.
 
-torch's own adds up thousands of rows one by one there, squares them before they are centred, and errs by 1e-5 and more.
+torch's own adds up such maps row by row, and squares that are not centred: the more pixels, the more digits it loses.
 """
 
 from __future__ import annotations
