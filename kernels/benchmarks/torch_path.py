@@ -52,8 +52,9 @@ def cases() -> Iterator[Case]:
         yield "packed projection (not used)", width, side, old, new
     for width, side in ((640, 16), (1280, 8), (1280, 4)):
         x, w, b = torch.randn(IMAGES, width, side, side), torch.randn(width, width, 3, 3) / width, torch.randn(width)
+        last = x.to(memory_format=torch.channels_last)
         old = lambda x=x, w=w, b=b: F.conv2d(F.interpolate(x, scale_factor=2), w, b, padding=1)  # noqa: E731
-        yield "upsampling", width, side, old, lambda x=x, w=w, b=b: upsampled_conv3x3(x, w, b)
+        yield "upsampling", width, side, old, lambda x=last, w=w, b=b: within(upsampled_conv3x3, x, w, b)
     for into, width, side in ((320, 320, 32), (960, 320, 32), (640, 640, 16), (1280, 1280, 8), (1280, 1280, 4)):
         block = fill(ResnetBlock(into, width, groups=32, eps=1e-5, time_channels=1280))
         x, time = torch.randn(IMAGES, into, side, side), torch.randn(2, 1280)
@@ -73,10 +74,10 @@ def without(way: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return way(*inputs)
 
 
-def within(layer: ResnetBlock, x: Tensor, time: Tensor) -> Tensor:
-    """As in a network, which chooses the library of its products."""
-    with fast_products(x, layer.conv1.weight):
-        return layer(x, time, FRAMES)
+def within(way: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """As in a network of Stable Diffusion's width, which chooses the library of its products."""
+    with fast_products(inputs[0], inputs[0].new_empty(320, 1)):
+        return way(*inputs)
 
 
 def whole(layer: FeedForward, x: Tensor) -> Tensor:
