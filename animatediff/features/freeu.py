@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from animatediff_kernels.cpu import layout_of
 from torch import Tensor, nn
 
 from animatediff.features.feature import FrameDenoise, Run
@@ -44,7 +45,8 @@ def freeu_applied(unet: UNet, b: tuple[float, float], s: tuple[float, float]) ->
 def _freeu_hook(backbone: int, b: float, s: float) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, skip = args[0].split([backbone, args[0].shape[1] - backbone], dim=1)
-        return (torch.cat([scale_backbone(x, b), scale_skip_low_frequencies(skip, s)], dim=1), *args[1:])
+        scaled = torch.cat([scale_backbone(x, b), scale_skip_low_frequencies(skip, s)], dim=1)
+        return (scaled.contiguous(memory_format=layout_of(args[0])), *args[1:])
 
     return hook
 

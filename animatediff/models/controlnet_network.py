@@ -120,7 +120,7 @@ class ControlNet(ResidualEncoder):
             added: `pooled` and `time_ids` of `UNet.forward`, for SDXL.
         """
         frames = x.shape[1]
-        h = self.conv_in(rearrange(x, "b f c h w -> (b f) c h w"))
+        h = self.conv_in(laid_out(rearrange(x, "b f c h w -> (b f) c h w"), self.conv_in.weight))
         h = h + embedded.repeat(len(h) // len(embedded), 1, 1, 1)
         down, mid = self.residuals(h, t, context, frames, **added)
         if not self.config.pooled:

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from animatediff_kernels import group_norm_silu, layer_norm
-from animatediff_kernels.cpu import on_cpu, takes_channels_last
+from animatediff_kernels.cpu import left_alone, takes_channels_last
 from animatediff_kernels.cpu_convolutions import conv2d, conv_choice, upsampled_conv3x3, winograd
 from animatediff_kernels.group_norm_silu.channels_last import channel_affine
 from torch import Tensor, nn
@@ -68,7 +68,11 @@ class Conv(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel, stride, kernel // 2 if padding is None else padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.weight, self.bias, stride=self.stride[0], padding=int(self.padding[0]))
+        return conv2d(x, self.weight, self.bias, **self.placing())
+
+    def placing(self) -> dict[str, int]:
+        """Where the kernel is put: stride and padding, as `conv2d` takes them."""
+        return {"stride": self.stride[0], "padding": int(self.padding[0])}
 
 
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
@@ -79,7 +83,7 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 def norm_conv(norm: GroupNorm, conv: Conv, x: Tensor, frames: int, shift: Tensor | None = None) -> Tensor:
     """conv(silu(norm(x + shift))); on a CPU, where Winograd pays, what is normalised is never in memory as a whole."""
     plain = is_plain(norm, GroupNorm) and is_plain(conv, Conv) and takes_channels_last(x)
-    if not plain or conv_choice(x, conv.weight).backend != "winograd":
+    if not plain or conv_choice(x, conv.weight, **conv.placing()).backend != "winograd":
         return conv(norm(x, frames, silu=True, shift=shift))
     pooled = frames if norm.over_frames else 1
     before = channel_affine(x, norm.weight, norm.bias, shift, num_groups=norm.num_groups, eps=norm.eps, frames=pooled)
@@ -109,8 +113,8 @@ class ResnetBlock(Chunked):
 
     def forward(self, x: Tensor, time: Tensor | None = None, frames: int = 1) -> Tensor:
         """x: ((b f), c, h, w); time: (b, time_channels), one row per video."""
-        pixels = self.chunk or (CPU_PIXELS if on_cpu(x) and not torch.is_grad_enabled() else x[:, 0].numel())
-        images = pixels // x.shape[-2:].numel()
+        pixels = self.chunk or (0 if left_alone(x, self.conv1.weight) else CPU_PIXELS)
+        images = pixels // x.shape[-2:].numel() if pixels else len(x)
         if self.norm1.over_frames:  # whose statistics need whole clips
             images -= images % frames
             images = max(images, frames)
@@ -129,7 +133,8 @@ class ResnetBlock(Chunked):
             shift = self.time_emb_proj(F.silu(time))
         y = norm_conv(self.norm2, self.conv2, y, frames, shift)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return y.add_(x) if is_plain(self.conv2, Conv) and not torch.is_grad_enabled() else y + x
+        own = is_plain(self.conv2, Conv) and not torch.is_grad_enabled()  # nobody else has seen y
+        return y.add_(x) if own and torch.result_type(y, x) == y.dtype else y + x
 
 
 class Downsample(nn.Module):
@@ -158,7 +163,6 @@ class Upsample(Chunked):
         return in_parts(lambda x: self._forward(x, size, twice), images, x)
 
     def _forward(self, x: Tensor, size: tuple[int, int], twice: tuple[int, int]) -> Tensor:
-        measured = on_cpu(x) and x.dtype == self.conv.weight.dtype == torch.float32
-        if measured and size == twice and is_plain(self.conv, Conv) and not torch.is_grad_enabled():
+        if size == twice and is_plain(self.conv, Conv) and not left_alone(x, self.conv.weight):
             return upsampled_conv3x3(x, self.conv.weight, self.conv.bias)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

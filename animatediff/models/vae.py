@@ -143,9 +143,7 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Pixels (n, 3, H, W), about [-1, 1] and not clamped, of unscaled latents (n, latent_channels, h, w)."""
         side = self.config.downsampling
-        return tiled(
-            lambda part: self.decoder(self.post_quant_conv(part)).contiguous(), z, self.tile // side, grow=side
-        )
+        return tiled(lambda part: self.decoder(self.post_quant_conv(part)), z, self.tile // side, grow=side)
 
     def encode_video(
         self, video: Tensor, *, generator: torch.Generator | None = None, chunk_frames: int | None = None

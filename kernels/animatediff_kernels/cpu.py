@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ NARROWEST = 128  # network whose products are worth a switch, and its maps anoth
 FLOAT32_ERROR = 1e-5  # relative, of a sum of 640 equal numbers; in bfloat16 3e-3
 WORTH_SWITCHING = 1.3  # oneDNN's speed over MKL's
 
+R = TypeVar("R")
 
 _counting = False  # whether tensors without contents go the way of the CPU's
 
@@ -58,12 +60,12 @@ def layout_choice(x: Tensor, weight: Tensor) -> Choice:
 
 
 def takes_channels_last(x: Tensor) -> bool:
-    """Whether a layer of this package takes x, which is channels_last, in torch's place."""
+    """Whether x is channels_last and a layer of this package takes it in torch's place."""
     return layout_of(x) == torch.channels_last and requested() == "auto" and not left_alone(x, x)
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """channels_last, or torch's default where x is contiguous in either."""
+    """channels_last where x is contiguous in that alone, else torch's default."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
@@ -115,11 +117,11 @@ def fast_products(x: Tensor, weight: Tensor) -> Iterator[None]:
                 _set_precision(_callers_setting)
 
 
-def with_fast_products(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A network's `forward(self, x, …)` within `fast_products`; its first layer is `self.conv_in`."""
+def with_fast_products(forward: Callable[..., R]) -> Callable[..., R]:
+    """A network's method (self, x, …) within `fast_products`; its first layer is `self.conv_in`."""
 
     @functools.wraps(forward)
-    def run(self: nn.Module, x: Tensor, *args: object, **options: object) -> Tensor:
+    def run(self: nn.Module, x: Tensor, *args: object, **options: object) -> R:
         if torch.compiler.is_compiling():
             return forward(self, x, *args, **options)
         with fast_products(x, self.conv_in.weight):

@@ -26,7 +26,6 @@ POINTS = (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
 # Six pixels of the enlarged map are made of four of the small one.
 DOUBLED = [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
-
 Affine = tuple[Tensor, Tensor]  # scale and offset of each channel of each image, (n, 1, c)
 
 
@@ -48,7 +47,9 @@ def upsampled_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def conv_choice(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 1, doubled: bool = False) -> Choice:
-    """ "winograd", "rows" or "torch", and why. `doubled`: of x enlarged twofold."""
+    """ "winograd", "rows" or "torch", and why. `doubled`: of x enlarged twofold, "winograd", "four" or "torch"."""
+    if x.dim() != 4 or not x.numel():
+        return Choice("torch", f"a map of {(*x.shape,)}, expected (n, c, h, w)")
     side, (o, c, k) = 2 if doubled else 4, weight.shape[:3]
     area = x.shape[-2] * x.shape[-1]
     computed = side**2 * -(-x.shape[-2] // side) * -(-x.shape[-1] // side)
@@ -63,7 +64,9 @@ def conv_choice(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 1,
     else:
         return Choice("winograd", "fewer multiplications, equal to about 1e-6")
     pixels = len(x) * out_size(x.shape[-2], k, stride, padding) * out_size(x.shape[-1], k, stride, padding)
-    if layout_of(x) == torch.channels_last and pixels < o and not doubled:
+    if doubled:
+        return Choice("four", reason)
+    if pixels < o and (layout_of(x) == torch.channels_last or area == 1):
         return Choice("rows", f"{pixels} pixels, fewer than {o} channels: torch would reorder the weights first")
     return Choice("torch", reason)
 
@@ -84,8 +87,8 @@ def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     if padding:
         padded = F.pad(padded, (0, 0, padding, padding, padding, padding))
     down, across = (out_size(size, k, stride, padding) for size in (h, w))
-    image, line, pixel, _ = padded.stride()
-    shape, strides = (n, down, across, c, k, k), (image, stride * line, stride * pixel, 1, line, pixel)
+    image, line, pixel, channel = padded.stride()
+    shape, strides = (n, down, across, c, k, k), (image, stride * line, stride * pixel, channel, line, pixel)
     return F.linear(padded.as_strided(shape, strides).flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 

@@ -225,12 +225,12 @@ def provenance() -> Mapping[str, str]:
 
 def requested() -> str:
     """The backend asked for by `use_backend` or the environment."""
-    return _requested[-1][0] if _requested else known(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
+    return _requested[-1][0] if _requested else _known(os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT)
 
 
 def choose(call: Call, backend: str | None = None) -> Choice:
     """The backend of a call and why. Raises ValueError where "triton" was asked for and cannot be had."""
-    backend = requested() if backend is None else known(backend, "backend")
+    backend = requested() if backend is None else _known(backend, "backend")
     if backend == "auto":
         return auto(call)
     if backend == "triton":
@@ -247,7 +247,7 @@ def use_backend(backend: str) -> Iterator[None]:
     It holds for the whole process; of several threads the last to enter is heard. Call `backward` within it too where
     activations are checkpointed: recomputing a block asks again.
     """
-    asked = [known(backend, "backend")]
+    asked = [_known(backend, "backend")]
     with _lock:
         _requested.append(asked)
     try:
@@ -257,7 +257,7 @@ def use_backend(backend: str) -> Iterator[None]:
             _requested[:] = [other for other in _requested if other is not asked]
 
 
-def known(backend: str, name: str) -> str:
+def _known(backend: str, name: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"got {name}={backend!r}, expected one of {', '.join(BACKENDS)}")
     return backend

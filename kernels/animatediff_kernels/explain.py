@@ -22,7 +22,7 @@ DEFAULTS = {"kernel": 3, "stride": 1, "doubled": 0}
 def explain(
     op: str,
     *,
-    rows: int = 1,
+    rows: int = 0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     grad: bool = False,
@@ -34,9 +34,11 @@ def explain(
     Args:
         op: a key of `dispatch.SIZES` or of `CPU_SIZES`: "conv2d", the "layout" of a network's maps, and the library of
             its "products".
-        rows: tokens of all images: 32 * 64 * 64 at the finest level of a guided clip of 16 frames at 512x512.
+        rows: tokens of all images: 32 * 64 * 64 at the finest level of a guided clip of 16 frames at 512x512. "layout"
+            and "products" have none.
         device: a device, or as `Call.device` spells it: "sm_90", "cpu", …
-        shape: the sizes of `Call.shape`, such as frames=16, head_dim=40, or those that `CPU_SIZES` names.
+        shape: the sizes of `Call.shape`, such as frames=16, head_dim=40, or those that `CPU_SIZES` names. The network
+            of a "conv2d" is taken to be as wide as its outputs.
 
     Raises: ValueError for an operation or a size that there is not, or one that is missing.
     """
@@ -45,6 +47,8 @@ def explain(
         raise ValueError(f"got op={op!r}, expected one of {', '.join(known)}")
     if unknown := sorted(shape.keys() - set(known[op])):
         raise ValueError(f"got {unknown[0]}, expected sizes of {op}: {', '.join(known[op])}")
+    if not rows and op not in ("layout", "products"):
+        raise ValueError(f"got no rows, expected those of {op}: tokens of all images")
     place = ""
     if isinstance(device, torch.device) or (device.startswith("cuda") and torch.cuda.is_available()):
         place = str(torch.empty(0, device=device).device)

@@ -194,6 +194,9 @@ def test_explain_the_ways_of_cpus(capsys, monkeypatch):
     assert explain("conv2d", **wide | {"rows": 64 * 64}, stride=2).backend == "torch"
     assert explain("conv2d", **wide | {"outputs": 64}) == ("torch", "320 to 64 channels, Winograd pays from 128")
     assert explain("conv2d", **wide, doubled=1).backend == "winograd"
+    assert explain("conv2d", **wide | {"outputs": 128}, doubled=1).backend == "four"
+    with pytest.raises(ValueError, match="got no rows, expected those of geglu"):
+        explain("geglu", width=8)
     for op, there in (("conv2d", wide), ("layout", {"width": 320}), ("products", {"width": 320})):
         assert explain(op, **there).backend != "torch"
         assert explain(op, **there, grad=True) == ("torch", "gradients may be needed")

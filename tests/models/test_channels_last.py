@@ -1,5 +1,7 @@
 """Maps whose channels lie side by side, which float32 inference on CPUs computes with: the same numbers."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from animatediff_kernels.group_norm_silu.reference import group_norm_silu_refere
 from torch import Tensor
 
 from animatediff.config.networks import MOTION_VERSIONS, UNetConfig, VAEConfig
+from animatediff.features.freeu import freeu_applied
 from animatediff.models.controlnet_network import build_controlnet
 from animatediff.models.layers import Conv, ResnetBlock
 from animatediff.models.unet import UNet
@@ -44,10 +47,21 @@ def test_a_convolution_as_a_product(size, kernel, stride, padding, bias):
         got = conv2d(x, weight, added, stride=stride, padding=padding)
         assert got.shape == exact.shape and got.is_contiguous(memory_format=LAST)
         assert error(got, exact) < EPS * (6 * kernel**2) ** 0.5
+        way = conv_choice(x, weight, stride=stride, padding=padding).backend
+        assert way == ("rows" if exact[:, 0].numel() < width else "torch")
         if size != (1, 1):
-            way = conv_choice(x, weight, stride=stride, padding=padding).backend
-            assert way == ("rows" if exact[:, 0].numel() < width else "torch")
             assert conv_choice(x.contiguous(), weight, stride=stride, padding=padding).backend == "torch"
+
+
+@torch.no_grad()
+def test_maps_of_unusual_strides_and_ranks():
+    narrow = drawn(2, 5, 6).as_strided((2, 6, 1, 5), (30, 1, 1, 6))
+    weight, wide = drawn(200, 6, 3, 3), Conv(128, 128, 3)
+    assert conv_choice(narrow, weight).backend == "rows"
+    exact = F.conv2d(narrow.double(), weight.double(), padding=1)
+    assert error(conv2d(narrow, weight, None, padding=1), exact) < EPS * 54**0.5
+    assert wide(torch.empty(0, 128, 8, 8)).shape == (0, 128, 8, 8)
+    assert wide(drawn(128, 8, 8)).shape == (128, 8, 8)
 
 
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=str)
@@ -114,9 +128,16 @@ def test_a_resnet_block_that_normalises_in_winograds_tiles(monkeypatch, over_fra
     assert got.is_contiguous(memory_format=LAST) and torch.equal(x, before)
 
 
+@torch.no_grad()
+def test_a_resnet_block_does_not_round_what_it_adds_to():
+    block, x = ResnetBlock(8, 8, groups=4, eps=1e-5), drawn(1, 8, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert block(x).dtype == torch.float32
+
+
 WIDE = UNetConfig(
-    block_out_channels=(128, 256),
-    attention_levels=(True, True),
+    block_out_channels=(128, 256, 256, 256),
+    attention_levels=(True, True, False, False),
     layers_per_block=1,
     context_dim=12,
     num_heads=4,
@@ -130,9 +151,9 @@ def fill(network: torch.nn.Module) -> torch.nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 14)], ids=str)
+@pytest.mark.parametrize(("size", "freeu"), [((8, 8), False), ((9, 14), False), ((8, 8), True)], ids=str)
 @torch.no_grad()
-def test_a_network_of_wide_layers(size, monkeypatch):
+def test_a_network_of_wide_layers(size, freeu):
     """A UNet with v1's motion module and a ControlNet: within it maps are channels_last, and what comes out is not."""
     torch.manual_seed(0)
     unet, seen = fill(UNet(WIDE)), set()
@@ -142,14 +163,15 @@ def test_a_network_of_wide_layers(size, monkeypatch):
 
     def run(x=x, context=context, hint=hint):
         down, mid = controlnet(x, t, context, hint)
-        return unet(x, t, context, down_residuals=down, mid_residual=mid)
+        with freeu_applied(unet, (1.2, 1.4), (0.9, 0.2)) if freeu else nullcontext():
+            return unet(x, t, context, down_residuals=down, mid_residual=mid)
 
     def look(module, args):
         if args[0][0, 0].numel() > 1:
             seen.add(args[0].is_contiguous(memory_format=LAST))
 
     for module in unet.modules():
-        if isinstance(module, Conv):
+        if isinstance(module, ResnetBlock):
             module.register_forward_pre_hook(look)
     got = run()
     assert seen == {True} and got.is_contiguous()
