@@ -58,7 +58,8 @@ def explain(
     sizes = tuple((name, shape[name]) for name in known[op] if name in shape)
     call = Call(op, device, dtype, grad, rows, sizes, place)
     choice = choose(call, backend) if op in SIZES else _of_the_cpu(call, backend)
-    print(f"{' '.join(call.key)} rows={rows}: {choice.backend}, {choice.reason}")
+    counted = f" rows={rows}" if rows else ""
+    print(f"{' '.join(call.key)}{counted}: {choice.backend}, {choice.reason}")
     return choice
 
 

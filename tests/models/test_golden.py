@@ -20,6 +20,7 @@ from tests.nano import write_files
 GOLDEN = load_file(Path(__file__).parents[1] / "golden/nano/expected.safetensors")
 VERSIONS = ("v1", "v2", "v3")
 TOLERANCE = 1e-5  # relative; `test_rounding.py` shows that rounding in float32 does as much
+LORAS = [("v2", "motion_lora", 0.7, "lora.motion_v2_a0.7"), ("v3", "adapter", 1.0, "lora.adapter_v3_a1.0")]
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +87,7 @@ def test_decoded_frames(base):
     assert_close((frames / 2 + 0.5).clamp(0, 1), golden("pipeline.v3.frames"))
 
 
-@pytest.mark.parametrize(
-    ("version", "file", "scale", "name"),
-    [("v2", "motion_lora", 0.7, "lora.motion_v2_a0.7"), ("v3", "adapter", 1.0, "lora.adapter_v3_a1.0")],
-)
+@pytest.mark.parametrize(("version", "file", "scale", "name"), LORAS)
 @pytest.mark.parametrize("merged", [False, True])
 def test_lora_of_the_unet(unets, files, version, file, scale, name, merged):
     stack = LoRAStack(unets[version])
