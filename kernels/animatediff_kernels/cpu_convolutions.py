@@ -15,6 +15,7 @@ from torch import Tensor
 from animatediff_kernels.cpu import layout_of, left_alone
 from animatediff_kernels.dispatch import Choice
 
+FEW_PIXELS = 16  # of an image, for which it does not pay to reorder weights
 MOST_COMPUTED = 1.5  # pixels of Winograd's tiles for one of the map
 FEWEST_CHANNELS = {False: 128, True: 256}  # below, Winograd's transforms take what its products save; True: enlarged
 TILES = 192  # worked on at a time: enough to read the weights seldom, few enough to stay in the cache
@@ -63,11 +64,12 @@ def conv_choice(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 1,
         reason = f"{c} to {o} channels, Winograd pays from {fewest}"
     else:
         return Choice("winograd", "fewer multiplications, equal to about 1e-6")
-    pixels = len(x) * out_size(x.shape[-2], k, stride, padding) * out_size(x.shape[-1], k, stride, padding)
+    pixels = out_size(x.shape[-2], k, stride, padding) * out_size(x.shape[-1], k, stride, padding)
     if doubled:
         return Choice("four", reason)
-    if pixels < o and (layout_of(x) == torch.channels_last or area == 1):
-        return Choice("rows", f"{pixels} pixels, fewer than {o} channels: torch would reorder the weights first")
+    last = layout_of(x) == torch.channels_last or (area == 1 and min(o, c) >= FEWEST_CHANNELS[False])  # 1x1 is both
+    if pixels <= FEW_PIXELS and last:
+        return Choice("rows", f"{pixels} pixels, torch would first bring the weights into another order")
     return Choice("torch", reason)
 
 

@@ -237,7 +237,8 @@ def test_networks_of_one_process_take_turns(monkeypatch, frames):
     args = Namespace(part="step", device="cpu", dtype="float32", size=64, frames=frames)
     run_one = step.run_here(args, ("ours", "ours-torch"))
     (first, out), (_, again), (_, other) = (run_one(name) for name in ("ours", "ours", "ours-torch"))
-    assert out.shape == (2, frames, 4, 8, 8) and torch.equal(out, again) and torch.equal(out, other)
+    assert out.shape == (2, frames, 4, 8, 8) and torch.equal(out, again)
+    assert (out - other).norm() < 1e-5 * other.norm()  # upsampling is computed in another order
     assert first["peak_mb"] > 1 and first["seconds"] > 0
 
 

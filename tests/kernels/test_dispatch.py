@@ -187,11 +187,9 @@ def test_explain_the_ways_of_cpus(capsys, monkeypatch):
     assert capsys.readouterr().out.startswith(
         "conv2d cpu float32 forward channels=320 outputs=640 height=8 width=8 rows=256: winograd, fewer"
     )
-    assert explain("conv2d", **wide, kernel=1) == (
-        "rows",
-        "256 pixels, fewer than 640 channels: torch would reorder the weights first",
-    )
-    assert explain("conv2d", **wide | {"rows": 64 * 64}, stride=2).backend == "torch"
+    reason = "16 pixels, torch would first bring the weights into another order"
+    assert explain("conv2d", **wide, stride=2) == ("rows", reason)
+    assert explain("conv2d", **wide, kernel=1).backend == "torch"
     assert explain("conv2d", **wide | {"outputs": 64}) == ("torch", "320 to 64 channels, Winograd pays from 128")
     assert explain("conv2d", **wide, doubled=1).backend == "winograd"
     assert explain("conv2d", **wide | {"outputs": 128}, doubled=1).backend == "four"
