@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from animatediff_kernels.cpu import layout_of
+from animatediff_kernels.cpu import laid_out_like
 from torch import Tensor, nn
 
 from animatediff.features.feature import FrameDenoise, Run
@@ -46,7 +46,7 @@ def _freeu_hook(backbone: int, b: float, s: float) -> Callable[[nn.Module, tuple
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, skip = args[0].split([backbone, args[0].shape[1] - backbone], dim=1)
         scaled = torch.cat([scale_backbone(x, b), scale_skip_low_frequencies(skip, s)], dim=1)
-        return (scaled.contiguous(memory_format=layout_of(args[0])), *args[1:])
+        return (laid_out_like(scaled, args[0]), *args[1:])
 
     return hook
 

@@ -134,7 +134,7 @@ class ResnetBlock(Chunked):
         y = norm_conv(self.norm2, self.conv2, y, frames, shift)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         own = is_plain(self.conv2, Conv) and not torch.is_grad_enabled()  # nobody else has seen y
-        return y.add_(x) if own and torch.result_type(y, x) == y.dtype else y + x
+        return y.add_(x) if own and y.dtype == x.dtype else y + x
 
 
 class Downsample(nn.Module):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
-from animatediff_kernels.cpu import laid_out, layout_of, with_fast_products
+from animatediff_kernels.cpu import laid_out, laid_out_like, with_fast_products
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -84,7 +84,7 @@ class UpBlock(Block):
     def forward(self, x: Tensor, time: Tensor, context: Tensor, frames: int, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
             skip = skips.pop()
-            x = x.contiguous(memory_format=layout_of(skip))  # a map of 1x1 has none of its own
+            x = laid_out_like(x, skip)  # a map of 1x1 has no layout of its own
             x = self.layer(i, torch.cat([x, skip], dim=1), time, context, frames)
         if self.upsamplers is not None:
             x = self.upsamplers[0](x, skips[-1].shape[-2:])

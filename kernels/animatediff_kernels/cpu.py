@@ -59,9 +59,14 @@ def layout_choice(x: Tensor, weight: Tensor) -> Choice:
     return Choice("channels_last", "Winograd's tiles and the transformers' tokens are read without being transposed")
 
 
+def laid_out_like(x: Tensor, other: Tensor) -> Tensor:
+    """x in the layout of another map, where layers are this package's own."""
+    return x if left_alone(x, other) else x.contiguous(memory_format=layout_of(other))
+
+
 def takes_channels_last(x: Tensor) -> bool:
     """Whether x is channels_last and a layer of this package takes it in torch's place."""
-    return layout_of(x) == torch.channels_last and requested() == "auto" and not left_alone(x, x)
+    return not left_alone(x, x) and requested() == "auto" and layout_of(x) == torch.channels_last
 
 
 def layout_of(x: Tensor) -> torch.memory_format:

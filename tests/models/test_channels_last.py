@@ -1,6 +1,7 @@
 """Maps whose channels lie side by side, which float32 inference on CPUs computes with: the same numbers."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,6 +186,18 @@ def test_a_network_of_wide_layers(size, freeu):
     exact = [network.double() for network in (unet, controlnet)] and run(x.double(), context.double(), hint.double())
     assert not torch.equal(got, expected)
     assert error(expected, exact) < 1e-5 and error(got, exact) < 1e-5
+
+
+@torch.no_grad()
+def test_a_compiler_sees_one_graph_of_torchs_layers():
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (16, 16), "attention_levels": (False, False), "norm_num_groups": 4}
+    unet = fill(UNet(replace(WIDE, motion=None, **sizes)))
+    inputs = drawn(1, 2, 4, 8, 8), torch.tensor([3]), drawn(1, 5, 12)
+    compiled = torch.compile(unet.forward, backend="eager", fullgraph=True, dynamic=False)
+    with use_backend("torch"):
+        expected = unet(*inputs)
+    assert error(compiled(*inputs), expected.double()) < 1e-5
 
 
 @torch.no_grad()
