@@ -14,6 +14,7 @@ from torch import Tensor
 
 from animatediff.config.networks import MOTION_VERSIONS, UNetConfig, VAEConfig
 from animatediff.features.freeu import freeu_applied
+from animatediff.models import attention
 from animatediff.models.controlnet_network import build_controlnet
 from animatediff.models.layers import Conv, ResnetBlock
 from animatediff.models.unet import UNet
@@ -186,6 +187,17 @@ def test_a_network_of_wide_layers(size, freeu):
     exact = [network.double() for network in (unet, controlnet)] and run(x.double(), context.double(), hint.double())
     assert not torch.equal(got, expected)
     assert error(expected, exact) < 1e-5 and error(got, exact) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [3, 4])
+@torch.no_grad()
+def test_attention_of_many_tokens_is_in_float32(monkeypatch, tokens):
+    """Of a network in bfloat16, as half precision attends slower."""
+    monkeypatch.setattr(attention, "CPU_TOKENS", 4)
+    layer, seen, real = attention.Attention(8, 2).bfloat16(), [], attention.attention
+    monkeypatch.setattr(attention, "attention", lambda q, k, v, **o: seen.append(q.dtype) or real(q, k, v, **o))
+    out = layer(drawn(2, tokens, 8).bfloat16())
+    assert out.dtype == torch.bfloat16 and seen == [torch.float32 if tokens == 4 else torch.bfloat16]
 
 
 @torch.no_grad()
