@@ -185,7 +185,7 @@ def test_a_compiled_pipeline_makes_the_same_clips(nano, monkeypatch):
     monkeypatch.setattr(pipeline, "compile_unet", functools.partial(compile_unet, backend=uncompiled))
     record = pipe.compile(tell=told.append)
     for found, right in zip(clips(), expected, strict=True):
-        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=2e-3)  # it upsamples in another order of sums
     assert record.failure is None and record.graphs == 2, told  # one of stretched clips
 
 
