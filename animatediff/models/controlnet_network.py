@@ -78,7 +78,6 @@ class ResidualEncoder(nn.Module):
         """`down_residuals` and `mid_residual` of `UNet.forward` from what stands after `conv_in`, ((b f), c, h, w)."""
         context = context.flatten(0, -3)
         time = embed_time(self, t, pooled, time_ids, h.dtype)
-        h = laid_out(h, self.conv_in.weight)
         skips = [h]
         for block in self.down_blocks:
             h = block(h, time, context, frames, skips)

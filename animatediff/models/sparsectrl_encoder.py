@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from animatediff_kernels.cpu import laid_out
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -51,6 +52,7 @@ class SparseCtrl(ResidualEncoder):
         """
         # conv_in of zeros is its bias; its weights are in the official files and have no effect.
         h = rearrange(embedded, "b f c h w -> (b f) c h w") + self.conv_in.bias[:, None, None]
+        h = laid_out(h, self.conv_in.weight)
         return self.residuals(h, t, context, embedded.shape[1])
 
 

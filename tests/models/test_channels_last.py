@@ -1,5 +1,6 @@
 """Maps whose channels lie side by side, which float32 inference on CPUs computes with: the same numbers."""
 
+import functools
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -32,16 +33,18 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
 
+SIZES = ((1, 1), (2, 3), (5, 7), (8, 3))
+KERNELS = ((3, 1, 1), (3, 2, 1), (3, 2, 0), (1, 1, 0), (3, 1, 0))  # with stride and padding
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (3, 2, 0), (1, 1, 0), (3, 1, 0)], ids=str
+    ("size", "kernel", "stride", "padding"),
+    [(size, *kernel) for size in SIZES for kernel in KERNELS if min(size) + 2 * kernel[2] >= kernel[0]],
 )
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 7), (8, 3)], ids=str)
 @torch.no_grad()
 def test_a_convolution_as_a_product(size, kernel, stride, padding, bias):
     """Where there are few pixels; the layout stays as it is everywhere."""
-    if min(size) + 2 * padding < kernel:
-        return
     for width in (2, 40):
         x, weight = drawn(3, 6, *size).to(memory_format=LAST), drawn(width, 6, kernel, kernel)
         added = drawn(width) if bias else None
@@ -85,6 +88,17 @@ def test_winograd_of_maps_that_are_no_multiple_of_its_tiles(monkeypatch, size, l
         exact = F.conv2d(seen, weight.double(), bias.double(), padding=1)
         assert got.shape == exact.shape and got.is_contiguous(memory_format=layout)
         assert error(got, exact) < 10 * EPS * 54**0.5
+
+
+@torch.no_grad()
+def test_reciprocal_points_err_less_than_half_as_much(monkeypatch):
+    x, weight = drawn(2, 128, 8, 8), drawn(128, 128, 3, 3)
+    exact, errors = F.conv2d(x.double(), weight.double(), padding=1), []
+    for points in (cpu_convolutions.POINTS, (0, 1, -1, 2, -2)):
+        monkeypatch.setattr(cpu_convolutions, "POINTS", points)
+        monkeypatch.setattr(cpu_convolutions, "_transforms", functools.cache(cpu_convolutions._transforms.__wrapped__))
+        errors.append(error(cpu_convolutions.winograd(x, weight, None), exact))
+    assert errors[0] < errors[1] / 2
 
 
 @pytest.mark.parametrize("numbers", [2**17, 50])

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from animatediff_kernels import geglu
+from animatediff_kernels import geglu, use_backend
 from torch import Tensor, nn
 
 from animatediff.checkpoints.load import load_base, load_motion_module
@@ -179,13 +179,14 @@ def test_a_compiled_pipeline_makes_the_same_clips(nano, monkeypatch):
 
     def clips():
         same = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent", "seed": 3}
-        return [pipe("a fox", **same, **call).frames for call in CALLS]
+        with use_backend("torch"):  # a compiled network has torch's convolutions, too
+            return [pipe("a fox", **same, **call).frames for call in CALLS]
 
     expected, told = clips(), []
     monkeypatch.setattr(pipeline, "compile_unet", functools.partial(compile_unet, backend=uncompiled))
     record = pipe.compile(tell=told.append)
     for found, right in zip(clips(), expected, strict=True):
-        torch.testing.assert_close(found, right, rtol=1e-4, atol=2e-3)  # it upsamples in another order of sums
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
     assert record.failure is None and record.graphs == 2, told  # one of stretched clips
 
 
