@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from animatediff_kernels import temporal_attention, use_backend
+from animatediff_kernels import attention, temporal_attention, use_backend
 from animatediff_kernels.cpu import fast_products
-from animatediff_kernels.cpu_convolutions import upsampled_conv3x3
+from animatediff_kernels.cpu_convolutions import conv2d, upsampled_conv3x3
 from ops import OPS
 from run import RESULTS, device_label, provenance, time_once, write_rows
 from step import fill
 from torch import Tensor
 
 from animatediff.config.networks import VAEConfig
-from animatediff.models.attention import FeedForward
+from animatediff.models.attention import Attention, FeedForward
 from animatediff.models.layers import ResnetBlock
 from animatediff.models.vae import VAE
 from animatediff.utils import keep_freed_memory
@@ -61,6 +61,17 @@ def cases() -> Iterator[Case]:
         last = x.to(memory_format=torch.channels_last)
         new = lambda f=block, x=last, t=time: within(f, x, t)  # noqa: E731
         yield f"ResNet block of {into}", width, side, lambda f=block, x=x, t=time: without(f, x, t), new
+    for side in (8, 4):
+        x, w, b = torch.randn(IMAGES, 1280, side, side), torch.randn(1280, 1280, 3, 3) / 1280, torch.randn(1280)
+        last = x.to(memory_format=torch.channels_last)
+        old = lambda x=last, w=w, b=b: within(F.conv2d, x, w, b, stride=2, padding=1)  # noqa: E731
+        new = lambda x=last, w=w, b=b: within(conv2d, x, w, b, stride=2, padding=1)  # noqa: E731
+        yield "convolution of stride 2 to few pixels", 1280, side, old, new
+    for width, side in LEVELS.items():
+        layer, x = Attention(width, HEADS).bfloat16(), torch.randn(IMAGES, side * side, width).bfloat16()
+        q, k, v = layer.to_q(x), layer.to_k(x), layer.to_v(x)
+        old = lambda qkv=(q, k, v): attention(*qkv, num_heads=HEADS)  # noqa: E731
+        yield "attention of bfloat16 in float32", width, side, old, lambda f=layer, qkv=(q, k, v): f._attend(*qkv)
     with torch.device("meta"):
         vae = VAE(VAEConfig())
     vae = fill(vae.to_empty(device="cpu")).eval()
@@ -74,10 +85,10 @@ def without(way: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return way(*inputs)
 
 
-def within(way: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def within(way: Callable[..., Tensor], *inputs: Tensor, **options: int) -> Tensor:
     """As in a network of Stable Diffusion's width, which chooses the library of its products."""
     with fast_products(inputs[0], inputs[0].new_empty(320, 1)):
-        return way(*inputs)
+        return way(*inputs, **options)
 
 
 def whole(layer: FeedForward, x: Tensor) -> Tensor:
