@@ -93,13 +93,23 @@ class Call:
     place: str = field(default="", compare=False)
 
     @staticmethod
-    def of(op: str, *tensors: Tensor, rows: int, weights: Sequence[Tensor] = (), **shape: int) -> Call:
-        """The call of `op` on these activations; `weights` may be of another dtype, as they are under autocast."""
+    def of(
+        op: str,
+        *tensors: Tensor,
+        rows: int,
+        weights: Sequence[Tensor] = (),
+        dtype: torch.dtype | None = None,
+        **shape: int,
+    ) -> Call:
+        """The call of `op` on these activations; `weights` may be of another dtype, as they are under autocast.
+
+        dtype: that the operation computes in, if not that of the activations.
+        """
         first = tensors[0]
         return Call(
             op,
             device_name(first.device),
-            first.dtype if all(t.dtype == first.dtype for t in tensors) else None,
+            dtype or (first.dtype if all(t.dtype == first.dtype for t in tensors) else None),
             torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights)),
             rows,
             tuple(shape.items()),

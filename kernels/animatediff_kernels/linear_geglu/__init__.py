@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,8 +30,8 @@ def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str | None
         raise ValueError(
             f"got x {(*x.shape,)}, weight {(*weight.shape,)}, bias {(*bias.shape,)}, expected (…, w), (2 i, w), (2 i,)"
         )
-    call = Call.of("linear_geglu", x, weight, bias, rows=x.numel() // width, width=width, inner=wide // 2)
-    call = replace(call, dtype=_autocast(x) or call.dtype)
+    sizes = {"rows": x.numel() // width, "width": width, "inner": wide // 2}
+    call = Call.of("linear_geglu", x, weight, bias, dtype=_autocast(x), **sizes)
     return run(call, backend, KERNELS, (x, weight, bias), gate=backend)
 
 
