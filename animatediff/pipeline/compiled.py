@@ -50,8 +50,9 @@ class CompiledUNet:
             with torch._dynamo.config.patch(NO_LIMIT):
                 out = self.whole(*same, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
+            out = self.plain(*args, **kwargs)  # raises what was the caller's mistake and not the compiler's
             self.fall_back(_first_line(error))
-            return self.plain(*args, **kwargs)
+            return out
         return out.clone() if self.cuda_graphs else out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Tensor]:

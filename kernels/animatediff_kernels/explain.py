@@ -38,7 +38,7 @@ def explain(
             and "products" have none.
         device: a device, or as `Call.device` spells it: "sm_90", "cpu", …
         shape: the sizes of `Call.shape`, such as frames=16, head_dim=40, or those that `CPU_SIZES` names. The network
-            of a "conv2d" is taken to be as wide as its outputs.
+            of a "conv2d" is taken to be as wide as its channels or outputs, whichever are more.
 
     Raises: ValueError for an operation or a size that there is not, or one that is missing.
     """
@@ -76,7 +76,8 @@ def _of_the_cpu(call: Call, backend: str | None) -> Choice:
         height, width, kernel = sizes["height"], sizes["width"], sizes["kernel"]
         weight = torch.empty(sizes["outputs"], sizes["channels"], kernel, kernel, dtype=call.dtype)
         images = max(1, call.rows // (height * width))
-        last = layout_choice(weight, weight).backend == "channels_last"
+        wide = torch.empty(max(sizes["outputs"], sizes["channels"]), 1, dtype=call.dtype)
+        last = layout_choice(weight, wide).backend == "channels_last"
         layout = torch.channels_last if last else torch.contiguous_format
         x = torch.empty(images, sizes["channels"], height, width, dtype=call.dtype, memory_format=layout)
         options = {"stride": sizes["stride"], "padding": kernel // 2, "doubled": bool(sizes["doubled"])}

@@ -191,6 +191,8 @@ def test_explain_the_ways_of_cpus(capsys, monkeypatch):
     assert explain("conv2d", **wide, stride=2) == ("rows", reason)
     assert explain("conv2d", **wide, kernel=1).backend == "torch"
     assert explain("conv2d", **wide | {"outputs": 64}) == ("torch", "320 to 64 channels, Winograd pays from 128")
+    last = wide | {"outputs": 4, "height": 4, "width": 4}  # of the same network: its maps lie as those before
+    assert explain("conv2d", **last).backend == "rows"
     assert explain("conv2d", **wide, doubled=1).backend == "winograd"
     assert explain("conv2d", **wide | {"outputs": 128}, doubled=1).backend == "four"
     with pytest.raises(ValueError, match="got no rows, expected those of geglu"):

@@ -16,6 +16,7 @@ from animatediff.models.twins import share_weights
 from animatediff.pipeline import pipeline
 from animatediff.pipeline.compiled import compile_unet
 from animatediff.pipeline.pipeline import AnimateDiffPipeline
+from animatediff.utils import UserError
 from tests.nano import entry, write_config
 
 WIDTH = 8
@@ -106,6 +107,22 @@ def test_what_cannot_be_one_graph_runs_uncompiled():
     expected = unet(*call)
     compile_unet(unet, backend=uncompiled, tell=told.append)
     assert torch.equal(unet(*call), expected) and len(told) == 1
+
+
+def test_a_mistake_in_a_call_is_told_as_such_and_the_next_call_is_compiled():
+    class Checks(SmallUNet):
+        def forward(self, x, t, context):
+            if x.shape[1] > 3:
+                raise UserError(f"got {x.shape[1]} frames, expected at most 3")
+            return super().forward(x, t, context)
+
+    unet, told = Checks(), []
+    record = compile_unet(unet, backend=uncompiled, tell=told.append)
+    for _ in range(2):
+        with pytest.raises(UserError, match="got 4 frames, expected at most 3"):
+            unet(*inputs(4))
+    unet(*inputs(3))
+    assert record.failure is None and record.graphs == 1 == len(told)
 
 
 def test_hooks_are_heard_whenever_they_are_there():
