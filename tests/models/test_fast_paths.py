@@ -239,9 +239,14 @@ def test_a_switch_that_computes_in_bfloat16_is_not_taken(monkeypatch):
     assert cpu._get_precision() == own
 
 
-@pytest.mark.parametrize(("onednn_seconds", "backend"), [(1.0, "onednn"), (2.0, "torch")])
-def test_the_faster_library_is_taken(monkeypatch, onednn_seconds, backend):
+@pytest.mark.parametrize(
+    ("onednn_seconds", "amd", "backend"),
+    [(1.0, False, "onednn"), (2.0, False, "torch"), (2.0, True, "onednn"), (3.0, True, "torch")],
+)
+def test_the_faster_library_is_taken(monkeypatch, onednn_seconds, amd, backend):
+    """On AMD's CPUs oneDNN, unless it is slower."""
     monkeypatch.setattr(cpu, "_has_amx", lambda: False)
+    monkeypatch.setattr(cpu, "_is_amd", lambda: amd)
     monkeypatch.setattr(cpu, "FLOAT32_ERROR", 1)  # of whatever CPU the test runs on
     own = cpu._get_precision()
     monkeypatch.setattr(cpu, "_seconds_of", lambda x, w: onednn_seconds if cpu._get_precision() == ON else 2.0)
