@@ -23,7 +23,7 @@ from animatediff_kernels.dispatch import Choice, requested
 NARROWEST = 128  # network whose products are worth a switch, and its maps another layout
 FLOAT32_ERROR = 1e-5  # relative, of a sum of 640 equal numbers; in bfloat16 3e-3
 WORTH_SWITCHING = 1.3  # oneDNN's speed over MKL's: so far from 1 that all processes on a CPU choose the same
-WORTH_SWITCHING_ON_AMD = 0.9  # where oneDNN is always the faster: 1.05 to 1.1 times on Zen 4, 2.3 times on Zen 5
+WORTH_SWITCHING_ON_AMD = 0.9  # where oneDNN was faster on both that were measured: 1.05 times on Zen 4, 2.3 on Zen 5
 
 R = TypeVar("R")
 
